@@ -1,0 +1,170 @@
+"""From a configuration to what a run is made of: models, data, evaluation text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.checkpoint.load import load_decoder
+from megalard.config import Config, to_dict
+from megalard.data.blocks import Blocks, DocumentBlocks, PackedBlocks
+from megalard.data.loader import BatchLoader
+from megalard.data.token_file import build_store
+from megalard.data.token_store import META, TokenStore
+from megalard.data.tokenizer import Tokenizer, load_tokenizer
+from megalard.distill.student import Student, build_student, last_layer_needed
+from megalard.errors import UserError
+from megalard.model.decoder import Decoder
+from megalard.model.rope import rope_table, scaled_config
+from megalard.model.spec import ModelSpec, read_spec, spec_from_config
+from megalard.parallel.agreement import checked_on_all_ranks, gather_objects
+from megalard.parallel.layout import check_divisible
+from megalard.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of the models before any weight is read.
+
+    Attributes:
+        teacher, student: their specs.
+        student_config: ``config.json`` the student is saved with.
+        native_context: M in tokens.
+        tokenizer: the model's own.
+    """
+
+    teacher: ModelSpec
+    student: ModelSpec
+    student_config: dict
+    native_context: int
+    tokenizer: Tokenizer
+
+    @property
+    def factor(self) -> float:
+        """The student's window over the native one."""
+        return self.student.max_positions / self.native_context
+
+
+def make_plan(config: Config, mesh: Mesh) -> Plan:
+    """Check the configuration against the models' config files.
+
+    Raises:
+        UserError: on every rank, for anything that cannot work.
+    """
+    with checked_on_all_ranks(mesh.world):
+        teacher = read_spec(config.model.teacher)
+        native = config.model.native_context or teacher.max_positions
+        if config.data.context_length > native:
+            raise UserError(
+                f"data.context_length {config.data.context_length} is longer than the teacher's "
+                f"native window, beyond which it has nothing to teach: use at most {native}"
+            )
+        rows = config.optimizer.micro_batch * config.data.context_length
+        if rows % mesh.tp.size:
+            raise UserError(
+                f"micro_batch * context_length is {rows} tokens, which parallel.tp {mesh.tp.size} "
+                "does not divide: choose a context length that it divides"
+            )
+        check_divisible(teacher, mesh.tp.size)
+        last_layer_needed(config, teacher.num_layers)
+        start = read_spec(config.model.student) if config.model.student else teacher
+        if config.rope.type == "checkpoint":
+            student_config = start.hf_config
+        else:
+            student_config = scaled_config(start, config.rope, native)
+        student = spec_from_config(student_config, config.model.student or config.model.teacher)
+        check_divisible(student, mesh.tp.size)
+        tokenizer = load_tokenizer(config.model.tokenizer or config.model.teacher)
+    return Plan(teacher, student, student_config, native, tokenizer)
+
+
+def check_output(config: Config, mesh: Mesh) -> Path:
+    """The output directory, which must not exist yet or be empty; a collective call."""
+    output = Path(config.run.output)
+    with checked_on_all_ranks(mesh.world):
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+        if mesh.world.rank == 0 and taken:
+            raise UserError(f"run.output {output} is not empty: choose another directory")
+    return output
+
+
+def prepare_output(config: Config, mesh: Mesh) -> Path:
+    """Make the output directory and note the configuration in it; a collective call."""
+    output = check_output(config, mesh)
+    with checked_on_all_ranks(mesh.world):
+        if mesh.world.rank == 0:
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+                (output / "run.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write to run.output {output}: {error.strerror}") from None
+    return output
+
+
+def load_models(
+    config: Config, plan: Plan, mesh: Mesh
+) -> tuple[Decoder, Student, HuggingFaceWeights]:
+    """The frozen teacher, the student, and the files the student started from."""
+    dtype = getattr(torch, config.model.compute_dtype)
+    with checked_on_all_ranks(mesh.world):
+        weights = HuggingFaceWeights(config.model.teacher)
+        rope = rope_table(plan.teacher)
+        teacher = load_decoder(plan.teacher, rope, mesh.tp, weights, mesh.device, dtype)
+        own = HuggingFaceWeights(config.model.student) if config.model.student else None
+        student = build_student(
+            teacher, plan.student, rope_table(plan.student), config, mesh.tp, own
+        )
+    return teacher, student, own or weights
+
+
+def open_tokens(
+    paths: list[str], cache: Path, config: Config, plan: Plan, mesh: Mesh
+) -> TokenStore:
+    """Tokenize text on rank 0, or open one prepared directory; every rank maps the same store.
+
+    Raises:
+        UserError: on every rank; see ``megalard.data``.
+    """
+    prepared = Path(paths[0])
+    if len(paths) == 1 and (prepared / META).is_file():
+        cache = prepared
+    else:
+        with checked_on_all_ranks(mesh.world):
+            if mesh.world.rank == 0:
+                build_store(paths, plan.tokenizer, cache, text_key=config.data.text_key)
+    with checked_on_all_ranks(mesh.world):
+        store = TokenStore.open(cache)
+        store.check_tokenizer(plan.tokenizer)
+        store.check_vocabulary(plan.teacher.vocab_size)
+    return store
+
+
+def make_loader(config: Config, store: TokenStore, mesh: Mesh) -> BatchLoader:
+    """The loader of this rank's micro-batches."""
+    with checked_on_all_ranks(mesh.world):
+        kind = PackedBlocks if config.data.packing else DocumentBlocks
+        blocks: Blocks = kind(store, config.data.context_length)
+        return BatchLoader(
+            blocks,
+            seed=config.run.seed,
+            global_batch=config.optimizer.global_batch,
+            micro_batch=config.optimizer.micro_batch,
+            dp_rank=mesh.dp.rank,
+            dp_size=mesh.dp.size,
+        )
+
+
+def barrier(mesh: Mesh) -> None:
+    """Wait for every rank."""
+    if mesh.world.size > 1:
+        dist.barrier(group=mesh.world.group)
+
+
+def agree_on(value: str, mesh: Mesh) -> str:
+    """Rank 0's value, on every rank."""
+    return gather_objects(value, mesh.world)[0]

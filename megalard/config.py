@@ -1,0 +1,402 @@
+"""The run's configuration: frozen dataclasses, a YAML file, ``--section.key value`` overrides.
+
+Everything that can be checked without the model or the data is checked here, at the start. Checks
+that need the model's config live in ``megalard.model.spec``; those that need the data in
+``megalard.data``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from megalard.errors import UserError
+
+RELATIONS = ("q", "k", "v", "qk")
+PROJECTIONS = ("q", "k", "v", "o")
+ROPE_TYPES = ("linear", "abf", "yarn", "llama3", "longrope", "table", "checkpoint")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is restored."""
+
+    teacher: str = ""
+    """Hugging Face directory of the teacher (native RoPE)."""
+    student: str | None = None
+    """Directory the student starts from; the teacher's own weights when not given."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer; the teacher's when not given."""
+    native_context: int | None = None
+    """Native window M in tokens; the teacher's max_position_embeddings when not given."""
+    compute_dtype: str = "bfloat16"
+    """bfloat16 or float32. Trained weights are always kept in float32."""
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """How the student's RoPE is scaled; what a type needs beyond its factor is derived."""
+
+    type: str = "linear"
+    """linear (position interpolation), abf (a new theta), yarn, llama3, longrope, table (inverse
+    frequencies from a file), or checkpoint (the student checkpoint's own RoPE)."""
+    factor: float = 8.0
+    """f: the student's window is f times the native one."""
+    theta: float | None = None
+    """abf only: the new base; the NTK-aware theta * f^(d/(d-2)) when not given."""
+    long_factors: list[float] | None = None
+    """longrope only: one factor per pair of dimensions; all equal to f when not given."""
+    table: str | None = None
+    """table only: .json, .npy or .txt file with head_dim/2 inverse frequencies."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (the authors use rank 1024, alpha 2048, dropout 0.05 on q, k, v)."""
+
+    targets: list[str] = field(default_factory=lambda: ["q", "k", "v"])
+    rank: int = 1024
+    alpha: float = 2048.0
+    dropout: float = 0.05
+
+
+@dataclass(frozen=True)
+class TrainableConfig:
+    """Which of the student's weights are trained."""
+
+    mode: str = "lora"
+    """lora, weights (the projections in ``weights``), or all."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    weights: list[str] = field(default_factory=lambda: ["q", "k", "v"])
+
+
+@dataclass(frozen=True)
+class RelationWeights:
+    """Weight of each relation; zero leaves it out."""
+
+    q: float = 1.0
+    k: float = 1.0
+    v: float = 1.0
+    qk: float = 0.0
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the student learns to keep."""
+
+    relations: RelationWeights = field(default_factory=RelationWeights)
+    layers: list[int] | None = None
+    """Layers whose relations are distilled, counted from 0; every layer when not given."""
+    logits_kl: float = 0.0
+    """Weight of KL(teacher || student) over the vocabulary; zero leaves the head out."""
+    logits_positions: int | None = None
+    """The last k positions of a block for the logits KL; all when not given."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text the student is restored on."""
+
+    paths: list[str] = field(default_factory=list)
+    """.txt, .md, .py and .jsonl files, directories of them, or one prepared token directory."""
+    text_key: str = "text"
+    """Key of the text in .jsonl files."""
+    context_length: int = 4096
+    """Tokens a block; at most the native window."""
+    packing: bool = True
+    """Fill blocks across documents (each attends to itself only); else one document a block."""
+    cache: str | None = None
+    """Where the tokens are kept; ``<output>/tokens`` when not given."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, warm-up, then a cosine to ``min_ratio`` of the peak rate."""
+
+    steps: int = 144
+    learning_rate: float = 2e-5
+    warmup_steps: int = 4
+    min_ratio: float = 0.9
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 5.0
+    """Largest global gradient norm; zero switches clipping off."""
+    global_batch: int = 8
+    """Blocks an optimizer step, over all ranks and micro-steps."""
+    micro_batch: int = 1
+    """Blocks a forward pass of one rank."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the job is spread; the data-parallel size is what is left of the world."""
+
+    tp: int = 1
+    """Tensor-parallel size (with sequence parallelism)."""
+    activation_checkpointing: bool = True
+    """Keep only each student layer's input and recompute the layer in the backward pass."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Perplexity by length and agreement with the teacher, before and after training."""
+
+    paths: list[str] = field(default_factory=list)
+    """Held-out text; no evaluation when empty."""
+    lengths: list[int] | None = None
+    """Context lengths in tokens; M/4, M/2, M, ... f*M when not given."""
+    max_tokens: int = 65536
+    """Tokens read at each length."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run writes and how it behaves."""
+
+    output: str = ""
+    """Output directory; must be empty or not exist."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu or cuda."""
+    seed: int = 0
+    log_every: int = 1
+    save_every: int = 0
+    """Steps between saves of the student; zero saves at the end only."""
+    non_finite: str = "stop"
+    """stop the run, or skip the step, when the loss or a gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def active_relations(self) -> dict[str, float]:
+        """The relations with a weight, in the order of ``RELATIONS``."""
+        weights = {name: getattr(self.objective.relations, name) for name in RELATIONS}
+        return {name: weight for name, weight in weights.items() if weight != 0}
+
+
+def load_config(path: str | None, overrides: list[str]) -> Config:
+    """Read a YAML file and apply ``--section.key value`` overrides.
+
+    Raises:
+        UserError: unreadable file, unknown key (the nearest known one is named), wrong type, or a
+            value out of range.
+    """
+    tree: dict = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text()) or {}
+        except OSError as error:
+            raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"{path} must hold sections such as 'model:' and 'data:'")
+    for key, value in _pairs(overrides):
+        node = tree
+        *sections, last = key.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--{key}: '{section}' is a value, not a section")
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            node[last] = value
+    config = _build(Config, tree, "")
+    _validate(config)
+    return config
+
+
+def to_dict(config: Config) -> dict:
+    """The configuration as plain dictionaries, for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def describe_keys() -> str:
+    """Every key with its default, for ``--help``."""
+    return "\n".join(_describe(Config, "  --"))
+
+
+def _describe(cls, prefix: str) -> list[str]:
+    lines = []
+    for item in dataclasses.fields(cls):
+        default = (
+            item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        )
+        if dataclasses.is_dataclass(default):
+            lines += _describe(type(default), f"{prefix}{item.name}.")
+        else:
+            lines.append(f"{prefix}{item.name}  (default: {default})")
+    return lines
+
+
+def _pairs(overrides: list[str]):
+    position = 0
+    while position < len(overrides):
+        word = overrides[position]
+        if not word.startswith("--"):
+            raise UserError(f"expected --section.key value, got '{word}'")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            position += 1
+            if position == len(overrides):
+                raise UserError(f"--{key} needs a value")
+            value = overrides[position]
+        yield key, value
+        position += 1
+
+
+def _build(cls, tree, prefix: str):
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"'{prefix.rstrip('.')}' is a section, got the value {tree!r}")
+    hints = typing.get_type_hints(cls)
+    known = {item.name for item in dataclasses.fields(cls)}
+    values = {}
+    for key, value in tree.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise UserError(
+                f"unknown key '{prefix}{key}'; the nearest known one is '{prefix}{near[0]}'"
+            )
+        values[key] = _convert(hints[key], value, f"{prefix}{key}")
+    return cls(**values)
+
+
+def _convert(hint, value, key: str):
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.")
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if typing.get_origin(hint) is list:
+        items = value if isinstance(value, list) else [value]
+        (item_hint,) = typing.get_args(hint)
+        return [_convert(item_hint, item, key) for item in items]
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        # YAML 1.1 reads 2e-5 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise UserError(f"{key} must be of type {hint.__name__}, got {value!r}")
+
+
+def _validate(config: Config) -> None:
+    def require(condition: bool, sentence: str) -> None:
+        if not condition:
+            raise UserError(sentence)
+
+    def choice(key: str, value, allowed) -> None:
+        require(
+            value in allowed, f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}"
+        )
+
+    def at_least(key: str, value, low) -> None:
+        require(value >= low, f"{key} must be at least {low}; got {value}")
+
+    model, rope, trainable, objective = (
+        config.model,
+        config.rope,
+        config.trainable,
+        config.objective,
+    )
+    require(
+        bool(model.teacher), "model.teacher is not set: give the teacher's Hugging Face directory"
+    )
+    require(bool(config.run.output), "run.output is not set: give the output directory")
+    require(bool(config.data.paths), "data.paths is not set: give text files or directories")
+    choice("model.compute_dtype", model.compute_dtype, ("bfloat16", "float32"))
+    if model.native_context is not None:
+        at_least("model.native_context", model.native_context, 1)
+
+    require(
+        rope.type != "dynamic",
+        "rope.type 'dynamic' equals the teacher's RoPE at up to M tokens, so there is nothing to "
+        "restore; use linear, abf, yarn, llama3, longrope or table",
+    )
+    choice("rope.type", rope.type, ROPE_TYPES)
+    require(rope.factor > 1, f"rope.factor must be greater than 1; got {rope.factor}")
+    for key, kind in (("theta", "abf"), ("long_factors", "longrope"), ("table", "table")):
+        given = getattr(rope, key) is not None
+        require(not given or rope.type == kind, f"rope.{key} only applies to rope.type {kind}")
+    require(rope.type != "table" or rope.table is not None, "rope.type table needs rope.table FILE")
+    require(
+        rope.type != "checkpoint" or model.student is not None,
+        "rope.type checkpoint needs model.student, the checkpoint whose RoPE is kept",
+    )
+
+    choice("trainable.mode", trainable.mode, ("lora", "weights", "all"))
+    for key, targets in (("lora.targets", trainable.lora.targets), ("weights", trainable.weights)):
+        require(bool(targets), f"trainable.{key} is empty: choose from {', '.join(PROJECTIONS)}")
+        require(len(set(targets)) == len(targets), f"trainable.{key} names one twice: {targets}")
+        for target in targets:
+            choice(f"trainable.{key}", target, PROJECTIONS)
+    at_least("trainable.lora.rank", trainable.lora.rank, 1)
+    require(
+        0 <= trainable.lora.dropout < 1,
+        f"trainable.lora.dropout must be in [0, 1); got {trainable.lora.dropout}",
+    )
+
+    for name in RELATIONS:
+        at_least(f"objective.relations.{name}", getattr(objective.relations, name), 0)
+    at_least("objective.logits_kl", objective.logits_kl, 0)
+    require(
+        bool(config.active_relations()) or objective.logits_kl > 0,
+        "the objective is empty: give at least one of objective.relations or objective.logits_kl",
+    )
+    if objective.layers is not None:
+        require(bool(objective.layers), "objective.layers is empty: leave it out for every layer")
+        require(
+            len(set(objective.layers)) == len(objective.layers) and min(objective.layers) >= 0,
+            f"objective.layers must be different numbers from 0; got {objective.layers}",
+        )
+    if objective.logits_positions is not None:
+        at_least("objective.logits_positions", objective.logits_positions, 1)
+
+    at_least("data.context_length", config.data.context_length, 2)
+    optimizer = config.optimizer
+    for key in ("steps", "global_batch", "micro_batch"):
+        at_least(f"optimizer.{key}", getattr(optimizer, key), 1)
+    for key in ("warmup_steps", "weight_decay", "clip"):
+        at_least(f"optimizer.{key}", getattr(optimizer, key), 0)
+    require(optimizer.learning_rate > 0, "optimizer.learning_rate must be positive")
+    require(0 <= optimizer.min_ratio <= 1, "optimizer.min_ratio must be in [0, 1]")
+    require(
+        len(optimizer.betas) == 2, f"optimizer.betas must be two numbers; got {optimizer.betas}"
+    )
+    at_least("parallel.tp", config.parallel.tp, 1)
+
+    evaluation = config.evaluation
+    if evaluation.lengths is not None:
+        require(
+            bool(evaluation.lengths) and min(evaluation.lengths) >= 2,
+            f"evaluation.lengths must be at least 2 tokens each; got {evaluation.lengths}",
+        )
+    at_least("evaluation.max_tokens", evaluation.max_tokens, 2)
+    choice("run.device", config.run.device, ("auto", "cpu", "cuda"))
+    choice("run.non_finite", config.run.non_finite, ("stop", "skip"))
+    at_least("run.log_every", config.run.log_every, 1)
+    at_least("run.save_every", config.run.save_every, 0)

@@ -1,0 +1,159 @@
+"""Documents from text files, JSON Lines files and folders of them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from megalard.errors import UserError
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+JSON_LINES_SUFFIX = ".jsonl"
+_SUFFIXES = (*TEXT_SUFFIXES, JSON_LINES_SUFFIX)
+
+
+def list_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The files behind ``paths``, in the order given; a folder's files sorted by relative path.
+
+    Folders are read recursively, without hidden folders and files of other suffixes.
+
+    Raises:
+        UserError: a path is missing, unreadable or of another suffix; a folder holds no text; no
+            path was given.
+    """
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += _files_below(path)
+        elif not path.exists():
+            raise UserError(f"data path {path} does not exist: check its spelling")
+        elif path.suffix.lower() not in _SUFFIXES:
+            raise UserError(
+                f"data file {path} has the unsupported suffix {path.suffix!r}: "
+                f"give one of {', '.join(_SUFFIXES)} or a folder of them"
+            )
+        else:
+            files.append(path)
+    if not files:
+        raise UserError("no data path was given: name at least one text file or folder")
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise UserError(f"data file {file} is not readable: change its permissions")
+    return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"data folder {error.filename} cannot be read: {error.strerror}")
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if Path(name).suffix.lower() in _SUFFIXES]
+    if not found:
+        raise UserError(f"data folder {folder} holds no {', '.join(_SUFFIXES)} file: add some text")
+    return sorted(found)
+
+
+def read_documents(
+    paths: Iterable[str | Path],
+    text_key: str = "text",
+    advance: Callable[[int], object] | None = None,
+) -> Iterator[str]:
+    """Streams the documents of ``paths``: one for each text file, one for each JSON line.
+
+    Documents of white space alone are skipped.
+
+    Args:
+        paths: files and folders, as for ``list_files``.
+        text_key: the key of the text in a JSON line.
+        advance: called with the bytes just read from disk, for a progress bar.
+
+    Raises:
+        UserError: as ``list_files``; a file is not UTF-8; a line is not a JSON object with a string
+            at ``text_key`` (file and line are named); there is no document at all.
+    """
+    files = list_files(paths)
+    empty = True
+    for file in files:
+        read = _read_json_lines if file.suffix.lower() == JSON_LINES_SUFFIX else _read_text
+        try:
+            for text, size in read(file, text_key):
+                if text.strip():
+                    empty = False
+                    yield text
+                if advance is not None:
+                    advance(size)
+        except OSError as error:
+            raise UserError(f"data file {file} cannot be read: {error.strerror}") from error
+    if empty:
+        names = ", ".join(map(str, files[:3])) + (", …" if len(files) > 3 else "")
+        raise UserError(f"there is no document in {names}: give files with some text")
+
+
+def _decode(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x}): "
+            "convert it to UTF-8"
+        ) from error
+
+
+def _read_text(file: Path, text_key: str) -> Iterator[tuple[str, int]]:
+    raw = file.read_bytes()
+    yield _decode(raw, f"data file {file}"), len(raw)
+
+
+def _read_json_lines(file: Path, text_key: str) -> Iterator[tuple[str, int]]:
+    with open(file, "rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            where = f"{file} line {number}"
+            line = _decode(raw, where)
+            yield (_text_of_line(line, text_key, where) if line.strip() else ""), len(raw)
+
+
+def _text_of_line(line: str, text_key: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON ({error}): correct or remove it") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not a JSON object: write one with the key {text_key!r}")
+    if text_key not in record:
+        keys = ", ".join(repr(key) for key in list(record)[:8]) or "none"
+        raise UserError(f"{where} has no key {text_key!r} (its keys: {keys}): set the text key")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise UserError(
+            f"{where} has a {type(text).__name__} under {text_key!r}: the text must be a string"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds half of a surrogate pair at character {error.start}: "
+            "correct or remove it"
+        ) from error
+    return text
+
+
+def fingerprint(paths: Iterable[str | Path], text_key: str = "text") -> str:
+    """A sha256 over the absolute path, size and modification time of every file, and the key.
+
+    Raises:
+        UserError: as ``list_files``.
+    """
+    digest = hashlib.sha256(json.dumps(text_key).encode())
+    for file in list_files(paths):
+        stat = file.stat()
+        entry = [os.fspath(file.resolve()), stat.st_size, stat.st_mtime_ns]
+        digest.update(json.dumps(entry).encode())
+    return digest.hexdigest()
+
+
+def total_bytes(paths: Iterable[str | Path]) -> int:
+    """The bytes ``read_documents`` will read."""
+    return sum(file.stat().st_size for file in list_files(paths))

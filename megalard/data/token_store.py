@@ -1,0 +1,166 @@
+"""Reading a token store without loading it: the memory-mapped side of ``token_file``."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megalard.data.tokenizer import Tokenizer
+from megalard.errors import UserError
+
+FORMAT, VERSION = "megalard token store", 1
+TOKENS, DOCUMENTS, META = "tokens.bin", "documents.npy", "meta.json"
+_FIELDS = {
+    "dtype": str,
+    "tokens": int,
+    "documents": int,
+    "vocab_size": int,
+    "largest_id": int,
+    "eos_id": int,
+    "tokenizer": str,
+    "sources": str,
+}
+_REMAKE = "delete it and run tools/prepare_data.py again"
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """An open store.
+
+    Attributes:
+        path: the store's folder.
+        tokens: uint16 or uint32 ``[tokens]``, memory-mapped, read-only; ``read`` is the checked
+            way in.
+        documents: int64 ``[documents + 1]``, memory-mapped; document i is
+            ``tokens[documents[i] : documents[i + 1]]``, its eos included.
+        vocab_size: the tokenizer's.
+        largest_id: the largest id that occurs.
+        eos_id: the id that ends every document.
+        tokenizer_fingerprint, sources_fingerprint: what the store was made with and from.
+    """
+
+    path: Path
+    tokens: np.ndarray
+    documents: np.ndarray
+    vocab_size: int
+    largest_id: int
+    eos_id: int
+    tokenizer_fingerprint: str
+    sources_fingerprint: str
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenStore":
+        """Maps the store at ``path`` and checks its parts against each other.
+
+        Raises:
+            UserError: there is no store, it is of another version, truncated or damaged.
+        """
+        path = Path(path)
+        meta = _read_meta(path)
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        try:
+            size = (path / TOKENS).stat().st_size
+            documents = np.load(path / DOCUMENTS, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"token store {path} is damaged ({error}): {_REMAKE}") from error
+        if size != meta["tokens"] * dtype.itemsize:
+            raise UserError(
+                f"token store {path} is truncated: {TOKENS} has {size} bytes where {META} promises "
+                f"{meta['tokens'] * dtype.itemsize}; {_REMAKE}"
+            )
+        shape = (meta["documents"] + 1,)
+        if documents.dtype != np.int64 or documents.shape != shape or not _cover(documents, meta):
+            raise UserError(
+                f"token store {path} is damaged: {DOCUMENTS} does not divide the "
+                f"{meta['tokens']} tokens into {meta['documents']} documents; {_REMAKE}"
+            )
+        return cls(
+            path=path,
+            tokens=np.memmap(path / TOKENS, dtype=dtype, mode="r"),
+            documents=documents,
+            vocab_size=meta["vocab_size"],
+            largest_id=meta["largest_id"],
+            eos_id=meta["eos_id"],
+            tokenizer_fingerprint=meta["tokenizer"],
+            sources_fingerprint=meta["sources"],
+        )
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """A copy of tokens ``start`` to ``end``, int64 ``[end - start]``.
+
+        Raises:
+            UserError: an id is larger than any that was written, so the file has been damaged.
+        """
+        tokens = self.tokens[start:end].astype(np.int64)
+        if tokens.size and tokens.max() > self.largest_id:
+            raise UserError(
+                f"token store {self.path} is damaged: id {tokens.max()} between tokens {start} and "
+                f"{end} exceeds the largest written, {self.largest_id}; {_REMAKE}"
+            )
+        return tokens
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Refuses a model whose tokenizer is not the one that made the store.
+
+        Raises:
+            UserError: the fingerprints or the eos ids differ.
+        """
+        if self.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"token store {self.path} was made with the tokenizer of fingerprint "
+                f"{self.tokenizer_fingerprint[:12]} but the model's is "
+                f"{tokenizer.fingerprint[:12]}: tokenize again with this model"
+            )
+        if self.eos_id != tokenizer.eos_id:
+            raise UserError(
+                f"token store {self.path} ends its documents with id {self.eos_id} but the model's "
+                f"eos id is {tokenizer.eos_id}: tokenize again with this model"
+            )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuses a model whose embedding has fewer rows than the store has ids.
+
+        Raises:
+            UserError: an id of the store is outside the model's vocabulary.
+        """
+        if self.largest_id >= vocab_size:
+            raise UserError(
+                f"token store {self.path} holds the id {self.largest_id} but the model has only "
+                f"{vocab_size} rows of embedding: tokenize again with the model's own tokenizer"
+            )
+
+
+def _cover(documents: np.ndarray, meta: dict) -> bool:
+    """Whether the offsets rise strictly from 0 to the token count."""
+    return bool(
+        documents[0] == 0 and documents[-1] == meta["tokens"] and np.all(np.diff(documents) > 0)
+    )
+
+
+def _read_meta(path: Path) -> dict:
+    if not (path / META).is_file():
+        raise UserError(
+            f"{path} is not a token store (no {META}): make one with tools/prepare_data.py"
+        )
+    try:
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / META} cannot be read ({error}): {_REMAKE}") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(f"{path / META} does not describe a token store: choose another folder")
+    if meta.get("version") != VERSION:
+        raise UserError(
+            f"token store {path} has version {meta.get('version')} and this program reads "
+            f"{VERSION}: {_REMAKE}"
+        )
+    for field, kind in _FIELDS.items():
+        value = meta.get(field)
+        if type(value) is not kind or (kind is int and value < 0):
+            raise UserError(f"{path / META} has {value!r} for {field}: {_REMAKE}")
+    if meta["dtype"] not in ("uint16", "uint32") or meta["documents"] < 1:
+        raise UserError(
+            f"{path / META} names the dtype {meta['dtype']} and {meta['documents']} documents: "
+            f"{_REMAKE}"
+        )
+    return meta

@@ -1,0 +1,78 @@
+"""LoRA: W + (alpha / rank) B A, with dropout on A's input (Hu et al., 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+class DropoutKey:
+    """What the dropout masks of one forward pass are drawn from.
+
+    A mask is a hash of (seed, place in the model, token, feature), so it is the same however
+    tokens and features are spread over ranks, and a recomputed layer draws it again.
+
+    Attributes:
+        seed: changes from step to step.
+        token_t: int64 [t], a number for each token of the micro-batch, unique in the step; None
+            switches dropout off.
+    """
+
+    def __init__(self):
+        self.seed = 0
+        self.token_t: torch.Tensor | None = None
+
+
+class Dropout(nn.Module):
+    """Dropout at one place of the model, with masks drawn from a shared ``DropoutKey``."""
+
+    def __init__(self, rate: float, place: int, key: DropoutKey):
+        super().__init__()
+        self.rate, self.place, self.key = rate, place, key
+
+    def forward(self, x: torch.Tensor, *, first_row: int, first_feature: int) -> torch.Tensor:
+        """Drop entries of ``x`` [rows, features], whose corner is (first_row, first_feature)."""
+        if self.rate == 0 or self.key.token_t is None:
+            return x
+        token = self.key.token_t[first_row : first_row + x.shape[0]]
+        seed = (self.key.seed * 1_000_003 + self.place) & 0x7FFFFFFF
+        return _HashDropout.apply(x, self.rate, seed, token, first_feature)
+
+
+class _HashDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rate, seed, token, first_feature):
+        ctx.args = (rate, seed, first_feature)
+        ctx.save_for_backward(token)
+        return _masked(x, token, *ctx.args)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (token,) = ctx.saved_tensors
+        return _masked(grad, token, *ctx.args), None, None, None, None
+
+
+def _masked(x, token, rate, seed, first_feature):
+    feature = torch.arange(first_feature, first_feature + x.shape[1], device=x.device)
+    bits = _mix((token * 0x9E3779B1 + seed) & 0xFFFFFFFF)[:, None] ^ _mix(feature + 1)[None, :]
+    keep = _mix(bits) >= int(rate * 2**32)
+    return x * keep * (1.0 / (1.0 - rate))
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A 32-bit finalizer (two rounds of xor-shift and multiply) in int64 arithmetic."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def initial_a(rank: int, features: int, seed: int) -> torch.Tensor:
+    """A [rank, features] in fp32, Kaiming-uniform as in PEFT; B starts at zero.
+
+    Drawn on the CPU from ``seed`` alone, so that every rank cuts its slice from the same matrix.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1 / math.sqrt(features)
+    return torch.empty(rank, features).uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,161 @@
+"""Rotary position embeddings: the teacher's native table and the student's scaled one.
+
+Both are what transformers computes from a ``config.json``, so that an exported student has, in
+transformers, exactly the frequencies it was trained with.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from megalard.config import RopeConfig
+from megalard.errors import UserError
+from megalard.model.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Inverse frequencies [head_dim / 2] in fp32, and the factor on cos and sin.
+
+    YaRN and longrope scale cos and sin by ``attention_scaling``; the student's Q/Q and K/K
+    relations then carry its square, which is part of those methods.
+    """
+
+    inv_freq: torch.Tensor
+    attention_scaling: float
+
+    def cos_sin(self, position_bs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each [b, 1, s, head_dim] in fp32, for positions [b, s]."""
+        angle = position_bs[..., None].float() * self.inv_freq.to(position_bs.device)
+        angle = torch.cat((angle, angle), dim=-1).unsqueeze(1)
+        return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
+
+
+def apply_rope(x_bhsd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn half-split pairs (i, i + d/2), the layout of Hugging Face's Llama; computed in fp32."""
+    first, second = x_bhsd.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x_bhsd * cos + turned * sin).to(x_bhsd.dtype)
+
+
+def rope_table(spec: ModelSpec) -> RopeTable:
+    """The table transformers builds for this model."""
+    if spec.rope["rope_type"] == "dynamic":
+        raise UserError("'dynamic' RoPE changes with the length read, so it has no table to distil")
+    config = LlamaConfig(
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.max_positions,
+        rope_parameters=dict(spec.rope),
+    )
+    embedding = LlamaRotaryEmbedding(config)
+    return RopeTable(embedding.inv_freq.clone(), float(embedding.attention_scaling))
+
+
+def scaled_config(spec: ModelSpec, rope: RopeConfig, native_context: int) -> dict:
+    """``config.json`` of the student: the teacher's, with scaled RoPE in both spellings.
+
+    Args:
+        spec: the teacher.
+        rope: type and factor; the rest is derived.
+        native_context: M; the student's window is factor * M tokens.
+
+    Raises:
+        UserError: the teacher's RoPE is already scaled, or the table file is wrong.
+    """
+    native = spec.rope
+    if native["rope_type"] != "default" and rope.type != "table":
+        raise UserError(
+            f"the teacher's RoPE is already scaled (rope_type '{native['rope_type']}'): give the "
+            "student's inverse frequencies explicitly with rope.type table"
+        )
+    parameters = _scaled_parameters(spec, rope, native_context)
+    config = dict(spec.hf_config)
+    config["max_position_embeddings"] = round(rope.factor * native_context)
+    return write_rope(config, parameters, spec.head_dim)
+
+
+def write_rope(config: dict, parameters: dict, head_dim: int) -> dict:
+    """Describe RoPE in the v4 and the v5 spelling, equal to each other.
+
+    A file with only ``rope_parameters`` silently becomes native RoPE in transformers 4.57.
+    """
+    config = dict(config)
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    config["rope_parameters"] = dict(parameters)
+    config["rope_theta"] = parameters["rope_theta"]
+    config["rope_scaling"] = None if parameters["rope_type"] == "default" else scaling
+    if parameters["rope_type"] == "longrope":
+        config["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
+    config["head_dim"] = head_dim
+    return config
+
+
+def _scaled_parameters(spec: ModelSpec, rope: RopeConfig, native_context: int) -> dict:
+    theta, factor, dim = spec.rope["rope_theta"], rope.factor, spec.head_dim
+    if rope.type == "abf":
+        new_theta = rope.theta or theta * factor ** (dim / (dim - 2))
+        return {"rope_type": "default", "rope_theta": new_theta}
+    if rope.type == "linear":
+        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+    original = {"original_max_position_embeddings": native_context}
+    if rope.type == "yarn":
+        return {"rope_type": "yarn", "rope_theta": theta, "factor": factor, **original}
+    if rope.type == "llama3":
+        bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **bands, **original}
+
+    if rope.type == "longrope":
+        factors = rope.long_factors or [factor] * (dim // 2)
+        if len(factors) != dim // 2 or min(factors) <= 0:
+            raise UserError(
+                f"rope.long_factors must be {dim // 2} positive numbers (head_dim / 2), "
+                f"got {len(factors)}"
+            )
+        extra = {}
+    else:
+        base = theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        factors = (1.0 / (base * read_table(rope.table, dim))).tolist()
+        extra = {"attention_factor": 1.0}
+    # transformers picks the short factors up to M tokens, and the student is trained there: both
+    # lists are equal so that it has the same frequencies at every length.
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "factor": factor,
+        "long_factor": list(factors),
+        "short_factor": list(factors),
+        **original,
+        **extra,
+    }
+
+
+def read_table(path: str, head_dim: int) -> torch.Tensor:
+    """Inverse frequencies [head_dim / 2] in fp64 from a .json list, .npy array or .txt file."""
+    file = Path(path)
+    try:
+        if file.suffix == ".json":
+            values = np.asarray(json.loads(file.read_text()), dtype=np.float64)
+        elif file.suffix == ".npy":
+            values = np.load(file, allow_pickle=False).astype(np.float64)
+        else:
+            values = np.loadtxt(file, dtype=np.float64, ndmin=1)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read inverse frequencies from {path}: {error}") from None
+    if values.shape != (head_dim // 2,):
+        raise UserError(
+            f"{path} has {values.size} inverse frequencies of shape {values.shape}; the model "
+            f"needs {head_dim // 2} (head_dim / 2)"
+        )
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise UserError(f"{path}: every inverse frequency must be finite and positive")
+    return torch.from_numpy(values)

@@ -1,0 +1,90 @@
+"""Collectives along one axis, and the autograd pairs built of them.
+
+Activations are [tokens, features]; a *sequence-parallel* region holds this rank's contiguous
+share of the tokens (dim 0), a *tensor-parallel* region holds all tokens of this rank's features.
+The names are Megatron-LM's; f and g are the conjugate pair of Shoeybi et al. (1909.08053) and
+Korthikanti et al. (2205.05198).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megalard.parallel.mesh import Axis
+
+# torch 2.13 renamed the flat collectives and warns at the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(x: torch.Tensor, axis: Axis, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """Reduce ``x`` over the axis, in place; returns ``x``. No autograd."""
+    if axis.size > 1:
+        dist.all_reduce(x, op=op, group=axis.group)
+    return x
+
+
+def all_gather_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """[t / size, ...] on each rank to [t, ...] on every rank. No autograd."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
+    _all_gather(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def reduce_scatter_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """[t, ...] partial sums on each rank to this rank's [t / size, ...] of the sum. No autograd."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    _reduce_scatter(out, x.contiguous(), group=axis.group)
+    return out
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return all_gather_tokens(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce_scatter_tokens(grad, ctx.axis), None
+
+
+class _ReduceScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return reduce_scatter_tokens(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather_tokens(grad, ctx.axis), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        return all_reduce(x.clone(), axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def gather_from_sequence_parallel_region(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """All-gather along the tokens forward, reduce-scatter the gradients backward."""
+    return x if axis.size == 1 else _GatherTokens.apply(x, axis)
+
+
+def reduce_scatter_to_sequence_parallel_region(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Reduce-scatter along the tokens forward, all-gather the gradients backward."""
+    return x if axis.size == 1 else _ReduceScatterTokens.apply(x, axis)
+
+
+def reduce_from_tensor_parallel_region(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """g: all-reduce forward, identity backward."""
+    return x if axis.size == 1 else _Reduce.apply(x, axis)

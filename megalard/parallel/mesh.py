@@ -1,0 +1,115 @@
+"""The mesh of ranks: named axes dp and tp, passed explicitly to whatever talks over them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from megalard.errors import UserError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh as a rank sees it: its group, its place in it, the group's size.
+
+    ``group`` is None when the size is 1; collectives over such an axis do nothing.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+
+SINGLE = Axis(None, 0, 1)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All axes of a run.
+
+    Attributes:
+        world: every rank.
+        dp: ranks that hold the same weights and read different blocks.
+        tp: ranks that share one copy of the weights, and one block, between them. Neighbours in
+            rank, so that on a cluster they sit on one node.
+        device: where this rank computes.
+    """
+
+    world: Axis
+    dp: Axis
+    tp: Axis
+    device: torch.device
+
+    def replicas(self, count: int) -> Axis:
+        """The ``count`` neighbouring tp ranks that hold the same K/V heads.
+
+        A collective call: every rank makes it, with the same count.
+        """
+        if count == 1:
+            return SINGLE
+        if count == self.tp.size:
+            return self.tp
+        group = None
+        for first in range(0, self.world.size, count):
+            ranks = list(range(first, first + count))
+            new = dist.new_group(ranks)
+            if self.world.rank in ranks:
+                group = new
+        return Axis(group, self.world.rank % count, count)
+
+
+def build_mesh(device: str, tp: int) -> Mesh:
+    """Start torch.distributed when launched by torchrun, and lay the ranks out as (dp, tp).
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        tp: tensor-parallel size; the data-parallel size is world / tp.
+
+    Raises:
+        UserError: the world is not a multiple of tp, or there is no such device.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if world % tp:
+        raise UserError(
+            f"parallel.tp is {tp} but {world} processes were started: start a multiple of {tp}, or "
+            f"choose a tp that divides {world}"
+        )
+    target = pick_device(device, local_rank)
+    if world == 1:
+        return Mesh(SINGLE, SINGLE, SINGLE, target)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    if not dist.is_initialized():
+        backend = "nccl" if target.type == "cuda" else "gloo"
+        # rank 0 may tokenize a large corpus while the others wait
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    mesh = init_device_mesh(target.type, (world // tp, tp), mesh_dim_names=("dp", "tp"))
+    axes = {name: _axis(mesh.get_group(name)) for name in ("dp", "tp")}
+    return Mesh(world=_axis(dist.group.WORLD), device=target, **axes)
+
+
+def pick_device(device: str, local_rank: int) -> torch.device:
+    """The device of this rank: the local rank's GPU, or the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("run.device is cuda but torch sees no GPU: use run.device cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_rank + 1} or more processes were started on a machine with "
+            f"{torch.cuda.device_count()} GPUs: start one process a GPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    size = dist.get_world_size(group)
+    return SINGLE if size == 1 else Axis(group, dist.get_rank(group), size)

@@ -1,0 +1,127 @@
+"""Restore a RoPE-scaled model: ``torchrun ... -m megalard.train --config FILE``.
+
+Read top to bottom, this is the job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalard import assemble
+from megalard.checkpoint.export import save_student
+from megalard.config import Config, describe_keys, load_config
+from megalard.distill.step import Distiller
+from megalard.errors import UserError
+from megalard.evaluation.run import Evaluator
+from megalard.monitor import Monitor
+from megalard.parallel.mesh import build_mesh
+from megalard.preflight import preflight
+
+USAGE = """\
+Restore a Llama-shaped model whose RoPE was scaled, by distilling the frozen native-RoPE teacher's
+self-relations into the student (LinearARD, arXiv 2604.00004).
+
+  python -m megalard.train --config FILE [--section.key value ...]
+  torchrun --nproc-per-node 8 -m megalard.train --config FILE --parallel.tp 4
+
+Every key of the configuration can be overridden on the command line.
+"""
+
+
+def train(config: Config) -> None:
+    """Run the whole job. Every rank calls it; rank 0 writes and reports."""
+    mesh = build_mesh(config.run.device, config.parallel.tp)
+    plan = assemble.make_plan(config, mesh)
+    output = assemble.prepare_output(config, mesh)
+    cache = Path(config.data.cache) if config.data.cache else output / "tokens"
+    tokens = assemble.open_tokens(config.data.paths, cache, config, plan, mesh)
+    loader = assemble.make_loader(config, tokens, mesh)
+    evaluator = Evaluator(config, plan, output, mesh)
+    teacher, student, source = assemble.load_models(config, plan, mesh)
+    distiller = Distiller(teacher, student, config, mesh)
+    tokens_a_step = config.optimizer.global_batch * config.data.context_length
+    steps, every = config.optimizer.steps, config.run.save_every
+    monitor = Monitor(output, steps, tokens_a_step, config.run.log_every, mesh.world.rank == 0)
+
+    def save(name: str) -> None:
+        config_file = plan.student_config
+        save_student(output / name, student, source, config_file, plan.tokenizer.files, mesh)
+
+    evaluator.before(teacher, student.decoder)
+    with loader:
+        for number in range(1, steps + 1):
+            batches = [batch.to(mesh.device) for batch in loader.step(number - 1)]
+            result = distiller.step(batches, number - 1)
+            monitor.step(number, result, mesh.device)
+            if every and number % every == 0 and number < steps:
+                save(f"step-{number:06d}")
+    save("student")
+    evaluator.after(teacher, student.decoder, tokens_a_step * steps)
+    monitor.close()
+
+
+def check(config: Config) -> None:
+    """``--preflight``: everything a run does before it is paid for, without writing."""
+    mesh = build_mesh(config.run.device, config.parallel.tp)
+    plan = assemble.make_plan(config, mesh)
+    assemble.check_output(config, mesh)
+    with tempfile.TemporaryDirectory(prefix="megalard-preflight-") as folder:
+        scratch = Path(assemble.agree_on(folder, mesh))
+        Evaluator(config, plan, scratch, mesh)
+        tokenized = config.data.cache and Path(config.data.cache).exists()
+        cache = Path(config.data.cache) if tokenized else scratch / "tokens"
+        tokens = assemble.open_tokens(config.data.paths, cache, config, plan, mesh)
+        with assemble.make_loader(config, tokens, mesh) as loader:
+            teacher, student, _ = assemble.load_models(config, plan, mesh)
+            preflight(Distiller(teacher, student, config, mesh), plan, loader)
+        assemble.barrier(mesh)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; prints a ``UserError`` in one line on rank 0 and exits with status 1."""
+    parser = argparse.ArgumentParser(
+        prog="megalard",
+        description=USAGE,
+        epilog="configuration keys:\n" + describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the sections below")
+    parser.add_argument(
+        "--preflight",
+        action="store_true",
+        help="load everything, run two real steps, check losses and gradients, report memory and "
+        "time, and exit without writing",
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = load_config(options.config, overrides)
+        check(config) if options.preflight else train(config)
+    except UserError as error:
+        if rank == 0:
+            print(f"megalard: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"megalard: error: rank {rank} ran out of GPU memory ({str(error).splitlines()[0]}): "
+            "raise parallel.tp, set parallel.activation_checkpointing true, or lower "
+            "optimizer.micro_batch or data.context_length",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
