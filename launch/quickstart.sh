@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The whole job on an embedded default: a small teacher from this repository, its RoPE scaled by 8,
+# restored on 2 ranks (tensor and sequence parallel) twice, as published and with the Q/K relation.
+# Needs no GPU and downloads nothing but the Python packages.
+#
+#   bash launch/quickstart.sh [OUTPUT]        (default: runs/quickstart)
+set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+source "$(dirname "$0")/environment.sh"
+output=${1:-$root/runs/quickstart}
+if [ -e "$output" ] && [ -n "$(ls -A "$output" 2>/dev/null)" ]; then
+    echo "$output is not empty: remove it, or name another directory: bash $0 OUTPUT" >&2
+    exit 1
+fi
+# absolute, since the work is done from the checkout
+mkdir -p "$output" && output=$(cd "$output" && pwd)
+cd "$root"
+
+# two ranks, or one where there is exactly one GPU to put them on
+ranks=$("$python" -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
+export OMP_NUM_THREADS=1
+
+"$python" tools/stdlib_text.py "$output/text"
+restore() {
+    local name=$1
+    shift
+    echo
+    echo "== restoring: $name"
+    "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m megalard.train \
+        --config launch/configs/quickstart.yaml --parallel.tp "$ranks" \
+        --data.paths "$output/text/train.jsonl" --evaluation.paths "$output/text/heldout.jsonl" \
+        --run.output "$output/$name" "$@"
+}
+restore published
+restore with-qk --objective.relations.qk 1.0
+echo
+"$python" tools/compare_runs.py "$output/published" "$output/with-qk" --output "$output"

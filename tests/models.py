@@ -1,0 +1,53 @@
+"""Small random models in Hugging Face format, for every family and flag."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+_BASE = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+FAMILIES = {
+    "llama": (LlamaConfig, {}),
+    "llama-mha": (LlamaConfig, {"num_key_value_heads": 4}),
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (MistralConfig, {"sliding_window": 7}),
+    "qwen2": (Qwen2Config, {"num_key_value_heads": 1}),
+    "qwen2-windows": (
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+}
+
+
+def make_model(family: str, folder: Path, seed: int = 0, **overrides) -> Path:
+    """Write a random model whose weights are large enough for every path to matter."""
+    kind, extra = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(kind(**{**_BASE, **extra, **overrides}))
+    for name, parameter in model.named_parameters():
+        centre = 1.0 if "norm" in name else 0.0
+        torch.nn.init.normal_(parameter, centre, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def copy_with_config(source: Path, folder: Path, config: dict) -> Path:
+    """The same weights under another config.json."""
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

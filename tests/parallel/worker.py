@@ -1,0 +1,89 @@
+"""What each rank of a parity run does; the results are gathered to whole tensors on rank 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megalard.checkpoint.export import gather_full
+from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.checkpoint.load import load_decoder
+from megalard.config import Config
+from megalard.data.sampler import rank_indices
+from megalard.distill.step import Distiller
+from megalard.distill.student import build_student
+from megalard.model.rope import rope_table, scaled_config
+from megalard.model.spec import read_spec, spec_from_config
+from megalard.parallel.mesh import Mesh, build_mesh
+from tests.parallel.cases import CASES, DROPOUT, GLOBAL_BATCH, STEPS, Case, batch_of, make_config
+
+
+def make_distiller(config: Config, mesh: Mesh) -> Distiller:
+    """Teacher and student of a configuration, loaded as the trainer loads them."""
+    spec = read_spec(config.model.teacher)
+    start = read_spec(config.model.student) if config.model.student else spec
+    student_spec = spec_from_config(scaled_config(start, config.rope, 64), "student")
+    weights = HuggingFaceWeights(config.model.teacher)
+    dtype = getattr(torch, config.model.compute_dtype)
+    teacher = load_decoder(spec, rope_table(spec), mesh.tp, weights, mesh.device, dtype)
+    own = HuggingFaceWeights(config.model.student) if config.model.student else None
+    rope = rope_table(student_spec)
+    student = build_student(teacher, student_spec, rope, config, mesh.tp, own)
+    if config.trainable.mode == "lora":
+        _fill_lora_b(student)
+    return Distiller(teacher, student, config, mesh)
+
+
+def _fill_lora_b(student) -> None:
+    """B starts at zero, which would hide A's gradient; give it fixed values instead."""
+    for name, parameter in student.trained.items():
+        if name.endswith("lora_B"):
+            layout = student.decoder.layouts[name]
+            generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
+            full = torch.randn(layout.full_shape, generator=generator) * 0.1
+            if layout.dim is not None:
+                full = full.narrow(layout.dim, layout.start, layout.length)
+            parameter.data.copy_(full)
+
+
+def whole(distiller: Distiller, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    layouts, axis = distiller.student.decoder.layouts, distiller.mesh.tp
+    return {k: gather_full(v.detach(), layouts[k], axis).clone().cpu() for k, v in tensors.items()}
+
+
+def micro_batches(case: Case, step: int, mesh: Mesh, micro_batch: int):
+    places = rank_indices(
+        torch.arange(GLOBAL_BATCH).numpy(), mesh.dp.rank, mesh.dp.size, micro_batch
+    )
+    return [batch_of(case, step, place.tolist()).to(mesh.device) for place in places]
+
+
+def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
+    """Loss, parts and gradients of the first step, weights before and after ``STEPS`` steps."""
+    distiller = make_distiller(config, mesh)
+    out = {"start": whole(distiller, distiller.student.trained)}
+    micro = config.optimizer.micro_batch
+    first = micro_batches(case, 0, mesh, micro)
+    distiller.accumulate(first, 0)
+    distiller.gradients.reduce()
+    out["norm"] = float(distiller.gradients.norm())
+    out["gradients"] = whole(distiller, {k: p.grad for k, p in distiller.student.trained.items()})
+    for step in range(STEPS):
+        result = distiller.step(micro_batches(case, step, mesh, micro), step)
+        if step == 0:
+            out["loss"], out["parts"] = result.loss, result.parts
+            assert abs(result.gradient_norm - out["norm"]) <= 1e-6 * out["norm"]
+    out["weights"] = whole(distiller, distiller.student.trained)
+    return out
+
+
+def run_all(folder: str, tp: int, device: str, dtype: str, results: str) -> None:
+    """Every case on one layout; rank 0 writes the results to the file ``results``."""
+    found = {}
+    mesh = build_mesh(device, tp)
+    for name, case in {**CASES, "dropout": DROPOUT}.items():
+        config = make_config(case, Path(folder) / name, tp, dtype)
+        found[name] = run_case(case, config, mesh)
+    if mesh.world.rank == 0:
+        torch.save(found, results)
