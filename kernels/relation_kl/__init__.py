@@ -1,0 +1,32 @@
+"""Exact relation KL of LinearARD in linear memory: values, gradients and mergeable partials."""
+
+from .mask import (
+    IntervalMask,
+    causal_mask,
+    chunk_mask,
+    document_mask,
+    full_mask,
+    segment_bounds,
+    segment_mask,
+)
+from .op import relation_backward, relation_forward, relation_kl, relation_partials
+from .statistics import Partials, RelationStatistics, finish, merge, rescale
+
+__all__ = [
+    "IntervalMask",
+    "Partials",
+    "RelationStatistics",
+    "causal_mask",
+    "chunk_mask",
+    "document_mask",
+    "finish",
+    "full_mask",
+    "merge",
+    "relation_backward",
+    "relation_forward",
+    "relation_kl",
+    "relation_partials",
+    "rescale",
+    "segment_bounds",
+    "segment_mask",
+]

@@ -1,0 +1,153 @@
+"""Relation KL in plain torch, block by block: the CPU path and the model for the Triton kernels.
+
+Memory is linear in the sequence: no tensor is larger than the operands or one tile of scores, and
+column tiles that a block of rows cannot see are never visited. Statistics are fp32 (fp64 for fp64
+operands). Equations in `statistics` and, for the gradient, in `torch_backward`.
+"""
+
+from collections.abc import Iterator
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .mask import IntervalMask
+from .operands import Operands
+from .statistics import Partials, merge
+
+# Measured on one core: wider tiles leave the L2 cache, taller blocks redo more of the triangle.
+BLOCK_ROWS = 64
+TILE_ELEMENTS = 1 << 18  # scores of one tile, over all heads of a sequence
+NEG_INF = float("-inf")
+
+
+class Tile(NamedTuple):
+    """A block of rows by a block of columns; ``allowed`` [rows, cols] bool, None if all are."""
+
+    rows: slice
+    cols: slice
+    allowed: Tensor | None
+
+
+def torch_partials(op: Operands) -> Partials:
+    """Partials over all given columns, each [b, Ha, n]."""
+    b, heads, n, _ = op.rows_s.shape
+    out = op.rows_s.new_zeros(5, b, heads, n, dtype=op.accumulate_dtype)
+    out[0], out[2] = NEG_INF, NEG_INF
+    for i in range(b):
+        x_s, y_s, x_t, y_t = _sequence(op, i)
+        for tiles in _blocks(op.mask, i, heads):
+            parts = [
+                _tile_partials(_scores(x_s, y_s, tile), _scores(x_t, y_t, tile), tile.allowed)
+                for tile in tiles
+            ]
+            merged = torch.stack(reduce(merge, parts))
+            out[:, i, :, tiles[0].rows] = merged.flatten(1, 2)
+    return Partials(*out)
+
+
+def torch_backward(
+    op: Operands, lse_s: Tensor, lse_t: Tensor, row_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of sum_i w_i KL_i in the accumulation dtype: (rows, columns or None if self).
+
+    D_ij = w_i (exp(S_ij - lse_s_i) - exp(T_ij - lse_t_i)) over allowed pairs, then
+    d/dA_s = scale_s D B_s and d/dB_s = scale_s D^T A_s (LinearARD, arXiv 2604.00004); a self
+    relation gets their sum.
+    """
+    grad_rows = torch.zeros_like(op.rows_s, dtype=op.accumulate_dtype)
+    grad_cols = grad_rows if op.is_self else torch.zeros_like(op.cols_s, dtype=op.accumulate_dtype)
+    heads_shape = (op.cols_s.shape[1], op.group)
+    for i in range(op.rows_s.shape[0]):
+        x_s, y_s, x_t, y_t = _sequence(op, i)
+        stats = [
+            None if x is None else x[i].unflatten(0, heads_shape).unsqueeze(-1)
+            for x in (lse_s, lse_t, row_weight)
+        ]
+        for tiles in _blocks(op.mask, i, op.rows_s.shape[1]):
+            for tile in tiles:
+                s, t = _scores(x_s, y_s, tile), _scores(x_t, y_t, tile)
+                own_s, own_t, weight = (None if x is None else x[:, :, tile.rows] for x in stats)
+                delta = s.sub_(own_s).exp_().sub_(t.sub_(own_t).exp_())
+                if weight is not None:
+                    delta.mul_(weight)
+                if tile.allowed is not None:
+                    delta.masked_fill_(~tile.allowed, 0.0)
+                delta = delta.flatten(1, 2)
+                x_block = x_s[:, :, tile.rows].flatten(1, 2)
+                rows_part = torch.bmm(delta, y_s[:, tile.cols]).mul_(op.scale_s)
+                grad_rows[i, :, tile.rows] += rows_part.unflatten(1, (op.group, -1)).flatten(0, 1)
+                grad_cols[i, :, tile.cols] += torch.bmm(delta.mT, x_block)  # x carries the scale
+    return grad_rows, None if op.is_self else grad_cols
+
+
+def _sequence(op: Operands, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One sequence: scaled rows [Hb, group, n, d] and columns [Hb, m, d], student then teacher."""
+    shape = (op.cols_s.shape[1], op.group)
+    sides = []
+    for rows, cols, scale in (
+        (op.rows_s, op.cols_s, op.scale_s),
+        (op.rows_t, op.cols_t, op.scale_t),
+    ):
+        sides.append(rows[i].to(op.accumulate_dtype).mul(scale).unflatten(0, shape))
+        sides.append(cols[i].to(op.accumulate_dtype))
+    return tuple(sides)
+
+
+def _scores(x: Tensor, y: Tensor, tile: Tile) -> Tensor:
+    """Scaled scores [Hb, group, rows, cols] of a tile."""
+    block = x[:, :, tile.rows]
+    scores = torch.bmm(block.flatten(1, 2), y[:, tile.cols].mT)
+    return scores.view(*block.shape[:3], -1)
+
+
+def _tile_partials(s: Tensor, t: Tensor, allowed: Tensor | None) -> Partials:
+    """Partials of one tile of scores [..., rows, cols]; overwrites s and t."""
+    gap = t - s
+    m, sums = [], []
+    for scores in (s, t):
+        if allowed is not None:
+            scores.masked_fill_(~allowed, NEG_INF)
+        top = scores.amax(-1)
+        # A row without columns here would give -inf - -inf.
+        scores.sub_(top.masked_fill(top == NEG_INF, 0.0).unsqueeze(-1)).exp_()
+        m.append(top)
+        sums.append(scores.sum(-1))
+    return Partials(m[0], sums[0], m[1], sums[1], gap.mul_(t).sum(-1))
+
+
+def _blocks(mask: IntervalMask, i: int, heads: int) -> Iterator[list[Tile]]:
+    """The tiles that each block of rows of sequence i visits; blocks that see nothing are left out.
+
+    Reads the intervals' extremes on the host, once per sequence.
+    """
+    n, width = mask.n, max(16, TILE_ELEMENTS // (heads * BLOCK_ROWS))
+    lo, hi = mask.col_lo_bn[i], mask.col_hi_bn[i]
+    live = lo < hi
+    extremes = torch.stack(
+        [
+            _per_block(lo.masked_fill(~live, mask.m), mask.m).amin(1),
+            _per_block(lo.masked_fill(~live, mask.m), 0).amax(1),
+            _per_block(hi.masked_fill(~live, 0), mask.m).amin(1),
+            _per_block(hi.masked_fill(~live, 0), 0).amax(1),
+        ],
+        dim=1,
+    ).tolist()
+    for block, (first, full_first, full_last, last) in enumerate(extremes):
+        rows = slice(block * BLOCK_ROWS, min(n, (block + 1) * BLOCK_ROWS))
+        tiles = []
+        for start in range(first, last, width):
+            cols = slice(start, min(start + width, last))
+            allowed = None
+            if start < full_first or cols.stop > full_last:
+                j = torch.arange(cols.start, cols.stop, device=mask.device, dtype=torch.int32)
+                allowed = (j >= lo[rows, None]) & (j < hi[rows, None])
+            tiles.append(Tile(rows, cols, allowed))
+        if tiles:
+            yield tiles
+
+
+def _per_block(x: Tensor, fill: int) -> Tensor:
+    """[n] -> [blocks, BLOCK_ROWS], the last block padded with ``fill``."""
+    return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK_ROWS), value=fill).view(-1, BLOCK_ROWS)

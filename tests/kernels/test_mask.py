@@ -1,0 +1,81 @@
+"""Interval masks describe the same pairs from both sides, and the pairs they promise."""
+
+import pytest
+import torch
+from megalard.kernels.relation_kl import (
+    IntervalMask,
+    causal_mask,
+    chunk_mask,
+    document_mask,
+    full_mask,
+    segment_bounds,
+    segment_mask,
+)
+
+from tests.kernels.oracle import dense_allowed, segment_ids
+
+LAYOUTS = ["single", "left_pad", "right_pad", "both_pad", "all_pad", "packed", "packed_pad"]
+
+
+def dense_sides(mask):
+    """[b, n, m] bool as the rows tell it, and as the columns tell it."""
+    i, j = torch.arange(mask.n), torch.arange(mask.m)
+    from_rows = (j >= mask.col_lo_bn[..., None]) & (j < mask.col_hi_bn[..., None])
+    from_cols = (i >= mask.row_lo_bm[..., None]) & (i < mask.row_hi_bm[..., None])
+    return from_rows, from_cols.mT
+
+
+def assert_mask_is(mask, allowed):
+    for side in dense_sides(mask):
+        assert torch.equal(side, allowed)
+    for lo, hi in ((mask.col_lo_bn, mask.col_hi_bn), (mask.row_lo_bm, mask.row_hi_bm)):
+        assert lo.dtype == hi.dtype == torch.int32
+        assert not (lo > hi).any() and not lo[lo == hi].any(), "empty intervals must be (0, 0)"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_segment_mask_allows_exactly_its_documents(layout, causal):
+    ids_bs = segment_ids(layout, 3, 23)
+    assert_mask_is(segment_mask(ids_bs, causal=causal), dense_allowed(ids_bs, causal))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunk_pairs_tile_the_whole_mask(layout, causal):
+    s, size = 24, 6
+    ids_bs = segment_ids(layout, 2, s)
+    bounds, allowed = segment_bounds(ids_bs), dense_allowed(ids_bs, causal)
+    for row in range(0, s, size):
+        for col in range(0, s, size + 2):
+            mask = chunk_mask(
+                *bounds, row_offset=row, n=size, col_offset=col, m=size + 2, causal=causal
+            )
+            assert_mask_is(mask, allowed[:, row : row + size, col : col + size + 2])
+
+
+def test_causal_and_full_masks():
+    assert_mask_is(causal_mask(2, 9), torch.ones(2, 9, 9, dtype=torch.bool).tril())
+    assert_mask_is(full_mask(2, 5, 7), torch.ones(2, 5, 7, dtype=torch.bool))
+
+
+def test_document_mask_takes_bounds():
+    start_bs = torch.tensor([[0, 0, 2, 2, 0]])
+    end_bs = torch.tensor([[2, 2, 4, 4, 0]])
+    ids_bs = torch.tensor([[0, 0, 1, 1, -1]])
+    assert_mask_is(document_mask(start_bs, end_bs), dense_allowed(ids_bs, True))
+
+
+def test_bad_masks_are_refused():
+    with pytest.raises(ValueError, match="contiguous run"):
+        segment_mask(torch.tensor([[0, 1, 0]]))
+    with pytest.raises(ValueError, match="contiguous run"):
+        segment_mask(torch.tensor([[0, -1, 0]]))
+    segment_mask(torch.tensor([[-1, 0, -1, -2, 1], [7, 7, 3, 3, -1]]))
+    with pytest.raises(ValueError, match="inside the sequence"):
+        chunk_mask(*segment_bounds(torch.zeros(1, 8)), row_offset=4, n=5, col_offset=0, m=8)
+    x = torch.zeros(1, 4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="int32"):
+        IntervalMask(x.long(), x, x, x)
+    with pytest.raises(ValueError, match="must be"):
+        IntervalMask(x, x[:, :3], x, x)
