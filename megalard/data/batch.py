@@ -1,41 +1,74 @@
 """Blocks as tensors: the batch every part of the trainer reads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from megalard.data.blocks import Block
+from megalard.parallel.context import SequenceShard, Span
+from megalard.parallel.mesh import Axis
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of tokens and where their documents lie.
+    """Some rows of tokens and where their documents lie, as one rank reads them.
+
+    ``s`` is the tokens of a row that this rank owns; documents lie in the whole row of ``n``. A
+    fresh batch is whole (``s = n``); ``cut`` takes a rank's share.
 
     Attributes:
         tokens_bs: int64 ``[b, s]``.
+        target_bs: int64 ``[b, s]``, the token that follows each; -1 after a row's last.
         position_bs: int64 ``[b, s]``, a token's position in its own document's part of the row,
             from 0; 0 on padding.
-        doc_start_bs, doc_end_bs: int32 ``[b, s]``, the half-open interval of the row that the
+        place_s: int64 ``[s]``, where each token stands in its row.
+        doc_start_bn, doc_end_bn: int32 ``[b, n]``, the half-open interval of the row that the
             token's document takes; 0 and 0 on padding, so that an empty interval marks it.
         documents: ``(row, start, end)`` of every document, on the host.
-        valid_tokens: how many tokens are not padding.
         sample_b: int64 ``[b]``, each row's place in the step's global batch.
+        shard: which tokens of a row are this rank's.
     """
 
     tokens_bs: torch.Tensor
+    target_bs: torch.Tensor
     position_bs: torch.Tensor
-    doc_start_bs: torch.Tensor
-    doc_end_bs: torch.Tensor
+    place_s: torch.Tensor
+    doc_start_bn: torch.Tensor
+    doc_end_bn: torch.Tensor
     documents: tuple[tuple[int, int, int], ...]
-    valid_tokens: int
     sample_b: torch.Tensor
+    shard: SequenceShard
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The parts of the documents that this rank's tokens are in."""
+        return self.shard.spans(self.documents)
+
+    @property
+    def valid_tokens(self) -> int:
+        """How many of this rank's tokens are not padding."""
+        return sum(span.end - span.start for span in self.spans)
 
     def token_ids(self) -> torch.Tensor:
         """int64 ``[b * s]``: a number for each token that no other token of the step has."""
-        length = self.tokens_bs.shape[1]
-        token = torch.arange(length, device=self.sample_b.device)
-        return (self.sample_b[:, None] * length + token).flatten()
+        return (self.sample_b[:, None] * self.shard.length + self.place_s).flatten()
+
+    def cut(self, axis: Axis) -> "Batch":
+        """A whole batch's share of this rank of the cp axis.
+
+        Raises:
+            UserError: the rows do not divide into the axis's pieces.
+        """
+        shard = SequenceShard(self.shard.length, axis)
+        return replace(
+            self,
+            tokens_bs=shard.cut(self.tokens_bs, 1),
+            target_bs=shard.cut(self.target_bs, 1),
+            position_bs=shard.cut(self.position_bs, 1),
+            place_s=shard.cut(self.place_s, 0),
+            shard=shard,
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on ``device``; to a GPU from pinned memory, without waiting for the copy."""
@@ -46,14 +79,12 @@ class Batch:
                 return tensor.pin_memory().to(device, non_blocking=True)
             return tensor.to(device)
 
-        return replace(
-            self,
-            tokens_bs=move(self.tokens_bs),
-            position_bs=move(self.position_bs),
-            doc_start_bs=move(self.doc_start_bs),
-            doc_end_bs=move(self.doc_end_bs),
-            sample_b=move(self.sample_b),
-        )
+        tensors = {
+            field.name: move(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def collate(blocks: Sequence[Block], samples: Sequence[int] | None = None) -> Batch:
@@ -63,22 +94,25 @@ def collate(blocks: Sequence[Block], samples: Sequence[int] | None = None) -> Ba
         samples: the rows' places in the step's global batch; 0, 1, ... when not given.
     """
     tokens_bs = torch.stack([torch.from_numpy(tokens) for tokens, _ in blocks])
+    target_bs = torch.nn.functional.pad(tokens_bs[:, 1:], (0, 1), value=-1)
     position_bs = torch.zeros_like(tokens_bs)
-    doc_start_bs = torch.zeros_like(tokens_bs, dtype=torch.int32)
-    doc_end_bs = torch.zeros_like(doc_start_bs)
+    doc_start_bn = torch.zeros_like(tokens_bs, dtype=torch.int32)
+    doc_end_bn = torch.zeros_like(doc_start_bn)
     documents = tuple(
         (row, start, end) for row, (_, intervals) in enumerate(blocks) for start, end in intervals
     )
     for row, start, end in documents:
         torch.arange(end - start, out=position_bs[row, start:end])
-        doc_start_bs[row, start:end] = start
-        doc_end_bs[row, start:end] = end
+        doc_start_bn[row, start:end] = start
+        doc_end_bn[row, start:end] = end
     return Batch(
         tokens_bs=tokens_bs,
+        target_bs=target_bs,
         position_bs=position_bs,
-        doc_start_bs=doc_start_bs,
-        doc_end_bs=doc_end_bs,
+        place_s=torch.arange(tokens_bs.shape[1]),
+        doc_start_bn=doc_start_bn,
+        doc_end_bn=doc_end_bn,
         documents=documents,
-        valid_tokens=sum(end - start for _, start, end in documents),
         sample_b=torch.as_tensor(range(len(blocks)) if samples is None else samples),
+        shard=SequenceShard(tokens_bs.shape[1]),
     )

@@ -13,6 +13,8 @@ from megalard.data.sampler import (
     sample_indices,
 )
 from megalard.errors import UserError
+from megalard.parallel.context import SequenceShard
+from megalard.parallel.mesh import SINGLE, Axis
 
 
 class BatchLoader:
@@ -27,11 +29,12 @@ class BatchLoader:
         micro_batch: blocks a micro-batch.
         dp_rank, dp_size: this rank's place among the data-parallel ranks. Ranks that share a
             sequence or a model's shards pass the same ``dp_rank`` and get the same rows.
+        cp: the ranks that share the sequence of each block; the batches hold this rank's part.
         prefetch: read the following step in the background while this one is computed.
 
     Raises:
-        UserError: the data is smaller than a global batch, the batch does not divide, or the seed
-            is negative.
+        UserError: the data is smaller than a global batch, the batch or the sequence does not
+            divide, or the seed is negative.
     """
 
     def __init__(
@@ -43,13 +46,15 @@ class BatchLoader:
         micro_batch: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        cp: Axis = SINGLE,
         prefetch: bool = True,
     ):
         if seed < 0:
             raise UserError(f"the data seed is {seed}: set it to 0 or more")
         check_global_batch(global_batch, dp_size, micro_batch)
         check_enough_blocks(len(blocks), global_batch, blocks.context_length)
-        self.blocks = blocks
+        SequenceShard(blocks.context_length, cp)
+        self.blocks, self.cp = blocks, cp
         self.seed = seed
         self.global_batch = global_batch
         self.micro_batch = micro_batch
@@ -75,7 +80,8 @@ class BatchLoader:
         places = np.arange(self.global_batch)
         shares = rank_indices(places, self.dp_rank, self.dp_size, self.micro_batch)
         return [
-            collate([self.blocks.block(int(i)) for i in indices[share]], share) for share in shares
+            collate([self.blocks.block(int(i)) for i in indices[share]], share).cut(self.cp)
+            for share in shares
         ]
 
     def close(self) -> None:

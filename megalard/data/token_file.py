@@ -151,8 +151,13 @@ def _open_same(output: Path, tokenizer: Tokenizer, source: str) -> TokenStore | 
     Raises:
         UserError: something else is there.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
+    try:
+        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+            return None
+    except OSError as error:
+        raise UserError(
+            f"{output} cannot be read ({error.strerror}): choose another output folder"
+        ) from error
     if not (output / META).is_file():
         raise UserError(
             f"{output} is not empty and holds no token store: choose another output folder"

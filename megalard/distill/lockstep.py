@@ -48,8 +48,7 @@ def lockstep(
         last_layer: the last layer the loss needs.
         recompute: activation checkpointing: keep each student layer's input, not its inside.
     """
-    context_t = teacher.context(batch.position_bs, batch.documents)
-    context_s = student.context(batch.position_bs, batch.documents)
+    context_t, context_s = teacher.context(batch), student.context(batch)
     x_t = teacher.embed(batch.tokens_bs, dtype).detach()
     shared = student.model.embed_tokens.weight is teacher.model.embed_tokens.weight
     x_s = x_t if shared else student.embed(batch.tokens_bs, dtype)

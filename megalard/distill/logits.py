@@ -15,18 +15,24 @@ _ROWS = 1024
 
 
 def chosen_rows(batch: Batch, last: int | None) -> list[int]:
-    """The last ``last`` valid tokens of each block, as places (row * s + token); None for all."""
+    """The last ``last`` valid tokens of each block, as places among this rank's [b * s] tokens.
+
+    None chooses every valid token.
+    """
     length = batch.tokens_bs.shape[1]
-    rows: list[int] = []
-    for row in range(batch.tokens_bs.shape[0]):
-        valid = [
-            row * length + token
-            for owner, start, end in batch.documents
-            if owner == row
-            for token in range(start, end)
-        ]
-        rows += valid if last is None else valid[-last:]
-    return rows
+    # the first token of each row that counts
+    first = [0] * batch.tokens_bs.shape[0]
+    if last is not None:
+        for row in range(len(first)):
+            valid = [t for r, start, end in batch.documents if r == row for t in range(start, end)]
+            first[row] = valid[-last] if len(valid) >= last else 0
+    places = batch.shard.own_positions().tolist()
+    return [
+        span.row * length + token
+        for span in batch.spans
+        for token in range(span.start, span.end)
+        if places[token] >= first[span.row]
+    ]
 
 
 def logits_kl_sum(
@@ -34,10 +40,11 @@ def logits_kl_sum(
 ) -> torch.Tensor:
     """Σ over the chosen rows of KL(teacher || student), a scalar to differentiate.
 
-    Logits exist for a chunk of rows at a time, forward and backward.
+    Logits exist for a chunk of rows at a time, forward and backward. A rank without a chosen row
+    takes part all the same, since the backward pass of every layer is a collective.
     """
     axis = student.ops.axis
-    index = torch.tensor(rows, device=residuals.student.device)
+    index = torch.tensor(rows, dtype=torch.int64, device=residuals.student.device)
     hidden_s = student.ops.gather(student.model.norm(residuals.student)).index_select(0, index)
     with torch.no_grad():
         hidden_t = teacher.ops.gather(teacher.model.norm(residuals.teacher)).index_select(0, index)

@@ -2,25 +2,21 @@
 
     loss = mean over layers of  sum_rel w_rel * mean over (valid rows, heads of rel) of KL_i
 
-Each rank sums over its own heads; sums over ranks, and the division by the number of valid rows of
-the whole step, are the step's.
+Each rank sums over its own heads and its own rows; sums over ranks, and the division by the number
+of valid rows of the whole step, are the step's.
 """
 
 from __future__ import annotations
 
 import torch
 
-from megalard.kernels.relation_kl import (
-    IntervalMask,
-    relation_backward,
-    relation_forward,
-)
+from megalard.distill.sharded_relation import OPERANDS, Operand, RelationPlan, relation_sums
 from megalard.model.decoder import Qkv
 from megalard.model.spec import ModelSpec
 
 
 class RelationObjective:
-    """The weighted relations of one layer, summed over rows and this rank's heads.
+    """The weighted relations of one layer, summed over this rank's rows and heads.
 
     Args:
         spec: the model's head counts.
@@ -39,10 +35,11 @@ class RelationObjective:
             name: 1.0 / (num_layers * heads.get(name, spec.num_kv_heads * kv_replicas))
             for name in self.names
         }
-        self._weights = weights
+        self._factors = {name: weights[name] * self._mean[name] for name in self.names}
+        self._operands = sorted({kind for name in self.names for kind in OPERANDS[name]})
 
     def __call__(
-        self, student: Qkv, teacher: Qkv, mask: IntervalMask
+        self, student: Qkv, teacher: Qkv, plan: RelationPlan
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One layer's part of the loss times the number of valid rows.
 
@@ -50,37 +47,31 @@ class RelationObjective:
             The weighted sum, a scalar to differentiate, and [relations] the unweighted means over
             layers and heads (fp32, detached), in the order of ``names``.
         """
-        parts = []
-        for name in self.names:
-            if name == "qk":
-                rows, columns = (student.q, teacher.q), (student.k, teacher.k)
-            else:
-                rows, columns = (getattr(student, name), getattr(teacher, name)), (None, None)
-            total = _RelationSum.apply(rows[0], columns[0], rows[1], columns[1], mask)
-            parts.append(total * self._mean[name])
-        loss = sum(w * part for w, part in zip(self._weights.values(), parts, strict=True))
-        return loss, torch.stack([part.detach() for part in parts])
+        student_x = [getattr(student, kind) for kind in self._operands]
+        teacher_x = [getattr(teacher, kind) for kind in self._operands]
+        sums = _Relations.apply(self._operands, self._factors, plan, teacher_x, *student_x)
+        loss, *parts = sums.unbind()
+        means = [part * mean for part, mean in zip(parts, self._mean.values(), strict=True)]
+        return loss, torch.stack(means).detach()
 
 
-class _RelationSum(torch.autograd.Function):
-    """Σ over batch, heads and rows of KL_i.
+class _Relations(torch.autograd.Function):
+    """[weighted sum, sum of each relation], differentiable in the first.
 
     The gradient is computed in the forward pass, so that the teacher's operands can be dropped at
     once and a recomputed layer need not repeat the relation.
     """
 
     @staticmethod
-    def forward(ctx, rows_s, cols_s, rows_t, cols_t, mask):
-        stats = relation_forward(rows_s, rows_t, cols_s, cols_t, mask=mask)
-        if any(ctx.needs_input_grad):
-            grads = relation_backward(
-                rows_s, rows_t, cols_s, cols_t, stats.lse_s, stats.lse_t, None, mask=mask
-            )
-            ctx.save_for_backward(*(grads if cols_s is not None else (grads,)))
-        return stats.kl.sum()
+    def forward(ctx, kinds, factors, plan, teacher, *student):
+        operands = {kind: Operand(s, t) for kind, s, t in zip(kinds, student, teacher, strict=True)}
+        sums, grads = relation_sums(operands, factors, plan, any(ctx.needs_input_grad))
+        ctx.save_for_backward(*(grads[kind] for kind in kinds if grads))
+        loss = sum(factors[name] * total for name, total in sums.items())
+        return torch.stack([loss, *sums.values()])
 
     @staticmethod
     def backward(ctx, grad):
         # in fp32: a scale rounded to half precision would shift every gradient alike
-        grads = [(saved.float() * grad).to(saved.dtype) for saved in ctx.saved_tensors]
-        return grads[0], grads[1] if len(grads) > 1 else None, None, None, None
+        grads = [(saved.float() * grad[0]).to(saved.dtype) for saved in ctx.saved_tensors]
+        return None, None, None, None, *grads

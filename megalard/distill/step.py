@@ -11,9 +11,9 @@ from megalard.data.batch import Batch
 from megalard.distill.lockstep import Residuals, lockstep
 from megalard.distill.logits import chosen_rows, logits_kl_sum
 from megalard.distill.relation import RelationObjective
+from megalard.distill.sharded_relation import RelationPlan
 from megalard.distill.student import Student, last_layer_needed
 from megalard.errors import UserError
-from megalard.kernels.relation_kl import document_mask
 from megalard.model.decoder import Decoder
 from megalard.optimizer import learning_rate, make_optimizer
 from megalard.parallel.agreement import gather_objects
@@ -25,13 +25,16 @@ from megalard.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global means of a step over all its valid tokens; ``gradient_norm`` is before clipping."""
+    """Global means of a step over all its valid tokens; ``gradient_norm`` is before clipping.
+
+    ``skipped`` says why the update was left out; None if it was made.
+    """
 
     loss: float
     parts: dict[str, float]
     gradient_norm: float
     learning_rate: float
-    skipped: bool
+    skipped: str | None
 
 
 class Distiller:
@@ -77,8 +80,13 @@ class Distiller:
         *values, norm_value, loss_value = torch.stack([*parts.values(), norm, loss]).tolist()
 
         finite = abs(norm_value) < float("inf") and abs(loss_value) < float("inf")
-        if not finite and self.config.run.non_finite == "stop":
-            self._refuse_to_go_on(number, bool(finite_here), loss_value)
+        problem = None
+        if not finite:
+            problem = self._describe_non_finite(number, bool(finite_here), loss_value)
+            if self.config.run.non_finite == "stop":
+                raise UserError(
+                    f"{problem}: lower optimizer.learning_rate, or set run.non_finite skip"
+                )
         if finite:
             if self.config.optimizer.clip > 0:
                 self.gradients.clip(norm, self.config.optimizer.clip)
@@ -86,7 +94,7 @@ class Distiller:
                 group["lr"] = rate
             self.optimizer.step()
         return StepResult(
-            loss_value, dict(zip(parts, values, strict=True)), norm_value, rate, not finite
+            loss_value, dict(zip(parts, values, strict=True)), norm_value, rate, problem
         )
 
     def accumulate(self, batches: list[Batch], number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +112,7 @@ class Distiller:
             dtype=torch.float32,
             device=self.mesh.device,
         )
-        all_reduce(counts, self.mesh.dp)
+        all_reduce(counts, self.mesh.data)
         scale = 1.0 / counts.clamp(min=1)
         sums = None
         for batch, chosen in zip(batches, rows, strict=True):
@@ -117,7 +125,7 @@ class Distiller:
         return sums, counts
 
     def _micro_step(self, batch: Batch, rows: list[int], scale: torch.Tensor):
-        mask = document_mask(batch.doc_start_bs, batch.doc_end_bs)
+        plan = RelationPlan(batch.shard, batch.doc_start_bn, batch.doc_end_bn)
         residuals = Residuals() if self.config.objective.logits_kl > 0 else None
         loss = scale.new_zeros(())
         parts = scale.new_zeros(len(self.relations.names) if self.relations else 0)
@@ -132,11 +140,11 @@ class Distiller:
         ):
             if self.relations is None or pair.layer not in self.layers:
                 continue
-            layer_loss, layer_parts = self.relations(pair.student, pair.teacher, mask)
+            layer_loss, layer_parts = self.relations(pair.student, pair.teacher, plan)
             loss = loss + layer_loss * scale[0]
             parts = parts + layer_parts
         logits = scale.new_zeros(())
-        if residuals is not None and rows:
+        if residuals is not None:
             kl = logits_kl_sum(self.teacher, self.student.decoder, residuals, rows)
             loss = loss + self.config.objective.logits_kl * kl * scale[1]
             # every tp rank has the whole sum; each reports its share of it
@@ -144,7 +152,7 @@ class Distiller:
         return loss, torch.cat([parts, logits[None]])
 
     def _global_means(self, sums: torch.Tensor, counts: torch.Tensor) -> dict[str, torch.Tensor]:
-        all_reduce(all_reduce(sums, self.mesh.tp), self.mesh.dp)
+        all_reduce(all_reduce(sums, self.mesh.tp), self.mesh.data)
         names = self.relations.names if self.relations else []
         means = {name: sums[i] / counts[0] for i, name in enumerate(names)}
         if self.config.objective.logits_kl > 0:
@@ -155,7 +163,8 @@ class Distiller:
         objective = self.config.objective
         return objective.logits_kl if name == "logits" else getattr(objective.relations, name)
 
-    def _refuse_to_go_on(self, number: int, finite_here: bool, loss: float) -> None:
+    def _describe_non_finite(self, number: int, finite_here: bool, loss: float) -> str:
+        """The step, the ranks and the tensors; a collective call."""
         flags = gather_objects(finite_here, self.mesh.world)
         ranks = [rank for rank, finite in enumerate(flags) if not finite]
         names = [
@@ -166,9 +175,8 @@ class Distiller:
         found = sorted(
             {name for part in gather_objects(names[:4], self.mesh.world) for name in part}
         )
-        raise UserError(
+        return (
             f"step {number + 1}: the loss is {loss} and gradients are not finite on rank "
             f"{', '.join(map(str, ranks)) or 'none'}, in {', '.join(found[:4]) or 'no tensor'}"
-            f"{' and others' if len(found) > 4 else ''}: lower optimizer.learning_rate, or set "
-            "run.non_finite skip"
+            f"{' and others' if len(found) > 4 else ''}"
         )

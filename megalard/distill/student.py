@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megalard.checkpoint.huggingface import HuggingFaceWeights
 from megalard.checkpoint.load import empty_decoder, get_module, read_parameter, set_parameter
+from megalard.checkpoint.merged import Weights
 from megalard.config import Config
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder, Projection
@@ -55,7 +55,8 @@ def build_student(
     rope: RopeTable,
     config: Config,
     axis: Axis,
-    weights: HuggingFaceWeights | None = None,
+    weights: Weights | None = None,
+    masters: Weights | None = None,
 ) -> Student:
     """Make the student of a loaded teacher.
 
@@ -65,6 +66,8 @@ def build_student(
         config: which parameters are trained.
         axis: the tp axis.
         weights: the student's own checkpoint; None starts from the teacher's weights.
+        masters: the files trained weights are read from, which the teacher may hold rounded to
+            its compute dtype; None takes the teacher's.
 
     Raises:
         UserError: the student's checkpoint does not match the teacher, or nothing is trained.
@@ -76,8 +79,11 @@ def build_student(
     trained: dict[str, nn.Parameter] = {}
     for name in list(decoder.layouts):
         if _is_trained_weight(name, config, spec):
-            source = get_parameter(teacher, name) if weights is None else None
-            value = read_parameter(decoder, name, weights) if source is None else source.detach()
+            files = weights or masters
+            if files is None:
+                value = get_parameter(teacher, name).detach()
+            else:
+                value = read_parameter(decoder, name, files)
             trained[name] = nn.Parameter(value.to(place.device, torch.float32, copy=True))
             set_parameter(decoder, name, trained[name])
         elif weights is None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from megalard.data.batch import Batch, collate
 from megalard.data.token_store import TokenStore
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
@@ -91,30 +92,31 @@ def measure(
     # every dp rank makes its own passes; within one, the tp ranks act together
     own = windows_wl[mesh.dp.rank :: mesh.dp.size]
     for start in range(0, len(own), batch):
-        token_bs = torch.from_numpy(own[start : start + batch]).to(mesh.device)
-        sums += _window_sums(model, teacher, token_bs, dtype)
-    all_reduce(sums, mesh.dp)
+        blocks = [(window, [(0, length)]) for window in own[start : start + batch]]
+        sums += _window_sums(model, teacher, collate(blocks).cut(mesh.cp).to(mesh.device), dtype)
+    all_reduce(sums, mesh.data)
     loss, kl, same, count = sums.tolist()
     if teacher is None:
         return Measurement(loss / count)
     return Measurement(loss / count, kl / count, same / count)
 
 
-def _window_sums(model: Decoder, teacher: Decoder | None, token_bs, dtype) -> torch.Tensor:
-    """[loss, kl, agreements, tokens] summed over a pass."""
-    batch, length = token_bs.shape
+def _window_sums(
+    model: Decoder, teacher: Decoder | None, batch: Batch, dtype: torch.dtype
+) -> torch.Tensor:
+    """[loss, kl, agreements, tokens] summed over this rank's tokens of a pass."""
     axis, first = model.ops.axis, model.first_vocab_row
-    position_bs = torch.arange(length, device=token_bs.device).expand(batch, length)
-    documents = tuple((row, 0, length) for row in range(batch))
+    target = batch.target_bs.flatten()
+    place = (target >= 0).nonzero()[:, 0]
 
     def hidden(decoder: Decoder) -> torch.Tensor:
-        x = decoder.ops.gather(decoder.model.norm(decoder(token_bs, position_bs, documents, dtype)))
-        return x.view(batch, length, -1)[:, :-1].flatten(0, 1)
+        x = decoder.ops.gather(decoder.model.norm(decoder(batch, dtype)))
+        return x.index_select(0, place)
 
-    target = token_bs[:, 1:].flatten()
+    target = target.index_select(0, place)
     h = hidden(model)
     h_t = hidden(teacher) if teacher is not None else None
-    sums = torch.zeros(4, dtype=torch.float64, device=token_bs.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=target.device)
     for start in range(0, len(target), _ROWS):
         rows = slice(start, start + _ROWS)
         logits = F.linear(h[rows], model.head_weight.to(dtype)).float()

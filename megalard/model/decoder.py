@@ -10,6 +10,7 @@ Shapes: b sequences of s tokens make t = b*s rows; with tensor parallelism the r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +31,14 @@ except ImportError:
 class Context:
     """What every layer needs to know of the block it reads.
 
-    ``cos`` and ``sin`` are [b, 1, s, head_dim]; ``documents`` are (row, start, end).
+    ``cos`` and ``sin`` are [b, 1, s, head_dim] for the s tokens at hand, ``spans`` the documents
+    they are in (see ``attend``), and ``gather`` gives the k and v of all tokens of the block.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
-    documents: tuple[tuple[int, int, int], ...]
+    spans: tuple
+    gather: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -103,7 +106,8 @@ class Attention(nn.Module):
 
     def output(self, qkv: Qkv, context: Context, ops) -> torch.Tensor:
         """Attention and its output projection: [t/tp, hidden]."""
-        mixed = attend(qkv.q, qkv.k, qkv.v, context.documents, self.window)
+        k, v = context.gather(qkv.k), context.gather(qkv.v)
+        mixed = attend(qkv.q, k, v, context.spans, self.window)
         return ops.row(mixed.flatten(2).flatten(0, 1), self.o_proj)
 
 
@@ -172,9 +176,9 @@ class Decoder(nn.Module):
     def layers(self) -> nn.ModuleList:
         return self.model.layers
 
-    def context(self, position_bs: torch.Tensor, documents) -> Context:
-        """The layers' context for positions [b, s] and the blocks' documents."""
-        return Context(*self.rope.cos_sin(position_bs), documents)
+    def context(self, batch) -> Context:
+        """The layers' context for a ``megalard.data.batch.Batch``."""
+        return Context(*self.rope.cos_sin(batch.position_bs), batch.spans, batch.shard.gather)
 
     def embed(self, token_bs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Token ids [b, s] to the residual [t/tp, hidden]."""
@@ -190,10 +194,10 @@ class Decoder(nn.Module):
         head = self.model.embed_tokens if self.spec.tied_embeddings else self.lm_head
         return head.weight
 
-    def forward(self, token_bs: torch.Tensor, position_bs, documents, dtype) -> torch.Tensor:
-        """Token ids [b, s] to the final residual [t/tp, hidden], before the last norm."""
-        context = self.context(position_bs, documents)
-        x = self.embed(token_bs, dtype)
+    def forward(self, batch, dtype: torch.dtype) -> torch.Tensor:
+        """A batch's tokens [b, s] to the final residual [t/tp, hidden], before the last norm."""
+        context = self.context(batch)
+        x = self.embed(batch.tokens_bs, dtype)
         for layer in self.layers:
             x = layer.rest(x, layer.qkv(x, context, self.ops), context, self.ops)
         return x

@@ -14,6 +14,15 @@ from megalard.errors import UserError
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
+# what transformers takes where config.json is silent and the value is not the usual one
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_DEFAULTS = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+}
+
 _REFUSED = {
     "gemma": "it scales embeddings and adds one to its norm weights",
     "granite": "it multiplies embeddings, residuals, attention and logits by its own constants",
@@ -77,6 +86,8 @@ def read_spec(model_dir: str | Path) -> ModelSpec:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object: give a Hugging Face model directory")
     return spec_from_config(config, str(model_dir))
 
 
@@ -84,11 +95,13 @@ def spec_from_config(config: dict, where: str) -> ModelSpec:
     """The spec of a ``config.json`` dictionary; ``where`` names it in errors."""
     family = config.get("model_type")
     _refuse(config, family, where)
+    hf_config, config = config, {**_DEFAULTS[family], **config}
     try:
         heads = config["num_attention_heads"]
         layers = config["num_hidden_layers"]
         hidden = config["hidden_size"]
-        attention_bias = bool(config.get("attention_bias", False))
+        # the other families' classes do not read these flags
+        attention_bias = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
         return ModelSpec(
             family=family,
             vocab_size=config["vocab_size"],
@@ -100,14 +113,14 @@ def spec_from_config(config: dict, where: str) -> ModelSpec:
             head_dim=config.get("head_dim") or hidden // heads,
             norm_eps=config.get("rms_norm_eps", 1e-6),
             qkv_bias=family == "qwen2" or attention_bias,
-            o_bias=attention_bias and family != "qwen2",
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            o_bias=attention_bias,
+            mlp_bias=family == "llama" and bool(config.get("mlp_bias")),
             qk_norm=family == "qwen3",
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             windows=_windows(config, family, layers),
             max_positions=config["max_position_embeddings"],
             rope=rope_parameters(config, where),
-            hf_config=config,
+            hf_config=hf_config,
         )
     except KeyError as error:
         raise UserError(f"{where}/config.json has no {error}") from None
@@ -133,7 +146,7 @@ def rope_parameters(config: dict, where: str) -> dict:
         agree = new.get("rope_type", "default") == old_type
         agree &= theta is None or float(new.get("rope_theta", theta)) == float(theta)
         agree &= all(new.get(key, value) == value for key, value in scaling.items())
-        if not agree and "rope_theta" in config:
+        if not agree:
             raise UserError(
                 f"{where}/config.json describes RoPE twice and differently: rope_parameters {new} "
                 f"but rope_theta {theta} with rope_scaling {scaling or None}; correct one of them"
@@ -156,7 +169,7 @@ def _windows(config: dict, family: str, layers: int) -> tuple[int | None, ...]:
     kinds = config.get("layer_types")
     if kinds:
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    first = config.get("max_window_layers", layers)
+    first = config["max_window_layers"]
     return tuple(window if layer >= first else None for layer in range(layers))
 
 

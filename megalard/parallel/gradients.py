@@ -58,7 +58,7 @@ class GradientBuffer:
         """Sum every gradient over the ranks that computed a part of it."""
         for span, axis in self._spans:
             all_reduce(span, axis)
-        all_reduce(self.flat, self.mesh.dp)
+        all_reduce(self.flat, self.mesh.data)
 
     def norm(self) -> torch.Tensor:
         """The global L2 norm (fp32 scalar) of the reduced gradient, each parameter counted once."""

@@ -1,4 +1,4 @@
-"""The mesh of ranks: named axes dp and tp, passed explicitly to whatever talks over them."""
+"""The mesh of ranks: named axes dp, cp, tp, passed explicitly to whatever talks over them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class Mesh:
     Attributes:
         world: every rank.
         dp: ranks that hold the same weights and read different blocks.
+        cp: ranks that hold the same weights and share the sequence of each block.
+        data: dp and cp together: all ranks whose gradients of the same weights are summed.
         tp: ranks that share one copy of the weights, and one block, between them. Neighbours in
             rank, so that on a cluster they sit on one node.
         device: where this rank computes.
@@ -42,6 +44,8 @@ class Mesh:
 
     world: Axis
     dp: Axis
+    cp: Axis
+    data: Axis
     tp: Axis
     device: torch.device
 
@@ -63,35 +67,38 @@ class Mesh:
         return Axis(group, self.world.rank % count, count)
 
 
-def build_mesh(device: str, tp: int) -> Mesh:
-    """Start torch.distributed when launched by torchrun, and lay the ranks out as (dp, tp).
+def build_mesh(device: str, tp: int, cp: int = 1) -> Mesh:
+    """Start torch.distributed when launched by torchrun, and lay the ranks out as (dp, cp, tp).
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        tp: tensor-parallel size; the data-parallel size is world / tp.
+        tp: tensor-parallel size.
+        cp: context-parallel size; the data-parallel size is world / (cp * tp).
 
     Raises:
-        UserError: the world is not a multiple of tp, or there is no such device.
+        UserError: the world is not a multiple of cp * tp, or there is no such device.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if world % tp:
+    if world % (cp * tp):
         raise UserError(
-            f"parallel.tp is {tp} but {world} processes were started: start a multiple of {tp}, or "
-            f"choose a tp that divides {world}"
+            f"parallel.tp {tp} times parallel.cp {cp} is {cp * tp} but {world} processes were "
+            f"started: start a multiple of {cp * tp}, or choose sizes whose product divides {world}"
         )
     target = pick_device(device, local_rank)
     if world == 1:
-        return Mesh(SINGLE, SINGLE, SINGLE, target)
+        return Mesh(SINGLE, SINGLE, SINGLE, SINGLE, SINGLE, target)
     if target.type == "cuda":
         torch.cuda.set_device(target)
     if not dist.is_initialized():
         backend = "nccl" if target.type == "cuda" else "gloo"
         # rank 0 may tokenize a large corpus while the others wait
         dist.init_process_group(backend, timeout=timedelta(hours=2))
-    mesh = init_device_mesh(target.type, (world // tp, tp), mesh_dim_names=("dp", "tp"))
-    axes = {name: _axis(mesh.get_group(name)) for name in ("dp", "tp")}
-    return Mesh(world=_axis(dist.group.WORLD), device=target, **axes)
+    names, shape = ("dp", "cp", "tp"), (world // (cp * tp), cp, tp)
+    mesh = init_device_mesh(target.type, shape, mesh_dim_names=names)
+    axes = {name: _axis(mesh.get_group(name)) for name in names}
+    data = axes["dp"] if cp == 1 else _axis(mesh["dp", "cp"]._flatten("data").get_group())
+    return Mesh(world=_axis(dist.group.WORLD), data=data, device=target, **axes)
 
 
 def pick_device(device: str, local_rank: int) -> torch.device:
@@ -102,10 +109,12 @@ def pick_device(device: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("run.device is cuda but torch sees no GPU: use run.device cpu")
-    if local_rank >= torch.cuda.device_count():
+    # compared on every rank alike, since rank 0, which reports, always finds a GPU of its own
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if processes > torch.cuda.device_count():
         raise UserError(
-            f"{local_rank + 1} or more processes were started on a machine with "
-            f"{torch.cuda.device_count()} GPUs: start one process a GPU"
+            f"{processes} processes were started on a machine with {torch.cuda.device_count()} "
+            "GPUs: start one process a GPU"
         )
     return torch.device("cuda", local_rank)
 

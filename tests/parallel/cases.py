@@ -28,14 +28,14 @@ from tests.models import copy_with_config, make_model
 from tests.reference import ReferenceBatch, ReferenceTrainer
 
 STEPS = 3
-LENGTH = 20
+LENGTH = 24
 GLOBAL_BATCH = 4
 ALL_RELATIONS = {"q": 1.0, "k": 0.5, "v": 2.0, "qk": 0.75}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the parity matrix; ``data`` is packed, padded or whole."""
+    """One row of the parity matrix; ``data`` is packed, padded, short or whole."""
 
     family: str
     mode: str
@@ -62,13 +62,16 @@ CASES = {
     "weights-own-student": Case("llama-biases", "weights", own_student=True, targets=("q", "o")),
     "all-qk-norm": Case("qwen3", "all", "padded", "longrope", relations=ALL_RELATIONS),
     "all-logits-tied": Case("llama-tied", "all", rope="yarn", logits_kl=0.5),
+    "all-short-documents": Case("llama", "all", "short", relations=ALL_RELATIONS, logits_kl=0.5),
     "all-logits-biases": Case("llama-biases", "all", "padded", "yarn", logits_kl=0.5),
 }
 
 DROPOUT = Case("llama", "lora", "padded", targets=("q", "k", "v", "o"), dropout=0.3)
 
 
-def make_config(case: Case, folder: Path, tp: int = 1, dtype: str = "float32") -> Config:
+def make_config(
+    case: Case, folder: Path, tp: int = 1, cp: int = 1, dtype: str = "float32"
+) -> Config:
     """The configuration of a case whose models lie in ``folder``.
 
     AdamW's eps is of the size of the gradients: with the usual 1e-8 the first update is the
@@ -102,7 +105,7 @@ def make_config(case: Case, folder: Path, tp: int = 1, dtype: str = "float32") -
             clip=0.05,
             global_batch=GLOBAL_BATCH,
         ),
-        parallel=ParallelConfig(tp, activation_checkpointing=case.data != "whole"),
+        parallel=ParallelConfig(tp, cp, activation_checkpointing=case.data != "whole"),
         run=RunConfig(output="unused", seed=3),
     )
 
@@ -122,6 +125,8 @@ def make_block(case: Case, index: int) -> tuple[np.ndarray, list[tuple[int, int]
     if case.data == "whole":
         return tokens, [(0, LENGTH)]
     cuts = sorted({0, *random.integers(1, LENGTH, 2).tolist()})
+    if case.data == "short":
+        return tokens, [(0, 3 + index % 3)]
     if case.data == "packed":
         return tokens, list(zip(cuts, [*cuts[1:], LENGTH], strict=True))
     left, right = int(random.integers(0, 4)), LENGTH - int(random.integers(1, 8))

@@ -10,14 +10,27 @@ from tests.parallel.compare import FP32_TOLERANCE, assert_step_matches, referenc
 from tests.parallel.worker import run_all
 from tests.ranks import run_ranks
 
-LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
+# (dp, cp, tp)
+LAYOUTS = [
+    (1, 1, 1),
+    (2, 1, 1),
+    (1, 1, 2),
+    (2, 1, 2),
+    (1, 1, 4),
+    (2, 1, 4),
+    (1, 2, 1),
+    (1, 3, 1),
+    (1, 4, 1),
+    (1, 2, 2),
+    (2, 2, 1),
+]
 
 
-@pytest.fixture(scope="session", params=LAYOUTS, ids=lambda layout: f"tp{layout[0]}-dp{layout[1]}")
+@pytest.fixture(scope="session", params=LAYOUTS, ids=lambda axes: "dp{}-cp{}-tp{}".format(*axes))
 def results(request, models):
-    tp, dp = request.param
-    file = models / f"results-tp{tp}-dp{dp}.pt"
-    run_ranks(tp * dp, run_all, str(models), tp, "cpu", "float32", str(file))
+    dp, cp, tp = request.param
+    file = models / f"results-dp{dp}-cp{cp}-tp{tp}.pt"
+    run_ranks(dp * cp * tp, run_all, str(models), tp, cp, "cpu", "float32", str(file))
     return torch.load(file)
 
 
@@ -29,5 +42,5 @@ def test_step_matches_one_process(name, results, models):
 
 def test_dropout_masks_do_not_depend_on_the_layout(results, models):
     """The reference cannot draw our masks: every layout is compared with the first, one process."""
-    single = torch.load(models / "results-tp1-dp1.pt")["dropout"]
+    single = torch.load(models / "results-dp1-cp1-tp1.pt")["dropout"]
     assert_step_matches(results["dropout"], single, FP32_TOLERANCE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -11,25 +13,27 @@ from tests.parallel.worker import run_all
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2)]
+# (dp, cp, tp)
+LAYOUTS = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (1, 1, 4), (2, 1, 2), (1, 4, 1), (1, 2, 2)]
 
 # bf16 rounds to 4e-3; through three layers and a softmax a gradient of a single GPU is itself some
 # 1e-2 from float64, and another order of summation moves it by about as much.
 BF16_TOLERANCE = 5e-2
 
 
-@pytest.fixture(scope="session", params=LAYOUTS, ids=lambda layout: f"tp{layout[0]}-dp{layout[1]}")
+@pytest.fixture(scope="session", params=LAYOUTS, ids=lambda axes: "dp{}-cp{}-tp{}".format(*axes))
 def layout(request):
-    if request.param[0] * request.param[1] > torch.cuda.device_count():
-        pytest.skip(f"needs {request.param[0] * request.param[1]} GPUs")
+    needed = math.prod(request.param)
+    if needed > torch.cuda.device_count():
+        pytest.skip(f"needs {needed} GPUs")
     return request.param
 
 
 def run(models, layout, dtype):
-    tp, dp = layout
-    file = models / f"gpu-{dtype}-tp{tp}-dp{dp}.pt"
+    dp, cp, tp = layout
+    file = models / f"gpu-{dtype}-dp{dp}-cp{cp}-tp{tp}.pt"
     if not file.exists():
-        run_ranks(tp * dp, run_all, str(models), tp, "cuda", dtype, str(file))
+        run_ranks(dp * cp * tp, run_all, str(models), tp, cp, "cuda", dtype, str(file))
     return torch.load(file)
 
 
@@ -41,5 +45,5 @@ def test_fp32_step_matches_one_process(name, layout, models):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_step_matches_one_gpu(name, layout, models):
-    single = run(models, (1, 1), "bfloat16")[name]
+    single = run(models, (1, 1, 1), "bfloat16")[name]
     assert_step_matches(run(models, layout, "bfloat16")[name], single, BF16_TOLERANCE)

@@ -56,7 +56,8 @@ def micro_batches(case: Case, step: int, mesh: Mesh, micro_batch: int):
     places = rank_indices(
         torch.arange(GLOBAL_BATCH).numpy(), mesh.dp.rank, mesh.dp.size, micro_batch
     )
-    return [batch_of(case, step, place.tolist()).to(mesh.device) for place in places]
+    batches = [batch_of(case, step, place.tolist()).cut(mesh.cp) for place in places]
+    return [batch.to(mesh.device) for batch in batches]
 
 
 def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
@@ -78,12 +79,12 @@ def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
     return out
 
 
-def run_all(folder: str, tp: int, device: str, dtype: str, results: str) -> None:
+def run_all(folder: str, tp: int, cp: int, device: str, dtype: str, results: str) -> None:
     """Every case on one layout; rank 0 writes the results to the file ``results``."""
     found = {}
-    mesh = build_mesh(device, tp)
+    mesh = build_mesh(device, tp, cp)
     for name, case in {**CASES, "dropout": DROPOUT}.items():
-        config = make_config(case, Path(folder) / name, tp, dtype)
+        config = make_config(case, Path(folder) / name, tp, cp, dtype)
         found[name] = run_case(case, config, mesh)
     if mesh.world.rank == 0:
         torch.save(found, results)

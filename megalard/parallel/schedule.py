@@ -1,0 +1,180 @@
+"""Which rank computes which part of a relation whose sequence is spread over P ranks.
+
+A pure function. The sequence is cut into 2P pieces; rank r owns chunk r, the pieces r and
+2P-1-r, which balances causal attention. A relation needs every unordered pair of chunks once. Take
+a difference cover A of Z_P, a set whose differences give every residue: rank r holds the chunks
+r + A and takes, for every difference, one pair of its own, so all ranks have the same work and
+fetch |A| - 1 chunks, against P - 1 for a ring or an all-gather.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+# the smallest covers found by a search; that of P residues has at least k(k-1) + 1 >= P
+COVERS = {
+    1: (0,),
+    2: (0, 1),
+    3: (0, 1),
+    4: (0, 1, 2),
+    5: (0, 1, 2),
+    6: (0, 1, 3),
+    7: (0, 1, 3),
+    8: (0, 1, 2, 4),
+    9: (0, 1, 4, 8),
+    10: (0, 3, 5, 9),
+    11: (0, 6, 7, 9),
+    12: (0, 1, 3, 7),
+    13: (0, 1, 3, 9),
+    14: (0, 1, 3, 7, 9),
+    15: (0, 1, 9, 13, 14),
+    16: (0, 1, 2, 5, 8),
+    17: (0, 3, 4, 5, 14),
+    18: (0, 1, 3, 6, 10),
+    19: (0, 1, 11, 14, 18),
+    20: (0, 3, 9, 10, 11, 16),
+    21: (0, 1, 4, 14, 16),
+    22: (0, 1, 3, 4, 7, 12),
+    23: (0, 2, 11, 12, 14, 19),
+    24: (0, 2, 5, 8, 19, 20),
+    25: (0, 9, 14, 15, 17, 21),
+    26: (0, 8, 14, 21, 24, 25),
+    27: (0, 6, 7, 9, 11, 19),
+    28: (0, 6, 7, 10, 21, 26),
+    29: (0, 4, 7, 8, 10, 13, 25),
+    30: (0, 8, 10, 19, 22, 23, 28),
+    31: (0, 1, 4, 10, 12, 17),
+    32: (0, 1, 2, 3, 7, 11, 19),
+    33: (0, 4, 5, 12, 15, 24, 31),
+    34: (0, 4, 6, 9, 26, 27, 28),
+    35: (0, 1, 3, 7, 12, 20, 26),
+    36: (0, 5, 7, 8, 14, 26, 30),
+    37: (0, 5, 6, 8, 17, 21, 35),
+    38: (0, 2, 6, 9, 25, 28, 29, 30),
+    39: (0, 2, 9, 12, 20, 34, 35),
+    40: (0, 1, 10, 15, 27, 30, 32, 34),
+    41: (0, 7, 16, 18, 22, 27, 30, 31),
+    42: (0, 8, 9, 13, 14, 30, 37, 40),
+    43: (0, 1, 17, 19, 22, 24, 30, 34),
+    44: (0, 8, 10, 11, 15, 16, 32, 41),
+    45: (0, 13, 18, 24, 28, 36, 42, 43),
+    46: (0, 4, 13, 23, 24, 29, 31, 43),
+    47: (0, 4, 10, 25, 27, 34, 43, 46),
+    48: (0, 7, 9, 12, 23, 27, 29, 47),
+    49: (0, 5, 8, 17, 19, 23, 24, 44),
+    50: (0, 7, 9, 19, 35, 36, 39, 44),
+    51: (0, 10, 13, 17, 18, 24, 40, 49),
+    52: (0, 2, 16, 20, 31, 39, 42, 47, 48),
+    53: (0, 12, 16, 22, 25, 27, 32, 35, 36),
+    54: (0, 7, 14, 19, 25, 41, 44, 45, 46),
+    55: (0, 2, 17, 28, 33, 34, 35, 37, 47),
+    56: (0, 9, 10, 20, 22, 25, 28, 45, 52),
+    57: (0, 8, 11, 12, 17, 32, 39, 55),
+    58: (0, 4, 16, 17, 18, 43, 47, 52, 55),
+    59: (0, 3, 20, 22, 26, 38, 47, 51, 52),
+    60: (0, 5, 9, 18, 24, 25, 35, 55, 57),
+    61: (0, 7, 12, 15, 16, 26, 43, 53, 55),
+    62: (0, 12, 32, 34, 37, 43, 51, 58, 61),
+    63: (0, 4, 5, 7, 20, 26, 32, 49, 59),
+    64: (0, 1, 12, 21, 25, 31, 47, 57, 62),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of one piece against the columns of one that is not later.
+
+    ``half`` is None for all rows of the piece, or 0 or 1 for the first or second half of them,
+    when two ranks share a pair of chunks.
+    """
+
+    rows: int
+    columns: int
+    half: int | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What becomes possible with one more chunk.
+
+    ``chunk`` is the one that arrives (the rank's own in the first stage), and ``to`` the rank that
+    wants this rank's chunk in the same exchange (None in the first stage).
+    """
+
+    chunk: int
+    to: int | None
+    tasks: tuple[Task, ...]
+
+
+def pieces_of(chunk: int, ranks: int) -> tuple[int, ...]:
+    """The pieces of a chunk in the order of the sequence; alone, a rank has one piece."""
+    return (0,) if ranks == 1 else (chunk, 2 * ranks - 1 - chunk)
+
+
+def chunk_of(piece: int, ranks: int) -> int:
+    """The chunk (and rank) that owns a piece."""
+    return 0 if ranks == 1 else min(piece, 2 * ranks - 1 - piece)
+
+
+@cache
+def difference_cover(ranks: int) -> tuple[int, ...]:
+    """A set A with 0 in it, whose differences modulo ``ranks`` give every residue.
+
+    Up to 64 ranks the smallest known; beyond, {0..k-1} with the multiples of k, of some 2 sqrt(P).
+    """
+    if ranks in COVERS:
+        return COVERS[ranks]
+    step = 1
+    while step * step < ranks:
+        step += 1
+    small = set(range(step))
+    # differences need reach only P/2 either way
+    large = {multiple % ranks for multiple in range(0, ranks // 2 + 2 * step, step)}
+    return tuple(sorted(small | large))
+
+
+@cache
+def schedule(ranks: int, rank: int) -> tuple[Stage, ...]:
+    """The stages of one rank: first its own chunk, then each chunk it fetches."""
+    cover = difference_cover(ranks)
+    tasks: list[list[Task]] = [[] for _ in cover]
+    tasks[0] += _within(rank, ranks)
+    for difference in range(1, ranks // 2 + 1):
+        stage, first, second = _pair_with(difference, cover, ranks)
+        half = None
+        if 2 * difference == ranks:
+            # the rank across holds the same pair: the lower of the two takes the first halves
+            half = 0 if rank < ranks // 2 else 1
+        x, y = (rank + first) % ranks, (rank + second) % ranks
+        tasks[stage] += _between(x, y, ranks, half)
+    return tuple(
+        Stage((rank + offset) % ranks, (rank - offset) % ranks if offset else None, tuple(ready))
+        for offset, ready in zip(cover, tasks, strict=True)
+    )
+
+
+def _pair_with(difference: int, cover: tuple[int, ...], ranks: int) -> tuple[int, int, int]:
+    """The pair of cover elements at this difference that is complete at the earliest stage."""
+    found = [
+        (max(i, j), cover[i], cover[j])
+        for i, j in product(range(len(cover)), repeat=2)
+        if (cover[j] - cover[i]) % ranks == difference
+    ]
+    return min(found)
+
+
+def _within(chunk: int, ranks: int) -> list[Task]:
+    """A chunk with itself: each piece's triangle, and the later piece's rows on the earlier."""
+    pieces = pieces_of(chunk, ranks)
+    tasks = [Task(piece, piece) for piece in pieces]
+    if len(pieces) == 2:
+        tasks.append(Task(pieces[1], pieces[0]))
+    return tasks
+
+
+def _between(x: int, y: int, ranks: int, half: int | None) -> list[Task]:
+    """Two chunks: their four pairs of pieces, each with the later piece as rows."""
+    pairs = product(pieces_of(x, ranks), pieces_of(y, ranks))
+    return [Task(max(pair), min(pair), half) for pair in pairs]
