@@ -140,6 +140,8 @@ class ParallelConfig:
 
     tp: int = 1
     """Tensor-parallel size (with sequence parallelism)."""
+    cp: int = 1
+    """Context-parallel size: the ranks that share the sequence of each block."""
     activation_checkpointing: bool = True
     """Keep only each student layer's input and recompute the layer in the backward pass."""
 
@@ -157,17 +159,31 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved on the way, to resume from and to look at."""
+
+    save_every: int = 0
+    """Steps between checkpoints (and one at the end); zero saves on SIGTERM and SIGUSR1 only."""
+    asynchronous: bool = True
+    """Copy the state to pinned memory and write it while training goes on."""
+    keep_last: int = 2
+    """The newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints of a multiple of this step are kept as well; zero keeps none of them."""
+    export_every: int = 0
+    """Steps between saves of the student in Hugging Face format; zero saves at the end only."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where the run writes and how it behaves."""
 
     output: str = ""
-    """Output directory; must be empty or not exist."""
+    """Output directory; empty, or that of this very run, which is then resumed."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu or cuda."""
     seed: int = 0
     log_every: int = 1
-    save_every: int = 0
-    """Steps between saves of the student; zero saves at the end only."""
     non_finite: str = "stop"
     """stop the run, or skip the step, when the loss or a gradient is not finite."""
 
@@ -184,6 +200,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def active_relations(self) -> dict[str, float]:
@@ -202,10 +219,10 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
     tree: dict = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
             raise UserError(f"{path} must hold sections such as 'model:' and 'data:'")
@@ -213,13 +230,12 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         node = tree
         *sections, last = key.split(".")
         for section in sections:
-            node = node.setdefault(section, {})
+            if node.get(section) is None:
+                node[section] = {}
+            node = node[section]
             if not isinstance(node, dict):
                 raise UserError(f"--{key}: '{section}' is a value, not a section")
-        try:
-            node[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            node[last] = value
+        node[last] = value if _is_text(key, value) else _parse(value)
     config = _build(Config, tree, "")
     _validate(config)
     return config
@@ -264,6 +280,44 @@ def _pairs(overrides: list[str]):
         position += 1
 
 
+def _parse(value: str):
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _is_text(key: str, value: str) -> bool:
+    """Whether the key holds text, which is taken as typed: a path may look like a number or date.
+
+    ``null`` leaves out what may be left out.
+    """
+    hint = Config
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return hint is str or (hint == str | None and value not in ("null", "~", ""))
+
+
+def _nearest(key: str, known: set[str], prefix: str) -> str:
+    """The known key that ``key`` was most likely meant to be: here, else in any section."""
+    everywhere = {path.rpartition(".")[2]: path for path in _paths(Config, "")}
+    if key in everywhere:
+        return everywhere[key]
+    here = difflib.get_close_matches(key, known, n=1)
+    elsewhere = [] if here else difflib.get_close_matches(key, everywhere, n=1)
+    if elsewhere:
+        return everywhere[elsewhere[0]]
+    return prefix + (here or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
+
+
+def _paths(cls, prefix: str) -> list[str]:
+    paths = []
+    for name, hint in typing.get_type_hints(cls).items():
+        paths += _paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else []
+        paths.append(prefix + name)
+    return paths
+
+
 def _build(cls, tree, prefix: str):
     if tree is None:
         tree = {}
@@ -274,10 +328,8 @@ def _build(cls, tree, prefix: str):
     values = {}
     for key, value in tree.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise UserError(
-                f"unknown key '{prefix}{key}'; the nearest known one is '{prefix}{near[0]}'"
-            )
+            near = _nearest(str(key), known, prefix)
+            raise UserError(f"unknown key '{prefix}{key}'; the nearest known one is '{near}'")
         values[key] = _convert(hints[key], value, f"{prefix}{key}")
     return cls(**values)
 
@@ -338,7 +390,13 @@ def _validate(config: Config) -> None:
         "restore; use linear, abf, yarn, llama3, longrope or table",
     )
     choice("rope.type", rope.type, ROPE_TYPES)
-    require(rope.factor > 1, f"rope.factor must be greater than 1; got {rope.factor}")
+    require(
+        1 < rope.factor < float("inf"), f"rope.factor must be greater than 1; got {rope.factor}"
+    )
+    require(
+        rope.theta is None or 0 < rope.theta < float("inf"),
+        f"rope.theta must be positive; got {rope.theta}",
+    )
     for key, kind in (("theta", "abf"), ("long_factors", "longrope"), ("table", "table")):
         given = getattr(rope, key) is not None
         require(not given or rope.type == kind, f"rope.{key} only applies to rope.type {kind}")
@@ -380,14 +438,22 @@ def _validate(config: Config) -> None:
     optimizer = config.optimizer
     for key in ("steps", "global_batch", "micro_batch"):
         at_least(f"optimizer.{key}", getattr(optimizer, key), 1)
-    for key in ("warmup_steps", "weight_decay", "clip"):
+    for key in ("warmup_steps", "weight_decay", "clip", "eps"):
         at_least(f"optimizer.{key}", getattr(optimizer, key), 0)
-    require(optimizer.learning_rate > 0, "optimizer.learning_rate must be positive")
-    require(0 <= optimizer.min_ratio <= 1, "optimizer.min_ratio must be in [0, 1]")
     require(
-        len(optimizer.betas) == 2, f"optimizer.betas must be two numbers; got {optimizer.betas}"
+        0 < optimizer.learning_rate < float("inf"),
+        f"optimizer.learning_rate must be positive; got {optimizer.learning_rate}",
+    )
+    require(
+        0 <= optimizer.min_ratio <= 1,
+        f"optimizer.min_ratio must be in [0, 1]; got {optimizer.min_ratio}",
+    )
+    require(
+        len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas),
+        f"optimizer.betas must be two numbers in [0, 1); got {optimizer.betas}",
     )
     at_least("parallel.tp", config.parallel.tp, 1)
+    at_least("parallel.cp", config.parallel.cp, 1)
 
     evaluation = config.evaluation
     if evaluation.lengths is not None:
@@ -399,4 +465,11 @@ def _validate(config: Config) -> None:
     choice("run.device", config.run.device, ("auto", "cpu", "cuda"))
     choice("run.non_finite", config.run.non_finite, ("stop", "skip"))
     at_least("run.log_every", config.run.log_every, 1)
-    at_least("run.save_every", config.run.save_every, 0)
+    for key in ("save_every", "keep_every", "export_every"):
+        at_least(f"checkpoint.{key}", getattr(config.checkpoint, key), 0)
+    at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    keep, every = config.checkpoint.keep_every, config.checkpoint.save_every
+    require(
+        not keep or (every and keep % every == 0),
+        f"checkpoint.keep_every {keep} must be a multiple of checkpoint.save_every {every}",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -21,21 +22,34 @@ class Monitor:
         tokens_a_step: over all ranks.
         log_every: steps between reports.
         active: whether this is rank 0.
+        done: steps taken before this start; what was reported of later ones is dropped.
     """
 
-    def __init__(self, output: Path, steps: int, tokens_a_step: int, log_every: int, active: bool):
+    def __init__(
+        self,
+        output: Path,
+        steps: int,
+        tokens_a_step: int,
+        log_every: int,
+        active: bool,
+        done: int = 0,
+    ):
         self.steps, self.tokens_a_step, self.log_every = steps, tokens_a_step, log_every
         self.active = active
-        self.last_time, self.last_step = time.perf_counter(), 0
+        self.last_time, self.last_step = time.perf_counter(), done
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.metrics = open(output / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            self.board = SummaryWriter(str(output / "tensorboard"))
+            path = output / "metrics.jsonl"
+            _drop_after(path, done)
+            self.metrics = open(path, "a", buffering=1)  # noqa: SIM115
+            resumed = {"purge_step": done + 1} if done else {}
+            self.board = SummaryWriter(str(output / "tensorboard"), **resumed)
 
     def step(self, number: int, result: StepResult, device: torch.device) -> None:
         """Report optimizer step ``number`` (from 1) if it is one to be reported."""
-        if not self.active or (number % self.log_every and number != self.steps):
+        due = number % self.log_every == 0 or number == self.steps or result.skipped is not None
+        if not self.active or not due:
             return
         now = time.perf_counter()
         seconds = (now - self.last_time) / max(1, number - self.last_step)
@@ -49,10 +63,10 @@ class Monitor:
             "memory_gib": peak_memory_bytes(device) / 2**30,
         }
         tokens = number * self.tokens_a_step
-        self.metrics.write(
-            json.dumps({"step": number, "tokens": tokens, **values, "skipped": result.skipped})
-            + "\n"
-        )
+        # JSON has no NaN
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = {"step": number, "tokens": tokens, **plain, "skipped": result.skipped}
+        self.metrics.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, number)
         parts = " ".join(f"{name} {value:.4f}" for name, value in result.parts.items())
@@ -60,15 +74,30 @@ class Monitor:
             f"step {number}/{self.steps}  loss {result.loss:.4f} ({parts})  "
             f"grad {result.gradient_norm:.3g}  lr {result.learning_rate:.3g}  "
             f"{values['tokens_per_second']:,.0f} tokens/s  {values['memory_gib']:.2f} GiB  "
-            f"ETA {_duration((self.steps - number) * seconds)}"
-            f"{'  SKIPPED: not finite' if result.skipped else ''}",
+            f"ETA {_duration((self.steps - number) * seconds)}",
             flush=True,
         )
+        if result.skipped is not None:
+            print(f"skipped {result.skipped}", flush=True)
 
     def close(self) -> None:
         if self.active:
             self.metrics.close()
             self.board.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the lines of steps up to ``step``: what came later is computed again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            break  # a killed process may leave half a line at the end
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -9,13 +9,17 @@ import argparse
 import os
 import sys
 import tempfile
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megalard import assemble
-from megalard.checkpoint.export import save_student
+from megalard.checkpoint.export import export_is_due, save_student
+from megalard.checkpoint.saver import Saver
+from megalard.checkpoint.sharded import checkpoint_axis
 from megalard.config import Config, describe_keys, load_config
 from megalard.distill.step import Distiller
 from megalard.errors import UserError
@@ -23,6 +27,8 @@ from megalard.evaluation.run import Evaluator
 from megalard.monitor import Monitor
 from megalard.parallel.mesh import build_mesh
 from megalard.preflight import preflight
+from megalard.resume import describe_run, find_output, resume
+from megalard.stopping import StopSignals
 
 USAGE = """\
 Restore a Llama-shaped model whose RoPE was scaled, by distilling the frozen native-RoPE teacher's
@@ -37,41 +43,58 @@ Every key of the configuration can be overridden on the command line.
 
 def train(config: Config) -> None:
     """Run the whole job. Every rank calls it; rank 0 writes and reports."""
-    mesh = build_mesh(config.run.device, config.parallel.tp)
-    plan = assemble.make_plan(config, mesh)
-    output = assemble.prepare_output(config, mesh)
-    cache = Path(config.data.cache) if config.data.cache else output / "tokens"
-    tokens = assemble.open_tokens(config.data.paths, cache, config, plan, mesh)
-    loader = assemble.make_loader(config, tokens, mesh)
-    evaluator = Evaluator(config, plan, output, mesh)
-    teacher, student, source = assemble.load_models(config, plan, mesh)
-    distiller = Distiller(teacher, student, config, mesh)
-    tokens_a_step = config.optimizer.global_batch * config.data.context_length
-    steps, every = config.optimizer.steps, config.run.save_every
-    monitor = Monitor(output, steps, tokens_a_step, config.run.log_every, mesh.world.rank == 0)
+    mesh = build_mesh(config.run.device, config.parallel.tp, config.parallel.cp)
+    with StopSignals(mesh) as stop:
+        plan = assemble.make_plan(config, mesh)
+        output = assemble.prepare_output(config, mesh)
+        with assemble.undone_on_error(output, mesh):
+            cache = Path(config.data.cache) if config.data.cache else output.directory / "tokens"
+            tokens = assemble.open_tokens(config.data.paths, cache, config, plan, mesh)
+            loader = assemble.make_loader(config, tokens, mesh)
+            evaluator = Evaluator(config, plan, output.directory, mesh)
+            teacher, student, source = assemble.load_models(config, plan, mesh)
+        distiller = Distiller(teacher, student, config, mesh)
+        evaluator.before(teacher, student.decoder)
+        axis = checkpoint_axis(mesh)
+        done, base = resume(output, distiller, source, tokens, axis)
+        steps, tokens_a_step = config.optimizer.steps, assemble.tokens_a_step(config)
+        first = mesh.world.rank == 0
+        monitor = Monitor(output.directory, steps, tokens_a_step, config.run.log_every, first, done)
+        describe = partial(describe_run, distiller, plan.student_config, tokens, loader)
+        files = assemble.companions(plan, source)
+        saver = Saver(
+            output.checkpoints, distiller, source, describe, files, config.checkpoint, axis, base
+        )
 
-    def save(name: str) -> None:
-        config_file = plan.student_config
-        save_student(output / name, student, source, config_file, plan.tokenizer.files, mesh)
+        def export(name: str) -> None:
+            save_student(output.directory / name, student, source, plan.student_config, files, mesh)
 
-    evaluator.before(teacher, student.decoder)
-    with loader:
-        for number in range(1, steps + 1):
-            batches = [batch.to(mesh.device) for batch in loader.step(number - 1)]
-            result = distiller.step(batches, number - 1)
-            monitor.step(number, result, mesh.device)
-            if every and number % every == 0 and number < steps:
-                save(f"step-{number:06d}")
-    save("student")
-    evaluator.after(teacher, student.decoder, tokens_a_step * steps)
-    monitor.close()
+        with loader, closing(monitor), saver, stop.after_a_step():
+            for number in range(done + 1, steps + 1):
+                batches = [batch.to(mesh.device) for batch in loader.step(number - 1)]
+                result = distiller.step(batches, number - 1)
+                monitor.step(number, result, mesh.device)
+                asked, failed = stop.agreed(saver.failed())
+                if failed:
+                    saver.wait()
+                if asked or saver.is_due(number):
+                    saver.save(number)
+                if asked:
+                    saver.wait()
+                    if first:
+                        print(f"{asked}: saved after step {number} and stopped", flush=True)
+                    return
+                if export_is_due(config, number):
+                    export(f"step-{number:06d}")
+        export("student")
+        evaluator.after(teacher, student.decoder, tokens_a_step * steps)
 
 
 def check(config: Config) -> None:
     """``--preflight``: everything a run does before it is paid for, without writing."""
-    mesh = build_mesh(config.run.device, config.parallel.tp)
+    mesh = build_mesh(config.run.device, config.parallel.tp, config.parallel.cp)
     plan = assemble.make_plan(config, mesh)
-    assemble.check_output(config, mesh)
+    find_output(config, mesh)
     with tempfile.TemporaryDirectory(prefix="megalard-preflight-") as folder:
         scratch = Path(assemble.agree_on(folder, mesh))
         Evaluator(config, plan, scratch, mesh)

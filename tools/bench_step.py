@@ -91,7 +91,7 @@ def make_config(options: argparse.Namespace, recompute: bool) -> Config:
         objective=ObjectiveConfig(RelationWeights(qk=options.qk)),
         data=DataConfig(["random"], context_length=options.tokens),
         optimizer=OptimizerConfig(global_batch=options.batch, micro_batch=options.batch),
-        parallel=ParallelConfig(options.tp, recompute),
+        parallel=ParallelConfig(tp=options.tp, activation_checkpointing=recompute),
         run=RunConfig(output="none", device=options.device),
     )
 

@@ -24,7 +24,7 @@ FORWARD_TILES = {
 # Eight warps need 128 rows of their own: with 64 both warpgroups would compute the same products.
 BACKWARD_TILES = {
     (2, 64): (128, 64, 8, 3),
-    (2, 128): (128, 64, 8, 2),
+    (2, 128): (128, 64, 8, 3),
     (2, 256): (128, 32, 8, 2),
     (4, 64): (32, 64, 8, 2),
     (4, 128): (32, 32, 8, 2),

@@ -6,30 +6,29 @@ its slices, LoRA pairs are merged in fp32, and the result is rounded to the sour
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
-from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.checkpoint.hf_writer import FILE_BYTES, plan_files, write_huggingface
+from megalard.checkpoint.merged import Weights, merge_lora, trained_parts
+from megalard.config import Config
 from megalard.distill.student import Student
 from megalard.errors import UserError
 from megalard.parallel.collectives import all_gather_tokens
 from megalard.parallel.layout import Layout
 from megalard.parallel.mesh import Axis, Mesh
 
-_SHARD_BYTES = 4 * 2**30
+_SHARD_BYTES = FILE_BYTES
 _GENERATION = "generation_config.json"
 
 
 def save_student(
     directory: str | Path,
     student: Student,
-    source: HuggingFaceWeights,
+    source: Weights,
     config: dict,
     companions: Iterable[Path],
     mesh: Mesh,
@@ -37,6 +36,7 @@ def save_student(
     """Write the merged student; a collective call of all ranks, in which rank 0 writes.
 
     The directory appears complete or not at all: files go to a sibling that is renamed at the end.
+    One tensor at a time is gathered, so a rank's memory does not grow with the model.
 
     Args:
         directory: where to; replaced if it holds an earlier save.
@@ -47,15 +47,15 @@ def save_student(
     Raises:
         UserError: on every rank, when rank 0 cannot write.
     """
-    directory = Path(directory)
     error = None
     if mesh.dp.rank == 0:
         merged = _MergedTensors(student, source, mesh.tp)
         if mesh.world.rank == 0:
+            files = dict.fromkeys([*companions, source.directory / _GENERATION])
             try:
-                _write(directory, merged, config, [*companions, source.directory / _GENERATION])
-            except OSError as raised:
-                error = f"cannot write {directory}: {raised}"
+                write_huggingface(directory, merged, config, files, file_bytes=_SHARD_BYTES)
+            except UserError as raised:
+                error = str(raised)
                 merged.drain()
         else:
             merged.drain()
@@ -67,39 +67,41 @@ def save_student(
         raise UserError(error)
 
 
+def export_is_due(config: Config, step: int) -> bool:
+    """Whether the student is saved after this step; after the last it always is."""
+    every = config.checkpoint.export_every
+    return every > 0 and step % every == 0 and step < config.optimizer.steps
+
+
 class _MergedTensors:
-    """The student's tensors in the order of the source files; each trained one is a collective.
+    """The student's tensors in the order of the files; each trained one is a collective.
 
     Ranks other than 0 follow with ``drain``, so that every rank joins every gather in one order.
     """
 
-    def __init__(self, student: Student, source: HuggingFaceWeights, axis: Axis):
+    def __init__(self, student: Student, source: Weights, axis: Axis):
         self.student, self.source, self.axis = student, source, axis
-        self.pending = iter(source.names())
+        self.directory = source.directory
+        self.shape, self.dtype, self.files = source.shape, source.dtype, source.files
+        self._pending = [name for file in plan_files(self, _SHARD_BYTES) for name in file]
 
-    def __iter__(self):
-        for name in self.pending:
-            yield name, self._tensor(name)
+    def names(self) -> list[str]:
+        # a tied head that stands in the files is left out: beside a trained embedding it would
+        # differ, and transformers 5 then unties them
+        tied = self.student.decoder.spec.tied_embeddings
+        return [n for n in self.source.names() if not (tied and n == "lm_head.weight")]
 
     def drain(self) -> None:
         """Take part in the gathers that are left."""
-        for name in self.pending:
-            if self._is_trained(name):
-                self._tensor(name)
+        for name in list(self._pending):
+            if trained_parts(name, self.student.trained):
+                self.read(name)
 
-    def _is_trained(self, name: str) -> bool:
-        return bool(self._trained_parts(name))
-
-    def _trained_parts(self, name: str) -> list[str]:
-        parts = [
-            name,
-            name.removesuffix("weight") + "lora_A",
-            name.removesuffix("weight") + "lora_B",
-        ]
-        return [part for part in parts if part in self.student.trained]
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        parts = self._trained_parts(name)
+    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
+        """The merged tensor in the source's dtype, on the CPU; a collective call if trained."""
+        assert layout is None, "the student is exported whole"
+        self._pending.remove(name)
+        parts = trained_parts(name, self.student.trained)
         if not parts:
             return self.source.read(name)
         layouts = self.student.decoder.layouts
@@ -107,13 +109,10 @@ class _MergedTensors:
             part: gather_full(self.student.trained[part].detach(), layouts[part], self.axis)
             for part in parts
         }
-        original = self.source.read(name)
         if name in full:
-            return full[name].to("cpu", original.dtype)
-        lora_a, lora_b = full[parts[0]], full[parts[1]]
+            return full[name].to("cpu", self.source.dtype(name))
         scale = self.student.decoder.get_submodule(name.removesuffix(".weight")).lora_scale
-        merged = original.to(lora_a.device, torch.float32) + scale * (lora_b @ lora_a)
-        return merged.to("cpu", original.dtype)
+        return merge_lora(self.source.read(name), full[parts[0]], full[parts[1]], scale).cpu()
 
 
 def gather_full(local: torch.Tensor, layout: Layout, axis: Axis) -> torch.Tensor:
@@ -128,54 +127,3 @@ def gather_full(local: torch.Tensor, layout: Layout, axis: Axis) -> torch.Tensor
     gathered = all_gather_tokens(padded, axis).unflatten(0, (axis.size, longest))
     whole = gathered[:: layout.holders].flatten(0, 1)[: layout.full_shape[layout.dim]]
     return whole.movedim(0, layout.dim).contiguous()
-
-
-def _write(directory: Path, merged, config: dict, companions: list[Path]) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    weight_map: dict[str, str] = {}
-    total = 0
-    shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
-    held_bytes = 0
-
-    def flush() -> None:
-        nonlocal held, held_bytes
-        path = partial / f"shard-{len(shards)}.safetensors"
-        save_file(held, path, metadata={"format": "pt"})
-        shards.append(list(held))
-        held, held_bytes = {}, 0
-
-    for name, tensor in merged:
-        size = tensor.numel() * tensor.element_size()
-        if held and held_bytes + size > _SHARD_BYTES:
-            flush()
-        held[name] = tensor.contiguous()
-        held_bytes += size
-        total += size
-    flush()
-
-    for number, names in enumerate(shards):
-        final = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
-        (partial / f"shard-{number}.safetensors").rename(partial / final)
-        weight_map |= dict.fromkeys(names, final)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in companions:
-        if file.is_file():
-            shutil.copyfile(file, partial / file.name)
-    # rename cannot replace a full directory; the old save goes only once the new one is whole
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from megalard.checkpoint.tensor_file import DTYPES, DamagedFile, TensorFile
 from megalard.errors import UserError
 from megalard.parallel.layout import Layout
 
@@ -38,7 +38,7 @@ class HuggingFaceWeights:
         if index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (OSError, ValueError, KeyError, AttributeError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(f"{index} is not a safetensors index: download it again") from None
             missing = [name for name in names if not (self.directory / name).is_file()]
             if missing:
@@ -59,6 +59,14 @@ class HuggingFaceWeights:
         """Shape of the full tensor; it is a UserError if there is none of this name."""
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The tensor's dtype in the file."""
+        return DTYPES[self._slice(name).get_dtype()]
+
+    def files(self) -> list[Path]:
+        """The files the tensors stand in."""
+        return list(self._files)
+
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
         """The tensor, or this rank's slice of it, in the file's dtype, on the CPU."""
         part = self._slice(name)
@@ -73,8 +81,8 @@ class HuggingFaceWeights:
         return self._files[self._where[name]].get_slice(name)
 
 
-def _open(path: Path):
+def _open(path: Path) -> TensorFile:
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        return TensorFile(path)
+    except (DamagedFile, OSError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}): fetch it again") from None

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.checkpoint.merged import Weights
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
 from megalard.model.rope import RopeTable
@@ -28,11 +28,11 @@ def load_decoder(
     spec: ModelSpec,
     rope: RopeTable,
     axis: Axis,
-    weights: HuggingFaceWeights,
+    weights: Weights,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Decoder:
-    """A frozen decoder with the weights of a Hugging Face directory, cast to ``dtype``.
+    """A frozen decoder with the weights of a model directory, cast to ``dtype``.
 
     Raises:
         UserError: a tensor is missing or has another shape than config.json implies.
@@ -44,7 +44,7 @@ def load_decoder(
     return decoder
 
 
-def read_parameter(decoder: Decoder, name: str, weights: HuggingFaceWeights) -> torch.Tensor:
+def read_parameter(decoder: Decoder, name: str, weights: Weights) -> torch.Tensor:
     """This rank's slice of a parameter from the files, in their dtype, on the CPU."""
     layout = decoder.layouts[name]
     shape = weights.shape(name)

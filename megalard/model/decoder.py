@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megalard.model.attention import attend
+from megalard.model.fuse import fused_on_gpu
 from megalard.model.rope import RopeTable, apply_rope
 from megalard.model.spec import ModelSpec
 
@@ -111,6 +112,12 @@ class Attention(nn.Module):
         return ops.row(mixed.flatten(2).flatten(0, 1), self.o_proj)
 
 
+@fused_on_gpu
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (Shazeer, 2002.05202)."""
+    return F.silu(gate) * up
+
+
 class Mlp(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -123,7 +130,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor, ops) -> torch.Tensor:
         gate, up = ops.column(x, self.gate_proj, self.up_proj)
-        return ops.row(F.silu(gate) * up, self.down_proj)
+        return ops.row(swiglu(gate, up), self.down_proj)
 
 
 class DecoderLayer(nn.Module):

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megalard.config import RopeConfig
 from megalard.errors import UserError
+from megalard.model.fuse import fused_on_gpu
 from megalard.model.spec import ModelSpec
 
 
@@ -38,6 +39,7 @@ class RopeTable:
         return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
 
 
+@fused_on_gpu
 def apply_rope(x_bhsd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn half-split pairs (i, i + d/2), the layout of Hugging Face's Llama; computed in fp32."""
     first, second = x_bhsd.chunk(2, dim=-1)

@@ -50,7 +50,7 @@ class TensorParallel:
         for p in projections:
             y = F.linear(x, p.weight.to(x.dtype), None if p.bias is None else p.bias.to(x.dtype))
             if p in low:
-                y = y + p.lora_scale * F.linear(low[p], p.lora_B.to(x.dtype))
+                y = torch.addmm(y, low[p], p.lora_B.to(x.dtype).t(), alpha=p.lora_scale)
             outputs.append(y)
         return outputs
 
@@ -63,7 +63,7 @@ class TensorParallel:
             dropped = p.lora_dropout(x, first_row=0, first_feature=first_feature)
             low = F.linear(dropped, p.lora_A.to(x.dtype))
             low = reduce_scatter_to_sequence_parallel_region(low, self.axis)
-            y = y + p.lora_scale * F.linear(low, p.lora_B.to(x.dtype))
+            y = torch.addmm(y, low, p.lora_B.to(x.dtype).t(), alpha=p.lora_scale)
         if p.bias is not None:
             y = y + p.bias.to(x.dtype)
         return y

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.parallel.cases import CASES, run_reference
 
@@ -36,7 +37,12 @@ def assert_close(actual: dict, expected: dict, what: str, tolerance: float) -> N
     """Relative error in norm, tensor by tensor; the message names tensor and index."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        difference = actual[name].double() - value.double()
-        error = difference.norm() / value.double().norm().clamp(min=1e-12)
-        worst = difference.abs().flatten().argmax().item()
+        error = relative_error(actual[name], value)
+        worst = (actual[name].double() - value.double()).abs().flatten().argmax().item()
         assert error < tolerance, f"{what} of {name} is off by {error:.2e}, most at {worst}"
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64."""
+    expected = expected.double()
+    return float((actual.double() - expected).norm() / expected.norm().clamp(min=1e-12))

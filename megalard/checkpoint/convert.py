@@ -1,0 +1,232 @@
+"""Hugging Face to sharded and back, streaming: no process holds more than a tensor or two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megalard.checkpoint.hf_writer import FILE_BYTES, write_huggingface
+from megalard.checkpoint.load import empty_decoder
+from megalard.checkpoint.manifest import written_by
+from megalard.checkpoint.merged import Weights
+from megalard.checkpoint.peft_adapter import write_adapter
+from megalard.checkpoint.sharded import as_dtensor, save_sharded
+from megalard.checkpoint.source import Model
+from megalard.checkpoint.storage import LazySavePlanner
+from megalard.errors import UserError
+from megalard.model.rope import rope_table, write_rope
+from megalard.model.spec import ModelSpec
+from megalard.parallel.agreement import checked_on_all_ranks
+from megalard.parallel.layout import Layout, check_divisible, parameter_layout
+from megalard.parallel.mesh import SINGLE, Axis, Mesh
+
+Progress = Callable[[int], None]
+
+
+def import_model(
+    source: Model,
+    directory: str | Path,
+    mesh: Mesh,
+    axis: Axis,
+    file_bytes: int = FILE_BYTES,
+    progress: Progress = lambda count: None,
+) -> None:
+    """Write any model as a sharded checkpoint, each tp rank its own slices.
+
+    Args:
+        source: what is read; every rank reads only the slices it writes.
+        directory: the checkpoint; it must not exist or be empty.
+        mesh: all ranks are tp ranks.
+        axis: all ranks, with a CPU group.
+
+    Raises:
+        UserError: on every rank, for bad input or when any rank cannot write.
+    """
+    check_complete(source.weights, source.spec)
+    layouts = weight_layouts(source.weights, source.spec, mesh.tp)
+    tensors = {
+        name: as_dtensor(
+            torch.empty(layout.local_shape, dtype=source.weights.dtype(name), device="meta"),
+            layout,
+            mesh,
+        )
+        for name, layout in layouts.items()
+    }
+    head = {
+        "kind": "model",
+        "config": source.spec.hf_config,
+        "base": None,
+        "trained": None,
+        "training": None,
+        "written_by": written_by(mesh),
+    }
+    save_sharded(
+        directory,
+        tensors,
+        head,
+        axis,
+        companions=source.companions,
+        planner=LazySavePlanner(partial(_read_box, source.weights)),
+        file_bytes=file_bytes,
+        progress=progress,
+    )
+
+
+def _read_box(weights: Weights, name: str, start, size) -> torch.Tensor:
+    shape = weights.shape(name)
+    split = [dim for dim in range(len(shape)) if size[dim] != shape[dim]]
+    if not split:
+        return weights.read(name)
+    (dim,) = split
+    return weights.read(name, Layout(shape, dim, start[dim], size[dim], 1))
+
+
+def weight_layouts(weights: Weights, spec: ModelSpec, axis: Axis) -> dict[str, Layout]:
+    """Every tensor's slice on this rank; what the model does not know is kept whole.
+
+    Raises:
+        UserError: the model cannot be split over this many ranks.
+    """
+    check_divisible(spec, axis.size)
+    known = {*empty_decoder(spec, rope_table(spec), SINGLE).layouts, "lm_head.weight"}
+    layouts = {}
+    for name in weights.names():
+        shape = weights.shape(name)
+        whole = Layout(shape, None, 0, 0, axis.size)
+        split = (
+            parameter_layout(name, shape, spec, axis.rank, axis.size) if name in known else whole
+        )
+        layouts[name] = split
+    return layouts
+
+
+def check_complete(weights: Weights, spec: ModelSpec) -> None:
+    """Refuse a model that lacks a tensor its config implies, or has it in another shape.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name, layout in empty_decoder(spec, rope_table(spec), SINGLE).layouts.items():
+        if weights.shape(name) != layout.full_shape:
+            raise UserError(
+                f"tensor {name} in {weights.directory} has shape {list(weights.shape(name))}, but "
+                f"config.json implies {list(layout.full_shape)}: the files do not belong together"
+            )
+
+
+def export_model(
+    model: Model,
+    directory: str | Path,
+    axis: Axis,
+    file_bytes: int = FILE_BYTES,
+    progress: Progress = lambda count: None,
+) -> None:
+    """Write any model as a Hugging Face directory with merged weights, the files shared out.
+
+    The source's checksums are compared at the same time; nothing appears if one does not hold.
+
+    Raises:
+        UserError: on every rank, for bad input or when any rank cannot write.
+    """
+    with checksums_meanwhile(model, axis) as agreed:
+        write_huggingface(
+            directory,
+            model.weights,
+            export_config(model.spec),
+            model.companions,
+            axis=axis,
+            file_bytes=file_bytes,
+            progress=progress,
+            before_commit=agreed,
+        )
+
+
+def export_adapter(
+    model: Model, directory: str | Path, progress: Progress = lambda count: None
+) -> None:
+    """Write a run's LoRA pairs as a PEFT adapter with the student's config beside it.
+
+    Raises:
+        UserError: the model is no run's checkpoint, or trained something else.
+    """
+    if model.kind != "training":
+        raise UserError(
+            f"{model.directory} is no checkpoint of a run ({model.kind}): there is no adapter in it"
+        )
+    with checksums_meanwhile(model, SINGLE) as agreed:
+        write_adapter(
+            directory,
+            model.trained,
+            model.manifest.trained,
+            export_config(model.spec),
+            str(model.base.directory.absolute()),
+            model.companions,
+            progress,
+            agreed,
+        )
+
+
+def export_config(spec: ModelSpec) -> dict:
+    """``config.json`` with RoPE in the spellings of transformers 4 and 5."""
+    return write_rope(spec.hf_config, spec.rope, spec.head_dim)
+
+
+@contextmanager
+def checksums_meanwhile(model: Model, axis: Axis) -> Iterator[Callable[[], None]]:
+    """Compare the source's checksums in the background; yields a wait that all ranks call."""
+    with ThreadPoolExecutor(1) as thread:
+        checking: Future = thread.submit(model.check_sums, axis)
+
+        def agreed() -> None:
+            with checked_on_all_ranks(axis):
+                checking.result()
+
+        yield agreed
+
+
+def check_target(directory: str | Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        UserError: the directory exists and is not empty, or is no directory.
+    """
+    directory = Path(directory)
+    try:
+        taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    except OSError as error:
+        raise UserError(f"cannot read {directory}: {error.strerror}") from None
+    if taken:
+        raise UserError(f"{directory} is not empty: choose another directory")
+
+
+def size_of(weights: Weights) -> int:
+    """Bytes of all tensors."""
+    return sum(
+        torch.Size(weights.shape(name)).numel() * weights.dtype(name).itemsize
+        for name in weights.names()
+    )
+
+
+def parse_size(text: str) -> int:
+    """``4GiB``, ``500MB`` or a number of bytes.
+
+    Raises:
+        UserError: it is no size.
+    """
+    units = {"": 1, "B": 1}
+    for power, letter in enumerate("KMGT", 1):
+        units |= {f"{letter}B": 1000**power, f"{letter}IB": 1024**power, letter: 1024**power}
+    number = text.rstrip("BKMGTIbkmgti ")
+    try:
+        value = float(number) * units[text[len(number) :].strip().upper()]
+    except (ValueError, KeyError):
+        raise UserError(f"{json.dumps(text)} is no size: write it as 4GiB or 500MB") from None
+    if not value >= 1:
+        raise UserError(f"a file size of {text} holds nothing: write it as 4GiB or 500MB")
+    return int(value)

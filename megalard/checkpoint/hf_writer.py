@@ -1,0 +1,123 @@
+"""Writing a Hugging Face directory, tensor by tensor, in files of a chosen size."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megalard.checkpoint.merged import Weights
+from megalard.checkpoint.storage import PARTIAL, split_by_size
+from megalard.checkpoint.tensor_file import (
+    Entry,
+    in_file_order,
+    sync_directory,
+    write_tensor_file,
+)
+from megalard.errors import UserError
+from megalard.parallel.agreement import checked_on_all_ranks
+from megalard.parallel.mesh import SINGLE, Axis
+
+FILE_BYTES = 4 * 2**30
+
+
+def plan_files(weights: Weights, file_bytes: int) -> list[dict[str, Entry]]:
+    """The files' tensors, in the order they are written in."""
+    entries = {name: Entry(weights.dtype(name), weights.shape(name)) for name in weights.names()}
+    return [
+        {name: entries[name] for name in in_file_order({n: entries[n] for n in names})}
+        for names in split_by_size(entries, file_bytes)
+    ]
+
+
+def write_huggingface(
+    directory: str | Path,
+    weights: Weights,
+    config: dict,
+    companions: Iterable[Path],
+    *,
+    axis: Axis = SINGLE,
+    file_bytes: int = FILE_BYTES,
+    progress: Callable[[int], None] = lambda count: None,
+    before_commit: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a model; the ranks of the axis share the files. It appears complete or not at all.
+
+    Args:
+        directory: where to; an earlier save there is replaced.
+        weights: read one tensor at a time, in the order of ``plan_files``.
+        config: ``config.json``.
+        companions: files copied beside the weights.
+        file_bytes: a file ends before it would exceed this, unless one tensor alone does.
+        before_commit: called when everything is written and nothing has its name yet.
+
+    Raises:
+        UserError: on every rank, when any cannot write; what was there before is as it was.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(directory.name + PARTIAL)
+    files = plan_files(weights, file_bytes)
+    count = len(files)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if count == 1:
+        names = ["model.safetensors"]
+    try:
+        with _told(directory, axis):
+            if axis.rank == 0:
+                directory.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+        with _told(directory, axis):
+            for name, entries in list(zip(names, files, strict=True))[axis.rank :: axis.size]:
+                tensors = map(weights.read, entries)
+                write_tensor_file(partial / name, entries, tensors, {"format": "pt"}, progress)
+        before_commit()
+        with _told(directory, axis):
+            if axis.rank == 0:
+                _write_rest(partial, names, files, config, companions)
+                _replace(partial, directory)
+    except UserError:
+        if axis.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _told(directory: Path, axis: Axis) -> Iterator[None]:
+    """A block of every rank; an ``OSError`` in it is told to all as a ``UserError``."""
+    with checked_on_all_ranks(axis):
+        try:
+            yield
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise UserError(f"cannot write {directory}: {error.strerror or error}{where}") from None
+
+
+def _write_rest(partial: Path, names, files, config: dict, companions: Iterable[Path]) -> None:
+    if len(files) > 1:
+        total = sum(entry.nbytes for entries in files for entry in entries.values())
+        where = {t: name for name, entries in zip(names, files, strict=True) for t in entries}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in companions:
+        if file.is_file():
+            shutil.copyfile(file, partial / file.name)
+    for path in partial.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sync_directory(partial)
+
+
+def _replace(partial: Path, directory: Path) -> None:
+    """Give ``partial`` its name; the old save goes only once the new one is whole."""
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    sync_directory(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,175 @@
+"""A LoRA student as a PEFT adapter, with the student's config beside it.
+
+An adapter carries no RoPE, so on its own it would be applied to the native model: load the base
+with the config that lies beside the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from megalard.checkpoint.merged import Weights
+from megalard.checkpoint.storage import PARTIAL
+from megalard.checkpoint.tensor_file import (
+    DamagedFile,
+    Entry,
+    TensorFile,
+    sync_directory,
+    write_tensor_file,
+)
+from megalard.errors import UserError
+from megalard.parallel.layout import Layout
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_VARIANTS = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "alora_invocation_tokens")
+
+
+def adapter_config(trained: dict, names: list[str], base: str) -> dict:
+    """``adapter_config.json`` of a run.
+
+    Args:
+        trained: the manifest's section, with LoRA's settings.
+        names: the trained tensors.
+        base: the base model's path.
+    """
+    modules = sorted({name.rpartition(".")[0] for name in names})
+    kinds = sorted({module.rpartition(".")[2] for module in modules})
+    layers = sorted({int(re.search(r"\.layers\.(\d+)\.", module)[1]) for module in modules})
+    regular = len(modules) == len(kinds) * len(layers)
+    lora = trained["lora"]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": lora["dropout"],
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": kinds if regular else modules,
+        "layers_to_transform": layers if regular else None,
+        "layers_pattern": "layers" if regular else None,
+    }
+
+
+def adapter_name(name: str) -> str:
+    """Ours (``model...q_proj.lora_A``) to PEFT's."""
+    return f"{_PREFIX}{name}.weight"
+
+
+class AdapterWeights:
+    """The LoRA pairs of a PEFT adapter, by the trainer's names.
+
+    Attributes:
+        directory: the adapter's.
+        config: its ``adapter_config.json``.
+        scale: alpha / r.
+
+    Raises:
+        UserError: a file is missing or damaged, or it is no plain LoRA on projections.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        try:
+            self.config = json.loads((self.directory / ADAPTER_CONFIG).read_text())
+            self._file = TensorFile(self.directory / ADAPTER_WEIGHTS)
+        except OSError as error:
+            raise UserError(f"cannot read the adapter {directory}: {error}") from None
+        except (DamagedFile, ValueError) as error:
+            raise UserError(f"the adapter {directory} is damaged ({error})") from None
+        odd = [key for key in _VARIANTS if self.config.get(key)]
+        if self.config.get("peft_type") != "LORA" or odd:
+            raise UserError(f"the adapter {directory} is no plain LoRA ({', '.join(odd)})")
+        self.scale = self.config["lora_alpha"] / self.config["r"]
+        self._names = {_our_name(name, self.directory): name for name in self._file.keys()}  # noqa: SIM118
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file.entries[self._names[name]].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file.entries[self._names[name]].dtype
+
+    def files(self) -> list[Path]:
+        return [self._file.path]
+
+    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
+        """The tensor in fp32."""
+        assert layout is None, "adapters are read whole"
+        return self._file.read(self._names[name]).float()
+
+
+def _our_name(name: str, directory: Path) -> str:
+    match = re.fullmatch(r"base_model\.model\.(.+\.lora_[AB])\.weight", name)
+    if match is None:
+        raise UserError(f"the adapter {directory} holds {name}, which is no LoRA pair's")
+    return match[1]
+
+
+def write_adapter(
+    directory: str | Path,
+    weights: Weights,
+    trained: dict,
+    config: dict,
+    base: str,
+    companions: Iterable[Path],
+    progress: Callable[[int], None] = lambda count: None,
+    before_commit: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a run's LoRA pairs as a PEFT adapter, in one process; complete or not at all.
+
+    Args:
+        directory: where to; it must not exist or be empty.
+        weights: the trained tensors.
+        trained: the manifest's section.
+        config: the student's ``config.json``.
+        base: path of the base model, noted in the adapter.
+        companions: files copied beside it.
+        before_commit: called when everything is written and nothing has its name yet.
+
+    Raises:
+        UserError: other weights than LoRA's were trained, or the disk refuses.
+    """
+    directory = Path(directory)
+    if trained["mode"] != "lora":
+        raise UserError(
+            f"{weights.directory} trained weights (trainable.mode {trained['mode']}), not LoRA "
+            "pairs, so there is no adapter: export it as a Hugging Face model"
+        )
+    names = weights.names()
+    entries = {adapter_name(n): Entry(weights.dtype(n), weights.shape(n)) for n in names}
+    partial = directory.with_name(directory.name + PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = map(weights.read, names)
+        metadata = {"format": "pt"}
+        write_tensor_file(partial / ADAPTER_WEIGHTS, entries, tensors, metadata, progress)
+        for name, value in (
+            (ADAPTER_CONFIG, adapter_config(trained, names, base)),
+            ("config.json", config),
+        ):
+            (partial / name).write_text(json.dumps(value, indent=2) + "\n")
+        for file in companions:
+            shutil.copyfile(file, partial / file.name)
+        before_commit()
+        partial.rename(directory)
+        sync_directory(directory.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

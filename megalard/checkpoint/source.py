@@ -1,0 +1,174 @@
+"""Opening a model however it is stored: Hugging Face, sharded, a run's checkpoint, an adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalard.checkpoint.base import check_base
+from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.checkpoint.manifest import Manifest, is_checkpoint
+from megalard.checkpoint.merged import MergedWeights, Weights
+from megalard.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterWeights
+from megalard.checkpoint.sharded import ShardedWeights
+from megalard.checkpoint.storage import STATE_PREFIXES
+from megalard.checkpoint.tensor_file import DTYPES
+from megalard.errors import UserError
+from megalard.model.spec import ModelSpec, read_spec, spec_from_config
+from megalard.parallel.mesh import SINGLE, Axis
+
+# what others need beside the weights to use the model as its makers meant it
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk.
+
+    Attributes:
+        directory: where it is.
+        kind: ``huggingface``, ``sharded``, ``training`` or ``adapter``.
+        spec: its shape; ``spec.hf_config`` is its ``config.json``.
+        weights: its tensors, merged where they are a base's and trained ones.
+        companions: tokenizer and generation files.
+        manifest: of a sharded or training checkpoint.
+        trained: the trained tensors alone, of a training checkpoint or an adapter.
+        base: the model that training started from, of those two.
+    """
+
+    directory: Path
+    kind: str
+    spec: ModelSpec
+    weights: Weights
+    companions: tuple[Path, ...]
+    manifest: Manifest | None = None
+    trained: ShardedWeights | AdapterWeights | None = None
+    base: Model | None = None
+
+    def check_sums(self, share: Axis = SINGLE, progress=lambda count: None) -> None:
+        """Compare this rank's share of every checksum that is recorded.
+
+        Raises:
+            UserError: when a file is damaged or another than it was.
+        """
+        if self.manifest is not None:
+            ShardedWeights(self.directory).check_sums(share, progress)
+            if self.base is not None:
+                check_base(self.manifest.base, self.base.directory, share, progress)
+
+    def checked_bytes(self) -> int:
+        """How much ``check_sums`` reads on all ranks together."""
+        if self.manifest is None:
+            return 0
+        parts = [self.manifest.files, (self.manifest.base or {"files": {}})["files"]]
+        return sum(file["size"] for files in parts for file in files.values())
+
+
+def open_model(directory: str | Path, base: str | Path | None = None) -> Model:
+    """Open what is there; no weight is read yet.
+
+    Args:
+        directory: a Hugging Face model, a sharded checkpoint or a PEFT adapter.
+        base: the base model of a training checkpoint or an adapter, if it has moved.
+
+    Raises:
+        UserError: nothing of the kind is there, it is damaged, or its base is missing.
+    """
+    directory = Path(directory)
+    if is_checkpoint(directory):
+        weights = ShardedWeights(directory)
+        manifest = weights.manifest
+        spec = spec_from_config(manifest.config, str(directory))
+        companions = _companions(directory)
+        if manifest.kind == "model":
+            return Model(directory, "sharded", spec, weights, companions, manifest)
+        origin = _open_base(directory, base, manifest.base["path"])
+        lora = manifest.trained["lora"]
+        scale = lora["alpha"] / lora["rank"] if lora else 0.0
+        merged = MergedWeights(origin.weights, weights, scale, spec.tied_embeddings)
+        return Model(directory, "training", spec, merged, companions, manifest, weights, origin)
+    if (directory / ADAPTER_CONFIG).is_file():
+        adapter = AdapterWeights(directory)
+        origin = _open_base(directory, base, adapter.config.get("base_model_name_or_path"))
+        own = (directory / "config.json").is_file()
+        spec = read_spec(directory) if own else origin.spec
+        merged = MergedWeights(origin.weights, adapter, adapter.scale, spec.tied_embeddings)
+        companions = _companions(directory) or origin.companions
+        return Model(directory, "adapter", spec, merged, companions, None, adapter, origin)
+    spec = read_spec(directory)
+    weights = HuggingFaceWeights(directory)
+    return Model(directory, "huggingface", spec, weights, _companions(directory))
+
+
+def open_weights(directory: str | Path) -> Weights:
+    """The tensors of a model directory, for the trainer."""
+    if is_checkpoint(directory) or (Path(directory) / ADAPTER_CONFIG).is_file():
+        return open_model(directory).weights
+    return HuggingFaceWeights(directory)
+
+
+def _open_base(directory: Path, given: str | Path | None, noted: str | None) -> Model:
+    path = given or noted
+    if not path or not Path(path).is_dir():
+        raise UserError(
+            f"the base model of {directory} is not at {path}: give its directory with --base"
+        )
+    return open_model(path)
+
+
+def _companions(directory: Path) -> tuple[Path, ...]:
+    return tuple(path for name in COMPANIONS if (path := directory / name).is_file())
+
+
+def describe(manifest: Manifest) -> dict:
+    """What a checkpoint holds, in words and numbers, for people."""
+    body, sizes, counts = manifest.body, {}, {}
+    for name, tensor in manifest.tensors.items():
+        group = name.split(".")[0] if name.startswith(STATE_PREFIXES) else "weights"
+        count = math.prod(tensor["shape"])
+        counts[group] = counts.get(group, 0) + 1
+        sizes[group] = sizes.get(group, 0) + count * DTYPES[tensor["dtype"]].itemsize
+    writer, trained, training = body["written_by"], manifest.trained, manifest.training
+    facts = {
+        "kind": {"model": "a whole model", "training": "a run's state"}[manifest.kind],
+        "model": f"{manifest.config['model_type']}, "
+        f"{manifest.config['num_hidden_layers']} layers of {manifest.config['hidden_size']}",
+        "tensors": ", ".join(f"{n} {g} ({sizes[g] / 1e9:.3f} GB)" for g, n in counts.items()),
+        "files": len(manifest.files),
+        "bytes": sum(file["size"] for file in manifest.files.values()),
+        "written by": f"{writer['ranks']} ranks (dp {writer['dp']} x cp {writer['cp']} x tp "
+        f"{writer['tp']}) on {writer['device']}, "
+        + ", ".join(f"{name} {version}" for name, version in writer["libraries"].items()),
+        "trained": "nothing" if trained is None else _trained(trained),
+        "step": "none" if training is None else _position(training),
+        "base": "none" if manifest.base is None else manifest.base["path"],
+        "complete": "yes",
+    }
+    return facts
+
+
+def _position(training: dict) -> str:
+    steps, read = training["config"]["optimizer"]["steps"], training["data"]["blocks_read"]
+    return f"{training['step']} of {steps}, seed {training['seed']}, {read} blocks read"
+
+
+def _trained(trained: dict) -> str:
+    count = sum(math.prod(shape) for shape in trained["tensors"].values())
+    how = trained["mode"]
+    if trained["lora"]:
+        how += " rank {rank}, alpha {alpha:g} on {}".format(
+            ", ".join(trained["lora"]["targets"]), **trained["lora"]
+        )
+    return f"{how}: {count:,} parameters in {len(trained['tensors'])} tensors"

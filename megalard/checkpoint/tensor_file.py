@@ -1,0 +1,310 @@
+"""safetensors files, read and written a slice or a tensor at a time.
+
+Files are read with ``pread`` and not mapped, so that a process's memory holds what it asked for
+and no more, whatever the file's size. Both ways go through one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_HEADER_LIMIT = 100 * 2**20  # the safetensors library's own
+_BLOCK_BYTES = 32 * 2**20
+
+
+class DamagedFile(ValueError):
+    """A safetensors file that does not hold what its header or its size promise."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file; ``start`` is its first byte in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFile:
+    """An open safetensors file.
+
+    Attributes:
+        path: the file.
+        entries: name to ``Entry``.
+        metadata: the header's free text entries.
+
+    Raises:
+        DamagedFile: the header is not one, or the file is not as long as it says.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (lives as long as this)
+        try:
+            self.entries, self.metadata = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if size < 8 or not 0 < length <= min(_HEADER_LIMIT, size - 8):
+            raise DamagedFile("it has no safetensors header")
+        try:
+            header = json.loads(self._file.read(length))
+            metadata = header.pop("__metadata__", {})
+            entries, spans = {}, []
+            for name, value in header.items():
+                first, last = value["data_offsets"]
+                dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+                entry = Entry(dtype, shape, 8 + length + first)
+                if entry.nbytes != last - first:
+                    raise ValueError
+                entries[name] = entry
+                spans.append((first, last))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DamagedFile("its header is not a safetensors header") from None
+        expected = 0
+        for first, last in sorted(spans):
+            if first != expected:
+                raise DamagedFile("its header leaves gaps between tensors")
+            expected = last
+        if size != 8 + length + expected:
+            raise DamagedFile(f"it has {size} bytes, its header promises {8 + length + expected}")
+        return entries, metadata
+
+    def keys(self) -> list[str]:
+        return list(self.entries)
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """A tensor to be read by index, as with the safetensors library."""
+        return TensorSlice(self, name)
+
+    def read(
+        self, name: str, start: tuple[int, ...] | None = None, size: tuple[int, ...] | None = None
+    ) -> torch.Tensor:
+        """The tensor, or its box of ``size`` at ``start``, on the CPU in memory of its own."""
+        entry = self.entries[name]
+        start = start if start is not None else (0,) * len(entry.shape)
+        size = tuple(size) if size is not None else entry.shape
+        out = torch.empty(size, dtype=entry.dtype)
+        if out.numel() == 0:
+            return out
+        row = math.prod(entry.shape[1:])
+        if size[1:] == entry.shape[1:]:
+            first = start[0] * row if size else 0
+            self._fill(out, entry.start + first * entry.dtype.itemsize)
+            return out
+        # whole rows in blocks, of which the wanted columns are kept
+        rows = max(1, _BLOCK_BYTES // (row * entry.dtype.itemsize))
+        box = tuple(slice(a, a + n) for a, n in zip(start[1:], size[1:], strict=True))
+        for number in range(0, size[0], rows):
+            count = min(rows, size[0] - number)
+            block = torch.empty(count, *entry.shape[1:], dtype=entry.dtype)
+            offset = (start[0] + number) * row * entry.dtype.itemsize
+            self._fill(block, entry.start + offset)
+            out[number : number + count] = block[(slice(None), *box)]
+        return out
+
+    def _fill(self, out: torch.Tensor, offset: int) -> None:
+        view = as_bytes(out)
+        while view:
+            count = os.preadv(self._file.fileno(), [view[: 2**30]], offset)
+            if count == 0:
+                raise DamagedFile("it became shorter while it was read")
+            view, offset = view[count:], offset + count
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """One tensor of a file, read by ``[:]``, ``[a:b]`` or ``[:, a:b]``."""
+
+    file: TensorFile
+    name: str
+
+    def get_shape(self) -> list[int]:
+        return list(self.file.entries[self.name].shape)
+
+    def get_dtype(self) -> str:
+        return NAMES[self.file.entries[self.name].dtype]
+
+    def __getitem__(self, index) -> torch.Tensor:
+        shape = self.file.entries[self.name].shape
+        index = index if isinstance(index, tuple) else (index,)
+        start, size = [0] * len(shape), list(shape)
+        for dim, part in enumerate(index[: len(shape)]):
+            first, last, step = part.indices(shape[dim])
+            assert step == 1, "slices have no step"
+            start[dim], size[dim] = first, max(0, last - first)
+        return self.file.read(self.name, tuple(start), tuple(size))
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def in_file_order(tensors: Mapping[str, Entry]) -> list[str]:
+    """Names by falling element size, so that every tensor of a file is aligned."""
+    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+
+
+class TensorFileWriter:
+    """Writes one file, tensor after tensor, and computes its checksum on the way.
+
+    Args:
+        path: the file, which must not exist.
+        entries: name, dtype and shape of every tensor, in the order they will be written in.
+        metadata: the header's free text entries.
+        progress: called with the number of bytes of each part written.
+
+    Raises:
+        OSError: the file exists or the disk is full; ``write`` and ``close`` raise it too.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        entries: Mapping[str, Entry],
+        metadata: Mapping[str, str],
+        progress: Callable[[int], None] = lambda count: None,
+    ):
+        header: dict = {"__metadata__": dict(metadata)}
+        offset = 0
+        for name, entry in entries.items():
+            header[name] = {
+                "dtype": NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [offset, offset + entry.nbytes],
+            }
+            offset += entry.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._expected = list(entries.items())
+        self._progress = progress
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        # one thread hashes and one starts writing back, while the caller fetches the next tensor
+        self._helpers = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
+        self._hashed: Future | None = None
+        self._flushed: Future | None = None
+        self._unflushed = 0
+        self._put(memoryview(len(text).to_bytes(8, "little") + text))
+
+    def write(self, tensor: torch.Tensor) -> None:
+        """Append the next tensor, which must have the promised dtype and shape."""
+        name, entry = self._expected.pop(0)
+        assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), name
+        tensor = tensor.detach().to("cpu").contiguous()
+        if tensor.numel():
+            self._put(as_bytes(tensor))
+
+    def _put(self, view: memoryview) -> None:
+        if self._hashed is not None:
+            self._hashed.result()
+        self._hashed = self._helpers[0].submit(self._digest.update, view)
+        self._size += len(view)
+        while view:
+            count = os.write(self._file, view[:_BLOCK_BYTES])
+            view = view[count:]
+            self._progress(count)
+            self._unflushed += count
+            if self._unflushed > 8 * _BLOCK_BYTES and (
+                self._flushed is None or self._flushed.done()
+            ):
+                self._check_flushed()
+                self._flushed = self._helpers[1].submit(os.fdatasync, self._file)
+                self._unflushed = 0
+
+    def _check_flushed(self) -> None:
+        if self._flushed is not None:
+            self._flushed.result()
+
+    def close(self) -> tuple[int, str]:
+        """Wait until the file is on the disk; returns its size in bytes and its sha256 (hex)."""
+        try:
+            assert not self._expected, f"{len(self._expected)} tensors were not written"
+            self._hashed.result()
+            self._check_flushed()
+            os.fsync(self._file)
+        finally:
+            self.abandon()
+        return self._size, self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Close without finishing; the file is then worthless."""
+        for helper in self._helpers:
+            helper.shutdown(wait=True)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+
+def write_tensor_file(
+    path: str | Path,
+    entries: Mapping[str, Entry],
+    tensors: Iterable[torch.Tensor],
+    metadata: Mapping[str, str],
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[int, str]:
+    """Write a whole file; returns its size in bytes and its sha256 (hex)."""
+    writer = TensorFileWriter(path, entries, metadata, progress)
+    try:
+        for tensor in tensors:
+            writer.write(tensor)
+        return writer.close()
+    finally:
+        writer.abandon()
+
+
+def file_sha256(path: str | Path, progress: Callable[[int], None] = lambda count: None) -> str:
+    """sha256 (hex) of a file, in constant memory."""
+    digest = hashlib.sha256()
+    buffer = bytearray(4 * 2**20)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(view):
+            digest.update(view[:count])
+            progress(count)
+    return digest.hexdigest()
+
+
+def sync_directory(path: str | Path) -> None:
+    """Make the names in a directory as lasting as the files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

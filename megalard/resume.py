@@ -1,0 +1,213 @@
+"""Going on with a run: is the output directory's the same one, and where did it stop?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalard.checkpoint.base import check_base
+from megalard.checkpoint.manifest import Manifest, read_manifest, written_by
+from megalard.checkpoint.merged import Weights
+from megalard.checkpoint.run_folder import checkpoints, unfinished
+from megalard.checkpoint.sharded import ShardedWeights
+from megalard.checkpoint.state import optimizer_settings, restore_state
+from megalard.config import Config, to_dict
+from megalard.data.loader import BatchLoader
+from megalard.data.token_store import TokenStore
+from megalard.distill.step import Distiller
+from megalard.errors import UserError
+from megalard.parallel.agreement import checked_on_all_ranks, gather_objects
+from megalard.parallel.mesh import Axis, Mesh
+
+# What may differ between a run and its resumption. The models and the text are compared by their
+# checksums, so that they may have moved.
+_MAY_DIFFER = (
+    "parallel.",
+    "checkpoint.",
+    "evaluation.",
+    "run.output",
+    "run.device",
+    "run.log_every",
+    "run.non_finite",
+    "data.paths",
+    "data.cache",
+    "optimizer.micro_batch",
+    "model.teacher",
+    "model.student",
+    "model.tokenizer",
+)
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output directory as a run finds it.
+
+    Attributes:
+        directory: run.output.
+        fresh: whether it was empty, so that bad input may empty it again.
+        checkpoint: the newest complete checkpoint, to go on from.
+    """
+
+    directory: Path
+    fresh: bool = True
+    checkpoint: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints are."""
+        return self.directory / "checkpoints"
+
+
+def find_output(config: Config, mesh: Mesh) -> Output:
+    """What run.output holds; a collective call, in which rank 0 looks.
+
+    Raises:
+        UserError: on every rank, when it holds anything but this run, or its newest checkpoint is
+            damaged.
+    """
+    found = None
+    with checked_on_all_ranks(mesh.world):
+        if mesh.world.rank == 0:
+            found = _look(config, Path(config.run.output))
+    return gather_objects(found, mesh.world)[0]
+
+
+def _look(config: Config, directory: Path) -> Output:
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return Output(directory)
+    taken = UserError(f"run.output {directory} is not empty: choose another directory")
+    if not directory.is_dir():
+        raise taken
+    output = Output(directory, fresh=False)
+    saved = checkpoints(output.checkpoints)
+    if saved:
+        path = saved[-1][1]
+        try:
+            manifest = read_manifest(path)
+        except UserError as error:
+            others = [other.name for _, other in saved[:-1]]
+            hint = f"; remove {path} to go on from {others[-1]}" if others else ""
+            raise UserError(f"{error}{hint}") from None
+        _compare(manifest.training["config"], to_dict(config), directory)
+        return Output(directory, False, path)
+    # stopped before its first checkpoint: the same command starts again
+    started = directory / "run.json"
+    if config.checkpoint.save_every and started.is_file() and not (directory / "student").exists():
+        try:
+            _compare(json.loads(started.read_text()), to_dict(config), directory)
+        except (OSError, ValueError):
+            raise taken from None
+        return output
+    raise taken
+
+
+def _compare(theirs: dict, ours: dict, directory: Path) -> None:
+    theirs, ours = _flat(theirs), _flat(ours)
+    for key in sorted(theirs.keys() & ours.keys()):
+        if theirs[key] != ours[key] and not key.startswith(_MAY_DIFFER):
+            raise UserError(
+                f"run.output {directory} holds a run with {key} {theirs[key]}, not {ours[key]}: "
+                "choose another directory, or set it back to resume that run"
+            )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def resume(
+    output: Output, distiller: Distiller, base: Weights, store: TokenStore, axis: Axis
+) -> tuple[int, dict | None]:
+    """Bring a new run to where the output's checkpoint stopped; a collective call.
+
+    Returns:
+        The steps done (0 for a new run), and what the checkpoint notes of its base.
+
+    Raises:
+        UserError: on every rank, when the checkpoint, the base model or the text is damaged or
+            not what it was.
+    """
+    leftovers = unfinished(output.checkpoints) if axis.rank == 0 else []
+    for path in leftovers:
+        print(f"{path} is a save that was not finished: removed", flush=True)
+        shutil.rmtree(path, ignore_errors=True)
+    if output.checkpoint is None:
+        if not output.fresh and axis.rank == 0:
+            print(f"{output.directory} holds no complete checkpoint: from the start", flush=True)
+        return 0, None
+    with checked_on_all_ranks(axis):
+        weights = ShardedWeights(output.checkpoint)
+        weights.check_sums(axis)
+        manifest = weights.manifest
+        check_base(manifest.base, base.directory, axis)
+        _check_data(manifest, store)
+    restore_state(distiller, weights, axis)
+    step = manifest.training["step"]
+    if axis.rank == 0:
+        print(f"resuming from {output.checkpoint} after step {step}", flush=True)
+    return step, {**manifest.base, "path": str(base.directory.absolute())}
+
+
+def _check_data(manifest: Manifest, store: TokenStore) -> None:
+    theirs, ours = manifest.training["data"], _data(store)
+    for key, value in ours.items():
+        if theirs[key] != value:
+            raise UserError(
+                f"the text is not the one {manifest.directory} was trained on (its {key} is "
+                f"{value}, then {theirs[key]}): restore data.paths, or choose another run.output"
+            )
+
+
+def _data(store: TokenStore) -> dict:
+    return {
+        "tokens": len(store.tokens),
+        "tokenizer": store.tokenizer_fingerprint,
+        "sources": store.sources_fingerprint,
+    }
+
+
+def describe_run(
+    distiller: Distiller, student_config: dict, store: TokenStore, loader: BatchLoader, step: int
+) -> dict:
+    """The manifest's sections after ``step`` steps, but for the base's."""
+    config, layouts = distiller.config, distiller.student.decoder.layouts
+    trainable = config.trainable
+    lora = {
+        "rank": trainable.lora.rank,
+        "alpha": trainable.lora.alpha,
+        "dropout": trainable.lora.dropout,
+        "targets": trainable.lora.targets,
+    }
+    batch = config.optimizer.global_batch
+    return {
+        "kind": "training",
+        "config": student_config,
+        "trained": {
+            "mode": trainable.mode,
+            "lora": lora if trainable.mode == "lora" else None,
+            "tensors": {name: list(layouts[name].full_shape) for name in distiller.student.trained},
+        },
+        "training": {
+            "step": step,
+            "seed": config.run.seed,
+            "data": {
+                **_data(store),
+                "blocks": len(loader.blocks),
+                "blocks_read": step * batch,
+                "next_block": step * batch % len(loader.blocks),
+                "epoch": step * batch // len(loader.blocks),
+            },
+            "optimizer": {
+                "class": type(distiller.optimizer).__name__,
+                "groups": optimizer_settings(distiller.optimizer),
+            },
+            "config": to_dict(config),
+        },
+        "written_by": written_by(distiller.mesh),
+    }

@@ -1,0 +1,210 @@
+"""A run that was stopped goes on: the same losses and weights, on its own topology or another."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megalard.train import main
+from tests.checkpoint.processes import run_forked, start_ranks, wait_for
+from tests.jobs import STEPS, arguments, make_job, metrics
+
+SAVE = ("checkpoint.save_every=2", "checkpoint.keep_last=9")
+ALL = ("trainable.mode=all", "objective.logits_kl=0.5", "model.compute_dtype=float32")
+# summation order alone differs between topologies: fp32 rounding through the steps that are left
+TOLERANCE = 1e-4
+
+RUNS = {
+    "one": (1, ()),
+    "tp2": (2, ("parallel.tp=2",)),
+    "dp2": (2, ("checkpoint.asynchronous=false",)),
+    "all": (1, ALL),
+    "all-tp2": (2, ("parallel.tp=2", *ALL)),
+}
+# which run's checkpoint, on how many ranks, with which options
+RESUMED = {
+    "one on one": ("one", 1, ()),
+    "tp2 on tp2": ("tp2", 2, ("parallel.tp=2",)),
+    "dp2 on dp2": ("dp2", 2, ("checkpoint.asynchronous=true",)),
+    "tp2 on one": ("tp2", 1, ()),
+    "one on tp4": ("one", 4, ("parallel.tp=4",)),
+    "dp2 on one": ("dp2", 1, ()),
+    "one on dp2 tp2": ("one", 4, ("parallel.tp=2",)),
+    "all on one": ("all", 1, ALL),
+    "all-tp2 on tp4": ("all-tp2", 4, ("parallel.tp=4", *ALL)),
+}
+
+
+def run(ranks: int, job: Path, output: Path, *options: str) -> None:
+    run_forked(ranks, main, arguments(job, output, *SAVE, *options))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The job, and every run of ``RUNS`` uninterrupted."""
+    folder = make_job(tmp_path_factory.mktemp("resume"))
+    for name, (ranks, options) in RUNS.items():
+        run(ranks, folder, folder / name, *options)
+    return folder
+
+
+def interrupted(job: Path, name: str, target: Path, step: int = 4) -> Path:
+    """The output directory of a run as it was shortly after its checkpoint of ``step``."""
+    shutil.copytree(job / name, target)
+    shutil.rmtree(target / "student")
+    for path in (target / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    lines = (target / "metrics.jsonl").read_text().splitlines()
+    # the steps after the checkpoint were reported, and the last line only in part
+    (target / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
+    return target
+
+
+def losses(output: Path) -> list[float]:
+    lines = metrics(output)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one(case, job, tmp_path):
+    name, ranks, options = RESUMED[case]
+    output = interrupted(job, name, tmp_path / "output")
+    run(ranks, job, output, *options)
+    whole = load_file(job / name / "student" / "model.safetensors")
+    resumed = load_file(output / "student" / "model.safetensors")
+    assert whole.keys() == resumed.keys()
+    same = case.partition(" on ")[0] == case.partition(" on ")[2] or case == "all on one"
+    if same:
+        assert losses(output) == losses(job / name)
+        assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+        return
+    assert losses(output) == pytest.approx(losses(job / name), rel=TOLERANCE)
+    for key, value in whole.items():
+        error = (resumed[key].double() - value.double()).norm() / value.double().norm()
+        assert error < TOLERANCE, f"{key} is off by {error:.1e}"
+
+
+def test_it_says_what_it_goes_on_from(job, tmp_path, capfd):
+    output = interrupted(job, "one", tmp_path / "output")
+    (output / "checkpoints" / "step-000006.partial").mkdir()
+    main(arguments(job, output, *SAVE))
+    printed = capfd.readouterr().out
+    assert "step-000006.partial is a save that was not finished: removed" in printed
+    assert f"resuming from {output / 'checkpoints' / 'step-000004'} after step 4" in printed
+    # and once finished there is nothing left to do but the export
+    main(arguments(job, output, *SAVE))
+    assert f"after step {STEPS}" in capfd.readouterr().out
+
+
+def test_the_newest_and_every_mth_checkpoint_are_kept(job, tmp_path):
+    output = tmp_path / "output"
+    keep = ("checkpoint.save_every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3")
+    main(arguments(job, output, *keep))
+    names = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert names == ["step-000003", "step-000006", "step-000007", "step-000008"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_exits_with_0(number, job, tmp_path):
+    """One of two ranks gets it; no checkpoint interval is configured."""
+    output = tmp_path / "output"
+    command = arguments(job, output, "parallel.tp=2", "optimizer.steps=2000")
+    ranks = start_ranks(2, main, command)
+    deadline = time.monotonic() + 60
+    while not ((output / "metrics.jsonl").exists() and len(metrics_so_far(output)) > 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(ranks[1].pid, number)
+    assert wait_for(ranks) == [0, 0]
+    (saved,) = (output / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert metrics_so_far(output)[-1] == step and not (output / "student").exists()
+    # the same command goes on from there
+    ranks = start_ranks(2, main, command)
+    while metrics_so_far(output)[-1] <= step:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for rank in ranks:
+        os.kill(rank.pid, number)
+    assert wait_for(ranks) == [0, 0]
+    steps = metrics_so_far(output)
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > step
+
+
+def metrics_so_far(output: Path) -> list[int]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(job, tmp_path, monkeypatch):
+    def impatient(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    monkeypatch.setattr("megalard.assemble.load_models", impatient)
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(job, tmp_path / "output"))
+    assert caught.value.code == 0
+
+
+def refusal(capsys, *command) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(*command))
+    assert caught.value.code == 1
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("megalard: error: ") and "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["optimizer.learning_rate=0.02", "trainable.lora.rank=8", "run.seed=1", "rope.factor=8"],
+)
+def test_another_configuration_is_refused_by_its_key(option, job, tmp_path, capsys):
+    output = interrupted(job, "one", tmp_path / "output")
+    options = [option]
+    if option.startswith("trainable"):
+        options = ["trainable.lora={rank: 8, alpha: 8, dropout: 0.1}"]
+    line = refusal(capsys, job, output, *SAVE, *options)
+    assert f"holds a run with {option.partition('=')[0]} " in line
+    assert not (output / "student").exists()
+
+
+def test_another_text_is_refused(job, tmp_path, capsys):
+    output = interrupted(job, "one", tmp_path / "output")
+    text = tmp_path / "other.txt"
+    text.write_text((job / "train.txt").read_text().upper())
+    cache = f"data.cache={tmp_path / 'cache'}"
+    line = refusal(capsys, job, output, *SAVE, f"data.paths={text}", cache)
+    assert "the text is not the one" in line
+
+
+def test_another_base_model_is_refused_and_a_moved_one_is_not(job, tmp_path, capsys):
+    output = interrupted(job, "one", tmp_path / "output")
+    model = shutil.copytree(job / "model", tmp_path / "model")
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    line = refusal(capsys, job, output, *SAVE, f"model.teacher={model}")
+    assert f"{weights} is damaged or of another model" in line
+    weights.write_bytes(content)
+    main(arguments(job, output, *SAVE, f"model.teacher={model}"))
+    assert (output / "student" / "model.safetensors").exists()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(job, tmp_path, capsys):
+    output = interrupted(job, "one", tmp_path / "output", step=0)
+    main(arguments(job, output, *SAVE))
+    assert "holds no complete checkpoint: from the start" in capsys.readouterr().out
+    assert losses(output) == losses(job / "one")

@@ -1,0 +1,69 @@
+"""A whole small job: a random model with a byte-level tokenizer, text, and the command line."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tests.models import make_model
+
+NATIVE, CONTEXT, BATCH, STEPS = 64, 32, 4, 8
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One id a byte, and ``</s>`` = 256 to end a document."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(alphabet)} | {"</s>": len(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+
+
+def make_job(folder: Path) -> Path:
+    """``model/``, ``train.txt`` and ``heldout.txt`` of a job."""
+    make_model("llama", folder / "model", vocab_size=257, max_position_embeddings=NATIVE)
+    save_tokenizer(folder / "model")
+    words = ["tensor", "rank", "row", "mask", "rope", "loss", "of", "the", "and"]
+    for number, (name, count) in enumerate((("train", 1500), ("heldout", 300))):
+        chosen = random.Random(number).choices(words, k=count)
+        (folder / f"{name}.txt").write_text(" ".join(chosen))
+    return folder
+
+
+def arguments(job: Path, output: Path | str, *overrides: str) -> list[str]:
+    """The command line of a run that restores ``job``'s model; overrides are ``key=value``."""
+    settings = {
+        "model.teacher": job / "model",
+        "model.compute_dtype": "float32",
+        "rope.factor": 4,
+        "trainable.lora": "{rank: 4, alpha: 8, dropout: 0.1}",
+        "data.paths": job / "train.txt",
+        "data.context_length": CONTEXT,
+        "optimizer.steps": STEPS,
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.warmup_steps": 2,
+        # of the gradients' size, so that rounding does not decide the sign of an update
+        "optimizer.eps": 1e-4,
+        "optimizer.global_batch": BATCH,
+        "optimizer.micro_batch": 2,
+        "run.output": output,
+        "run.device": "cpu",
+    }
+    settings |= dict(override.split("=", 1) for override in overrides)
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def metrics(output: Path) -> list[dict]:
+    """The lines of a run's ``metrics.jsonl``; NaN, which is not JSON, is an error."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]

@@ -1,0 +1,62 @@
+"""The learning rate is a pure function of the step; AdamW is made with the settings given."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from megalard.config import OptimizerConfig
+from megalard.optimizer import learning_rate, make_optimizer
+
+
+def rates(**settings) -> list[float]:
+    config = OptimizerConfig(**settings)
+    return [learning_rate(step, config) for step in range(config.steps)]
+
+
+def test_warm_up_starts_above_zero_and_reaches_the_peak_at_its_last_step():
+    found = rates(learning_rate=1e-3, warmup_steps=4, steps=20, min_ratio=0.1)
+    assert found[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert max(found) == found[3]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.9, 1.0])
+def test_the_cosine_ends_at_the_minimum_with_the_last_step(ratio):
+    found = rates(learning_rate=2e-5, warmup_steps=4, steps=144, min_ratio=ratio)
+    assert found[-1] == pytest.approx(2e-5 * ratio)
+    assert all(a >= b for a, b in pairwise(found[3:]))
+    middle = 2e-5 * (ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * 70 / 140)))
+    assert found[73] == pytest.approx(middle)
+
+
+def test_without_warm_up_the_first_step_is_near_the_peak():
+    found = rates(learning_rate=1.0, warmup_steps=0, steps=10, min_ratio=0.0)
+    assert found[0] == pytest.approx(0.5 * (1 + math.cos(math.pi / 10)))
+    assert found[-1] == pytest.approx(0)
+
+
+def test_a_run_may_be_all_warm_up():
+    assert rates(learning_rate=1.0, warmup_steps=4, steps=2) == [0.25, 0.5]
+    assert rates(learning_rate=1.0, warmup_steps=2, steps=2) == [0.5, 1.0]
+
+
+def test_steps_beyond_the_last_stay_at_the_minimum():
+    config = OptimizerConfig(steps=10, learning_rate=1.0, warmup_steps=2, min_ratio=0.5)
+    assert learning_rate(25, config) == pytest.approx(0.5)
+
+
+def test_the_optimizer_has_the_settings_given():
+    config = OptimizerConfig(
+        learning_rate=1e-3, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.1, warmup_steps=0
+    )
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = make_optimizer([weight], config, torch.device("cpu"))
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.8, 0.9), 1e-6)
+    weight.grad = torch.full((3,), 2.0)
+    optimizer.step()
+    # AdamW's first step: decay by lr * 0.1, then lr * sign(gradient)
+    torch.testing.assert_close(weight.data, torch.full((3,), 1 - 1e-4 - 1e-3))

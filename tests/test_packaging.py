@@ -1,0 +1,96 @@
+"""The wheel carries the kernels inside megalard, and nothing shadows other packages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[1]
+# transformers looks for a PyPI package called kernels; ours must not be taken for it
+IMPORTS = """
+import importlib.util, sys
+import megalard.kernels.relation_kl as relation_kl
+import transformers
+from transformers import LlamaForCausalLM
+import megalard.train
+spec = importlib.util.find_spec("kernels")
+origin = spec and spec.origin
+assert origin is None or "site-packages" in origin, f"{origin} shadows the PyPI package kernels"
+print(relation_kl.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the sources, so that the checkout gets no build folders."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("megalard", "kernels", "tools", "tests"):
+        hidden = shutil.ignore_patterns("__pycache__", ".*")
+        shutil.copytree(CHECKOUT / name, source / name, ignore=hidden)
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(CHECKOUT / name, source)
+    command = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run(
+        [sys.executable, "-m", *command, "--wheel-dir", str(folder), str(source)], check=True
+    )
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def run(*command: str, path: Path, folder: Path) -> str:
+    """Run Python in ``folder`` with ``path`` alone on PYTHONPATH; gives what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_wheel_holds_megalard_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"megalard"}
+    source = wheel.parent / "source"
+    expected = {
+        str(Path("megalard") / inside / file.relative_to(source / folder))
+        for folder, inside in (("megalard", ""), ("kernels", "kernels"))
+        for file in (source / folder).rglob("*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert "megalard/kernels/relation_kl/__init__.py" in names
+
+
+def test_the_wheel_has_a_console_command(wheel):
+    (entry,) = (n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("entry_points.txt"))
+    assert b"megalard = megalard.train:main" in zipfile.ZipFile(wheel).read(entry)
+
+
+def test_the_unpacked_wheel_works_anywhere(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
+    printed = run("-c", IMPORTS, path=tmp_path / "unpacked", folder=tmp_path)
+    inside = tmp_path / "unpacked" / "megalard" / "kernels" / "relation_kl" / "__init__.py"
+    assert printed == str(inside)
+
+
+def test_a_plain_checkout_works_anywhere(tmp_path):
+    printed = run("-c", IMPORTS, path=CHECKOUT, folder=tmp_path)
+    assert printed == str(CHECKOUT / "kernels" / "relation_kl" / "__init__.py")
+
+
+def test_the_module_runs_from_the_checkout():
+    """There the root, with its folder ``kernels``, is first on sys.path."""
+    printed = run("-m", "megalard.train", "--help", path=CHECKOUT, folder=CHECKOUT)
+    assert "--parallel.tp" in printed
+
+
+def test_there_is_no_top_level_kernels_package():
+    assert not (CHECKOUT / "kernels" / "__init__.py").exists()

@@ -1,0 +1,398 @@
+"""The job from the command line, by one process and by two."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megalard.config import load_config, to_dict
+from megalard.data.token_store import TokenStore
+from megalard.distill.step import Distiller
+from megalard.evaluation.report import read_json
+from megalard.optimizer import learning_rate
+from megalard.train import main
+from tests.jobs import BATCH, CONTEXT, NATIVE, STEPS, arguments, make_job, metrics
+from tests.models import make_model
+
+CHECKOUT = Path(__file__).parents[1]
+FIGURES = ("loss", "loss_q", "loss_k", "loss_v", "gradient_norm", "learning_rate")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    return make_job(tmp_path_factory.mktemp("job"))
+
+
+def launch(*command: str) -> str:
+    """Run a module's command from the checkout; gives what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def one(job):
+    """The output directory of a run by one process; what it printed is in ``printed``."""
+    output = job / "runs" / "one"
+    options = ["checkpoint.export_every=3", f"evaluation.paths={job / 'heldout.txt'}"]
+    printed = launch("megalard.train", *arguments(job, output, *options))
+    (job / "printed").write_text(printed)
+    return output
+
+
+@pytest.fixture(scope="module")
+def two(job):
+    """The same run by two tensor-parallel ranks."""
+    output = job / "runs" / "two"
+    options = ["parallel.tp=2", f"evaluation.paths={job / 'heldout.txt'}"]
+    ranks = ["--standalone", "--nproc-per-node", "2", "-m"]
+    launch("torch.distributed.run", *ranks, "megalard.train", *arguments(job, output, *options))
+    return output
+
+
+def test_the_output_directory_holds_all_of_a_run(one, job):
+    assert sorted(path.name for path in one.iterdir()) == [
+        "evaluation-tokens",
+        "evaluation.json",
+        "evaluation.png",
+        "metrics.jsonl",
+        "run.json",
+        "step-000003",
+        "step-000006",
+        "student",
+        "tensorboard",
+        "tokens",
+    ]
+    config = load_config(
+        None,
+        arguments(job, one, "checkpoint.export_every=3", f"evaluation.paths={job / 'heldout.txt'}"),
+    )
+    assert json.loads((one / "run.json").read_text()) == to_dict(config)
+    (events,) = (one / "tensorboard").iterdir()
+    assert all(tag.encode() in events.read_bytes() for tag in FIGURES)
+
+
+def test_every_save_is_a_model_with_its_tokenizer(one, job):
+    base = load_file(job / "model" / "model.safetensors")
+    trained = set()
+    for name in ("step-000003", "step-000006", "student"):
+        model = AutoModelForCausalLM.from_pretrained(one / name)
+        assert model.config.max_position_embeddings == 4 * NATIVE
+        assert AutoTokenizer.from_pretrained(one / name).eos_token == "</s>"
+        tensors = load_file(one / name / "model.safetensors")
+        changed = {key for key, value in tensors.items() if not torch.equal(value, base[key])}
+        assert changed == {
+            key for key in base if key.split(".")[-2] in ("q_proj", "k_proj", "v_proj")
+        }
+        trained.add(float(tensors["model.layers.0.self_attn.q_proj.weight"].double().sum()))
+    assert len(trained) == 3, "two saves are the same"
+
+
+def test_metrics_tell_every_step(one):
+    lines = metrics(one)
+    config = load_config(None, ["--model.teacher=t", "--data.paths=d", "--run.output=o"])
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["tokens"] for line in lines] == [n * BATCH * CONTEXT for n in range(1, STEPS + 1)]
+    schedule = json.loads((one / "run.json").read_text())["optimizer"]
+    schedule = type(config.optimizer)(**schedule)
+    for number, line in enumerate(lines):
+        assert line["learning_rate"] == pytest.approx(learning_rate(number, schedule))
+        assert line["loss"] == pytest.approx(sum(line[f"loss_{name}"] for name in "qkv"))
+        assert line["gradient_norm"] > 0 and line["tokens_per_second"] > 0
+        assert line["memory_gib"] > 0 and line["skipped"] is None
+
+
+def test_the_loss_goes_down(job, tmp_path):
+    """On text of one batch, so that every step's loss is of the same blocks."""
+    text = tmp_path / "short.txt"
+    text.write_text((job / "train.txt").read_text()[: BATCH * CONTEXT])
+    lora = "trainable.lora={rank: 8, alpha: 16, dropout: 0}"
+    main(arguments(job, tmp_path / "output", f"data.paths={text}", lora, "optimizer.eps=1e-8"))
+    losses = [line["loss"] for line in metrics(tmp_path / "output")]
+    assert losses[-1] < 0.7 * losses[0]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_two_ranks_report_the_global_means_of_one(one, two):
+    """The student's dropout is on: its masks too are the same."""
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+        for key in FIGURES:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (ours["step"], key)
+    first, second = (read_json(output / "evaluation.json")[0] for output in (one, two))
+    for a, b in zip(first, second, strict=True):
+        assert a.name == b.name
+        for length, measured in a.by_length.items():
+            assert b.by_length[length].loss == pytest.approx(measured.loss, rel=1e-3)
+
+
+def test_the_evaluation_compares_teacher_scaled_and_restored(one, job):
+    results, native, factor = read_json(one / "evaluation.json")
+    assert [result.name for result in results] == ["teacher", "scaled", "restored"]
+    assert (native, factor) == (NATIVE, 4)
+    assert [result.tokens for result in results] == [0, 0, STEPS * BATCH * CONTEXT]
+    for result in results:
+        assert sorted(result.by_length) == [16, 32, 64, 128, 256]
+    _, scaled, restored = results
+    assert restored.short_mean("kl", NATIVE) < scaled.short_mean("kl", NATIVE)
+    assert restored.by_length[64].agreement is not None
+    assert restored.by_length[128].agreement is None
+    assert (one / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    printed = (job / "printed").read_text()
+    assert f"step {STEPS}/{STEPS}" in printed and "Perplexity by context length" in printed
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_preflight_reports_and_writes_nothing(job, tmp_path, capsys):
+    before = snapshot(job)
+    main(["--preflight", *arguments(job, tmp_path / "output", f"data.cache={tmp_path / 'cache'}")])
+    printed = capsys.readouterr().out
+    for words in (
+        "RoPE: window 64 -> 256",
+        "cos/sin factor: teacher 1.0000, student 1.0000 (linear)",
+        "trained: 1,920 parameters in 18 tensors",
+        "3 x model.layers.self_attn.q_proj.lora_A [4, 32]",
+        "gradients: all 18 trained tensors finite and not zero",
+        "peak memory:",
+        f"s a step of {BATCH * CONTEXT} tokens",
+        f"minutes for {STEPS} steps ({STEPS * BATCH * CONTEXT:,} tokens)",
+        "preflight passed; nothing was written",
+    ):
+        assert words in printed
+    # every pair of dimensions is slowed by the factor
+    assert printed.count("4.0000") == 4
+    assert list(tmp_path.iterdir()) == [] and snapshot(job) == before
+
+
+def refusal(capsys, command: list[str]) -> str:
+    """The one line a run ends with that finds bad input."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 1
+    printed = capsys.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("megalard: error: ")]
+    assert len(lines) == 1 and printed.count("error") >= 1 and "Traceback" not in printed
+    assert printed.rstrip().endswith(lines[0]), "the sentence runs over several lines"
+    return lines[0]
+
+
+def poison(monkeypatch, step: int, tensor: str) -> None:
+    """Put an infinity into one gradient of a step, counted from 1."""
+    accumulate = Distiller.accumulate
+
+    def poisoned(self, batches, number):
+        result = accumulate(self, batches, number)
+        if number == step - 1:
+            self.student.trained[tensor].grad.view(-1)[3] = float("inf")
+        return result
+
+    monkeypatch.setattr(Distiller, "accumulate", poisoned)
+
+
+TENSOR = "model.layers.1.self_attn.k_proj.lora_B"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(job, tmp_path, capsys, monkeypatch):
+    poison(monkeypatch, 3, TENSOR)
+    line = refusal(capsys, arguments(job, tmp_path / "output"))
+    assert "step 3:" in line and "on rank 0" in line and f"in {TENSOR}:" in line
+    assert [line["step"] for line in metrics(tmp_path / "output")] == [1, 2]
+    assert not (tmp_path / "output" / "student").exists()
+
+
+def test_a_step_that_is_not_finite_can_be_skipped(job, tmp_path, capsys, monkeypatch):
+    poison(monkeypatch, 3, TENSOR)
+    steps = []
+    step = Distiller.step
+
+    def watched(self, batches, number):
+        before = {name: value.clone() for name, value in self.student.trained.items()}
+        result = step(self, batches, number)
+        same = all(torch.equal(before[name], v) for name, v in self.student.trained.items())
+        steps.append((number + 1, same))
+        return result
+
+    monkeypatch.setattr(Distiller, "step", watched)
+    command = arguments(job, tmp_path / "output", "run.non_finite=skip", "run.log_every=4")
+    main([*command, "--optimizer.steps=4"])
+    assert steps == [(1, False), (2, False), (3, True), (4, False)]
+    assert (tmp_path / "output" / "student" / "model.safetensors").exists()
+    # a skipped step is told though it is not one of every four
+    lines = metrics(tmp_path / "output")
+    assert [line["step"] for line in lines] == [3, 4]
+    assert "step 3:" in lines[0]["skipped"] and TENSOR in lines[0]["skipped"]
+    assert lines[0]["gradient_norm"] is None and lines[1]["skipped"] is None
+    assert f"rank 0, in {TENSOR}" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_stop_the_first_step(job, tmp_path, capsys):
+    student = shutil.copytree(job / "model", tmp_path / "student")
+    tensors = load_file(student / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, student / "model.safetensors", {"format": "pt"})
+    command = arguments(job, tmp_path / "output", f"model.student={student}")
+    for options in ([], ["--preflight"]):
+        line = refusal(capsys, [*options, *command])
+        assert "step 1: the loss is nan and gradients are not finite on rank 0" in line
+        shutil.rmtree(tmp_path / "output", ignore_errors=True)
+
+
+def damage_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").write_text("{ not it")
+
+
+def remove_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+
+
+def truncate_weights(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def duplicate_weights(model: Path) -> None:
+    shutil.copy(model / "model.safetensors", model / "again.safetensors")
+
+
+def cut_vocabulary(model: Path) -> None:
+    make_model("llama", model, vocab_size=70, max_position_embeddings=NATIVE)
+
+
+def cut_tensor(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+
+
+def scale_rope(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    (model / "config.json").write_text(json.dumps(config))
+
+
+BAD_INPUT = {
+    "missing model": (["model.teacher=/nowhere/model"], "no model directory at /nowhere/model"),
+    "missing student": (["model.student=/nowhere/model"], "no model directory at /nowhere/model"),
+    "missing tokenizer": (["model.tokenizer=/nowhere/t"], "model folder /nowhere/t does not exist"),
+    "missing data": (
+        ["data.paths=/nowhere/text.txt"],
+        "data path /nowhere/text.txt does not exist",
+    ),
+    "missing config file": (["config"], "cannot read the config file"),
+    "unknown key": (["optimizer.step=3"], "unknown key 'optimizer.step'; the nearest known one is"),
+    "out of range": (["optimizer.min_ratio=2"], "optimizer.min_ratio must be in [0, 1]"),
+    "tp without ranks": (["parallel.tp=3"], "tp"),
+    "context beyond the window": (["data.context_length=65"], "longer than the teacher's native"),
+    "dynamic RoPE": (["rope.type=dynamic"], "'dynamic' equals the teacher's RoPE"),
+    "layer out of range": (["objective.layers=[3]"], "objective.layers names layer 3"),
+    "batch not divisible": (["optimizer.micro_batch=3"], "a multiple of 3"),
+    "batch beyond the data": (["optimizer.global_batch=400"], "global batch of 400"),
+    "held-out text too short": (["evaluation.lengths=[9999]"], "asks for 9999"),
+    "missing table": (["rope.type=table", "rope.table=/nowhere.npy"], "cannot read inverse freq"),
+    "no GPU": (["run.device=cuda"], "run.device is cuda but torch sees no GPU"),
+    "empty data": (["empty.txt", ""], "there is no document in"),
+    "white space": (["empty.txt", " \n"], "there is no document in"),
+    "data not UTF-8": (["empty.txt", "\udcff"], "is not UTF-8"),
+    "data of another kind": (["data.bin", "x"], "unsupported suffix '.bin'"),
+    "damaged tokenizer": ([damage_tokenizer], "cannot be read as a tokenizer"),
+    "no tokenizer": ([remove_tokenizer], "neither tokenizer.json nor tokenizer.model"),
+    "truncated weights": ([truncate_weights], "is truncated or damaged"),
+    "duplicate weights": ([duplicate_weights], "stands in both"),
+    "tokens beyond the vocabulary": ([cut_vocabulary], "the model has only 70 rows"),
+    "weights of another shape": ([cut_tensor], "the files do not belong together"),
+    "teacher already scaled": ([scale_rope], "is already scaled"),
+}
+
+
+@pytest.mark.parametrize("preflight", [[], ["--preflight"]], ids=["train", "preflight"])
+@pytest.mark.parametrize("kind", BAD_INPUT)
+def test_bad_input_is_told_in_one_sentence(kind, preflight, job, tmp_path, capsys):
+    """And the output directory may be used again: nothing of the attempt is left in it."""
+    if kind == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (first, *rest), sentence = BAD_INPUT[kind]
+    options = [f"evaluation.paths={job / 'heldout.txt'}"]
+    command = []
+    if callable(first):
+        model = shutil.copytree(job / "model", tmp_path / "model")
+        first(model)
+        options.append(f"model.teacher={model}")
+    elif first == "config":
+        command = ["--config", str(tmp_path / "none.yaml")]
+    elif "=" not in first:
+        (tmp_path / first).write_text(rest[0], errors="surrogateescape")
+        options.append(f"data.paths={tmp_path / first}")
+    else:
+        options += [first, *rest]
+    output = tmp_path / "output"
+    output.mkdir()
+    line = refusal(capsys, [*preflight, *command, *arguments(job, output, *options)])
+    assert sentence in line
+    assert list(output.iterdir()) == []
+
+
+def test_damaged_weights_are_told_before_the_text_is_tokenized(job, tmp_path, capsys):
+    model = shutil.copytree(job / "model", tmp_path / "model")
+    truncate_weights(model)
+    options = [f"model.teacher={model}", f"data.cache={tmp_path / 'cache'}"]
+    refusal(capsys, arguments(job, tmp_path / "output", *options))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("preflight", [[], ["--preflight"]], ids=["train", "preflight"])
+def test_an_output_directory_that_is_not_empty_is_left_alone(preflight, job, tmp_path, capsys):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("precious")
+    line = refusal(capsys, [*preflight, *arguments(job, tmp_path)])
+    assert f"run.output {tmp_path} is not empty" in line
+    assert snapshot(tmp_path) == {"student/config.json": b"precious"}
+    file = tmp_path / "student" / "config.json"
+    assert f"{file} is not empty" in refusal(capsys, [*preflight, *arguments(job, file)])
+    assert file.read_text() == "precious"
+
+
+def test_an_output_directory_that_cannot_be_made_is_named(job, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    line = refusal(capsys, arguments(job, tmp_path / "file" / "output"))
+    assert f"cannot write to run.output {tmp_path / 'file' / 'output'}" in line
+
+
+def test_a_checkpoint_keeps_its_rope_and_is_saved_in_both_spellings(job, tmp_path):
+    """transformers 4 would read a file that has only the new one as native RoPE."""
+    student = shutil.copytree(job / "model", tmp_path / "student")
+    scale_rope(student)
+    options = ["rope.type=checkpoint", f"model.student={student}", "optimizer.steps=1"]
+    main(arguments(job, tmp_path / "output", *options))
+    config = json.loads((tmp_path / "output" / "student" / "config.json").read_text())
+    assert config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert config["rope_theta"] == 1e4
+
+
+def test_a_token_cache_is_used_again(job, tmp_path):
+    cache = tmp_path / "cache"
+    options = [f"data.cache={cache}", "optimizer.steps=1"]
+    main(arguments(job, tmp_path / "first", *options))
+    made = (cache / "tokens.bin").stat().st_mtime_ns
+    main(arguments(job, tmp_path / "second", *options))
+    assert (cache / "tokens.bin").stat().st_mtime_ns == made
+    assert not (tmp_path / "second" / "tokens").exists()
+    # a prepared directory is data as well
+    prepared = arguments(job, tmp_path / "third", f"data.paths={cache}", "optimizer.steps=1")
+    main(prepared)
+    first, third = (metrics(tmp_path / name)[0]["loss"] for name in ("first", "third"))
+    assert first == third and len(TokenStore.open(cache).tokens) > 1000
