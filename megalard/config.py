@@ -144,6 +144,9 @@ class ParallelConfig:
     """Context-parallel size: the ranks that share the sequence of each block."""
     activation_checkpointing: bool = True
     """Keep only each student layer's input and recompute the layer in the backward pass."""
+    offload: bool = False
+    """Keep what the backward pass needs (with recomputation: layer inputs and the relations'
+    gradients) in host memory."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megalard.data.loader import BatchLoader
 from megalard.data.token_store import TokenStore
 from megalard.distill.step import Distiller
 from megalard.errors import UserError
-from megalard.parallel.agreement import checked_on_all_ranks, gather_objects
+from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks, gather_objects
 from megalard.parallel.mesh import Axis, Mesh
 
 # What may differ between a run and its resumption. The models and the text are compared by their
@@ -143,11 +143,16 @@ def resume(
         return 0, None
     with checked_on_all_ranks(axis):
         weights = ShardedWeights(output.checkpoint)
-        weights.check_sums(axis)
         manifest = weights.manifest
-        check_base(manifest.base, base.directory, axis)
         _check_data(manifest, store)
-    restore_state(distiller, weights, axis)
+
+    def check() -> None:
+        weights.check_sums(axis)
+        check_base(manifest.base, base.directory, axis)
+
+    with checked_meanwhile(check, axis) as wait_for_checksums:
+        restore_state(distiller, weights, axis)
+        wait_for_checksums()
     step = manifest.training["step"]
     if axis.rank == 0:
         print(f"resuming from {output.checkpoint} after step {step}", flush=True)

@@ -111,6 +111,7 @@ def worker(options: argparse.Namespace) -> None:
     from megalard.checkpoint.hf_writer import write_huggingface
     from megalard.checkpoint.manifest import written_by
     from megalard.checkpoint.sharded import ShardedWeights, load_sharded, save_sharded
+    from megalard.parallel.agreement import checked_meanwhile
     from megalard.parallel.mesh import SINGLE, build_mesh
 
     folder = options.folder
@@ -130,8 +131,9 @@ def worker(options: argparse.Namespace) -> None:
         save_sharded(folder / "saved", held, head, SINGLE)
     else:
         weights = ShardedWeights(folder / "saved")
-        weights.check_sums()
-        load_sharded(weights, held, SINGLE)
+        with checked_meanwhile(weights.check_sums, SINGLE) as wait:
+            load_sharded(weights, held, SINGLE)
+            wait()
     print(json.dumps({"seconds": time.perf_counter() - began}))
 
 
@@ -179,10 +181,9 @@ def bench(options: argparse.Namespace) -> None:
             paths = [str(folder / source), str(folder / target)]
             seconds, peak, _ = measure([sys.executable, tool, name, *paths])
             rows.append((f"convert_hf.py {name}", seconds, peak))
-        same = all(
-            subprocess.run(["cmp", str(path), str(folder / "back" / path.name)]).returncode == 0
-            for path in (folder / "hf").glob("*.safetensors")
-        )
+        verify = str(Path(__file__).with_name("verify_checkpoint.py"))
+        pair = [str(folder / "hf"), str(folder / "back")]
+        same = subprocess.run([sys.executable, verify, *pair]).returncode == 0
         for name in ("sharded", "back"):
             shutil.rmtree(folder / name)
         for name in ("save", "load"):
@@ -204,7 +205,7 @@ def bench(options: argparse.Namespace) -> None:
             f"| {name} | {seconds:.1f} | {size / seconds / 1e9:.2f} | {seconds / copied:.2f} | "
             f"{seconds / synced:.2f} | {held} |"
         )
-    print(f"exported files the same as the original: {'yes' if same else 'NO'}")
+    print(f"the exported model is the original, bit for bit: {'yes' if same else 'NO'}")
 
 
 def stall(options: argparse.Namespace) -> None:

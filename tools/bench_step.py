@@ -11,6 +11,8 @@ over ranks) and of the optimizer, the peak memory, and the model FLOP utilisatio
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import statistics
 import sys
@@ -91,7 +93,7 @@ def make_config(options: argparse.Namespace, recompute: bool) -> Config:
         objective=ObjectiveConfig(RelationWeights(qk=options.qk)),
         data=DataConfig(["random"], context_length=options.tokens),
         optimizer=OptimizerConfig(global_batch=options.batch, micro_batch=options.batch),
-        parallel=ParallelConfig(tp=options.tp, activation_checkpointing=recompute),
+        parallel=ParallelConfig(options.tp, options.cp, recompute, options.offload),
         run=RunConfig(output="none", device=options.device),
     )
 
@@ -100,7 +102,8 @@ def random_batch(options: argparse.Namespace, spec: ModelSpec, mesh: Mesh) -> Ba
     generator = torch.Generator().manual_seed(mesh.dp.rank)
     shape = (options.batch, options.tokens)
     tokens = torch.randint(0, spec.vocab_size, shape, generator=generator)
-    return collate([(row.numpy(), [(0, options.tokens)]) for row in tokens]).to(mesh.device)
+    batch = collate([(row.numpy(), [(0, options.tokens)]) for row in tokens])
+    return batch.cut(mesh.cp).to(mesh.device)
 
 
 class Clock:
@@ -162,6 +165,10 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
     """One setting: times over ``options.repeats`` steps after two warm-up steps."""
     spec, dtype = make_spec(options.shape, options.tokens), getattr(torch, options.dtype)
     config = make_config(options, recompute)
+    gc.collect()
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     teacher = random_decoder(spec, mesh, dtype)
     student_spec = spec_from_config(scaled_config(spec, config.rope, options.tokens), "student")
     student = build_student(teacher, student_spec, rope_table(student_spec), config, mesh.tp)
@@ -182,12 +189,13 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
     memory = torch.cuda.max_memory_allocated() / 2**30 if mesh.device.type == "cuda" else None
     median = statistics.median(micro)
     result = {
+        "tokens": options.tokens,
         "recompute": recompute,
         "micro_step_seconds": median,
         "micro_step_spread": [min(micro), max(micro)],
         "update_seconds": statistics.median(update),
         "peak_gib": memory,
-        "utilisation": needed_flops(spec, options) / mesh.tp.size / median / rate,
+        "utilisation": needed_flops(spec, options) / (mesh.tp.size * mesh.cp.size) / median / rate,
         "tokens_per_second": options.tokens * options.batch * mesh.dp.size / median,
     }
     if options.trace and mesh.world.rank == 0:
@@ -209,27 +217,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens a block")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096], help="tokens a block")
     parser.add_argument("--batch", type=int, default=1, help="blocks a micro-step")
     parser.add_argument("--rank", type=int, default=1024, help="LoRA rank")
     parser.add_argument("--dropout", type=float, default=0.0, help="LoRA dropout")
     parser.add_argument("--qk", type=float, default=0.0, help="weight of the Q/K relation")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--cp", type=int, default=1)
+    parser.add_argument("--offload", action="store_true", help="saved tensors in host memory")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--recompute", choices=("no", "yes", "both"), default="both")
     parser.add_argument("--trace", action="store_true", help="add the longest kernels")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
-    mesh = build_mesh(options.device, options.tp)
+    mesh = build_mesh(options.device, options.tp, options.cp)
     rate = product_rate(mesh.device)
     results = []
-    for recompute in {"no": [False], "yes": [True], "both": [False, True]}[options.recompute]:
-        if mesh.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        results.append(measure(options, mesh, recompute, rate))
+    settings = {"no": [False], "yes": [True], "both": [False, True]}[options.recompute]
+    for tokens, recompute in itertools.product(options.tokens, settings):
+        one = argparse.Namespace(**{**vars(options), "tokens": tokens})
+        results.append(measure(one, mesh, recompute, rate))
     if mesh.world.rank == 0:
         report(options, mesh, rate, results)
     if mesh.world.size > 1:
@@ -238,14 +247,15 @@ def main() -> None:
 
 def report(options: argparse.Namespace, mesh: Mesh, rate: float, results: list[dict]) -> None:
     print(
-        f"{options.shape}, {options.batch} x {options.tokens} tokens, LoRA rank {options.rank}, "
-        f"dp {mesh.dp.size} x tp {mesh.tp.size}; 8192^3 product {rate / 1e12:.0f} TFLOP/s"
+        f"{options.shape}, blocks a micro-step {options.batch}, LoRA rank {options.rank}, "
+        f"dp {mesh.dp.size} x cp {mesh.cp.size} x tp {mesh.tp.size}; "
+        f"8192^3 product {rate / 1e12:.0f} TFLOP/s"
     )
     for result in results:
         low, high = result["micro_step_spread"]
         memory = "" if result["peak_gib"] is None else f"  peak {result['peak_gib']:.1f} GiB"
         print(
-            f"recompute {'yes' if result['recompute'] else 'no '}  "
+            f"{result['tokens']:7,d} tokens  recompute {'yes' if result['recompute'] else 'no '}  "
             f"micro-step {result['micro_step_seconds']:.3f} s ({low:.3f}-{high:.3f})  "
             f"update {result['update_seconds']:.3f} s  "
             f"{result['tokens_per_second']:,.0f} tokens/s  "

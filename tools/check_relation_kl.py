@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from megalard.kernels.relation_kl import causal_mask, relation_backward, relation_forward, tiling
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megalard.kernels.relation_kl import causal_mask, relation_backward, relation_forward, tiling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}

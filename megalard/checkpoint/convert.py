@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from megalard.checkpoint.storage import LazySavePlanner
 from megalard.errors import UserError
 from megalard.model.rope import rope_table, write_rope
 from megalard.model.spec import ModelSpec
-from megalard.parallel.agreement import checked_on_all_ranks
+from megalard.parallel.agreement import checked_meanwhile
 from megalard.parallel.layout import Layout, check_divisible, parameter_layout
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
 
@@ -134,7 +132,7 @@ def export_model(
     Raises:
         UserError: on every rank, for bad input or when any rank cannot write.
     """
-    with checksums_meanwhile(model, axis) as agreed:
+    with checked_meanwhile(partial(model.check_sums, axis), axis) as agreed:
         write_huggingface(
             directory,
             model.weights,
@@ -143,6 +141,7 @@ def export_model(
             axis=axis,
             file_bytes=file_bytes,
             progress=progress,
+            ahead=True,
             before_commit=agreed,
         )
 
@@ -159,7 +158,7 @@ def export_adapter(
         raise UserError(
             f"{model.directory} is no checkpoint of a run ({model.kind}): there is no adapter in it"
         )
-    with checksums_meanwhile(model, SINGLE) as agreed:
+    with checked_meanwhile(model.check_sums, SINGLE) as agreed:
         write_adapter(
             directory,
             model.trained,
@@ -175,19 +174,6 @@ def export_adapter(
 def export_config(spec: ModelSpec) -> dict:
     """``config.json`` with RoPE in the spellings of transformers 4 and 5."""
     return write_rope(spec.hf_config, spec.rope, spec.head_dim)
-
-
-@contextmanager
-def checksums_meanwhile(model: Model, axis: Axis) -> Iterator[Callable[[], None]]:
-    """Compare the source's checksums in the background; yields a wait that all ranks call."""
-    with ThreadPoolExecutor(1) as thread:
-        checking: Future = thread.submit(model.check_sums, axis)
-
-        def agreed() -> None:
-            with checked_on_all_ranks(axis):
-                checking.result()
-
-        yield agreed
 
 
 def check_target(directory: str | Path) -> None:

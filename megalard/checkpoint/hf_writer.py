@@ -14,6 +14,7 @@ from megalard.checkpoint.storage import PARTIAL, split_by_size
 from megalard.checkpoint.tensor_file import (
     Entry,
     in_file_order,
+    read_ahead,
     sync_directory,
     write_tensor_file,
 )
@@ -42,6 +43,7 @@ def write_huggingface(
     axis: Axis = SINGLE,
     file_bytes: int = FILE_BYTES,
     progress: Callable[[int], None] = lambda count: None,
+    ahead: bool = False,
     before_commit: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a model; the ranks of the axis share the files. It appears complete or not at all.
@@ -52,6 +54,8 @@ def write_huggingface(
         config: ``config.json``.
         companions: files copied beside the weights.
         file_bytes: a file ends before it would exceed this, unless one tensor alone does.
+        ahead: read the next tensor in a thread while one is written; not for weights whose reading
+            is a collective call.
         before_commit: called when everything is written and nothing has its name yet.
 
     Raises:
@@ -73,7 +77,14 @@ def write_huggingface(
         with _told(directory, axis):
             for name, entries in list(zip(names, files, strict=True))[axis.rank :: axis.size]:
                 tensors = map(weights.read, entries)
-                write_tensor_file(partial / name, entries, tensors, {"format": "pt"}, progress)
+                write_tensor_file(
+                    partial / name,
+                    entries,
+                    read_ahead(tensors) if ahead else tensors,
+                    {"format": "pt"},
+                    progress,
+                    checksum=False,
+                )
         before_commit()
         with _told(directory, axis):
             if axis.rank == 0:

@@ -43,6 +43,7 @@ from megalard.checkpoint.tensor_file import (
     Entry,
     file_sha256,
     in_file_order,
+    read_ahead,
     sync_directory,
     write_tensor_file,
 )
@@ -128,6 +129,8 @@ class ShardWriter(StorageWriter):
         offsets = {name: {OFFSETS_KEY: list(items[name].index.offset)} for name in entries}
         metadata = {"format": "pt", SHARDING_KEY: json.dumps(offsets), ID_KEY: self.identity}
         tensors = (planner.resolve_data(items[name]) for name in entries)
+        if isinstance(planner, LazySavePlanner):
+            tensors = read_ahead(tensors)
         size, digest = write_tensor_file(
             self.partial / file, entries, tensors, metadata, self.progress
         )

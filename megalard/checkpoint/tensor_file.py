@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +188,7 @@ class TensorFileWriter:
         entries: name, dtype and shape of every tensor, in the order they will be written in.
         metadata: the header's free text entries.
         progress: called with the number of bytes of each part written.
+        checksum: whether to compute one.
 
     Raises:
         OSError: the file exists or the disk is full; ``write`` and ``close`` raise it too.
@@ -199,6 +200,7 @@ class TensorFileWriter:
         entries: Mapping[str, Entry],
         metadata: Mapping[str, str],
         progress: Callable[[int], None] = lambda count: None,
+        checksum: bool = True,
     ):
         header: dict = {"__metadata__": dict(metadata)}
         offset = 0
@@ -213,7 +215,7 @@ class TensorFileWriter:
         text += b" " * (-len(text) % 8)
         self._expected = list(entries.items())
         self._progress = progress
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if checksum else None
         self._size = 0
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         # one thread hashes and one starts writing back, while the caller fetches the next tensor
@@ -232,9 +234,9 @@ class TensorFileWriter:
             self._put(as_bytes(tensor))
 
     def _put(self, view: memoryview) -> None:
-        if self._hashed is not None:
-            self._hashed.result()
-        self._hashed = self._helpers[0].submit(self._digest.update, view)
+        if self._digest is not None:
+            self._wait_for_hash()
+            self._hashed = self._helpers[0].submit(self._digest.update, view)
         self._size += len(view)
         while view:
             count = os.write(self._file, view[:_BLOCK_BYTES])
@@ -248,20 +250,25 @@ class TensorFileWriter:
                 self._flushed = self._helpers[1].submit(os.fdatasync, self._file)
                 self._unflushed = 0
 
+    def _wait_for_hash(self) -> None:
+        if self._hashed is not None:
+            self._hashed.result()
+        self._hashed = None
+
     def _check_flushed(self) -> None:
         if self._flushed is not None:
             self._flushed.result()
 
-    def close(self) -> tuple[int, str]:
+    def close(self) -> tuple[int, str | None]:
         """Wait until the file is on the disk; returns its size in bytes and its sha256 (hex)."""
         try:
             assert not self._expected, f"{len(self._expected)} tensors were not written"
-            self._hashed.result()
+            self._wait_for_hash()
             self._check_flushed()
             os.fsync(self._file)
         finally:
             self.abandon()
-        return self._size, self._digest.hexdigest()
+        return self._size, self._digest.hexdigest() if self._digest else None
 
     def abandon(self) -> None:
         """Close without finishing; the file is then worthless."""
@@ -278,15 +285,27 @@ def write_tensor_file(
     tensors: Iterable[torch.Tensor],
     metadata: Mapping[str, str],
     progress: Callable[[int], None] = lambda count: None,
-) -> tuple[int, str]:
+    checksum: bool = True,
+) -> tuple[int, str | None]:
     """Write a whole file; returns its size in bytes and its sha256 (hex)."""
-    writer = TensorFileWriter(path, entries, metadata, progress)
+    writer = TensorFileWriter(path, entries, metadata, progress, checksum)
     try:
         for tensor in tensors:
             writer.write(tensor)
         return writer.close()
     finally:
         writer.abandon()
+
+
+def read_ahead(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same tensors, each fetched in a thread while the one before it is used."""
+    iterator = iter(tensors)
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, iterator, None)
+        while (tensor := following.result()) is not None:
+            following = thread.submit(next, iterator, None)
+            yield tensor
+            del tensor
 
 
 def file_sha256(path: str | Path, progress: Callable[[int], None] = lambda count: None) -> str:

@@ -30,7 +30,14 @@ from megalard.kernels.relation_kl import (
 )
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.context import Exchange, SequenceShard
-from megalard.parallel.schedule import Stage, Task, chunk_of, pieces_of, schedule
+from megalard.parallel.schedule import (
+    Stage,
+    Task,
+    chunk_of,
+    difference_cover,
+    pieces_of,
+    schedule,
+)
 
 OPERANDS = {"q": ("q", "q"), "k": ("k", "k"), "v": ("v", "v"), "qk": ("q", "k")}
 
@@ -46,8 +53,36 @@ class Operand:
         return Operand(self.student[:, :, part], self.teacher[:, :, part])
 
 
+@dataclass
+class Traffic:
+    """Bytes this rank gave to the network: chunks, their gradients, and row statistics.
+
+    ``reduced`` counts what is handed to all-reduce, of which a ring sends 2 (P - 1) / P.
+    """
+
+    chunks: int = 0
+    gradients: int = 0
+    reduced: int = 0
+
+
+def expected_traffic(ranks: int, chunk_bytes: int, row_bytes: int) -> Traffic:
+    """The same by formula, for one layer of models of one width.
+
+    Args:
+        chunk_bytes: of the student's own chunk, over all operands.
+        row_bytes: of one fp32 number for every row of the whole blocks and every head, summed over
+            the relations.
+    """
+    if ranks == 1:
+        return Traffic()
+    fetches = len(difference_cover(ranks)) - 1
+    return Traffic(2 * fetches * chunk_bytes, fetches * chunk_bytes, 5 * row_bytes)
+
+
 class RelationPlan:
     """Tasks and masks of the blocks of one micro-batch, shared by all layers.
+
+    ``traffic`` counts what was sent since the plan was made.
 
     Args:
         shard: this rank's share of the sequence.
@@ -56,7 +91,7 @@ class RelationPlan:
     """
 
     def __init__(self, shard: SequenceShard, doc_start_bs: torch.Tensor, doc_end_bs: torch.Tensor):
-        self.shard, self.axis = shard, shard.axis
+        self.shard, self.axis, self.traffic = shard, shard.axis, Traffic()
         self.stages: tuple[Stage, ...] = schedule(self.axis.size, self.axis.rank)
         self._masks = {
             task: self._mask(task, doc_start_bs, doc_end_bs)
@@ -117,8 +152,7 @@ def relation_sums(
     names = list(operands)
     chunks: dict[int, dict[str, Operand]] = {}
     partials: dict[str, dict[int, Partials]] = {name: {} for name in weights}
-    single = plan.axis.size == 1
-    if single:
+    if plan.axis.size == 1:
         return _alone(operands, weights, plan, with_grad)
 
     for stage, exchanged in _arrivals(operands, names, plan):
@@ -173,6 +207,7 @@ def _arrivals(operands, names, plan) -> Iterator[tuple[Stage, dict[str, Operand]
         None if stage.to is None else Exchange(own, stage.to, stage.chunk, plan.axis)
         for stage in plan.stages
     ]
+    plan.traffic.chunks += sum(exchange.sent_bytes for exchange in exchanges if exchange)
     for stage, exchange in zip(plan.stages, exchanges, strict=True):
         tensors = own if exchange is None else exchange.wait()
         pairs = zip(tensors[::2], tensors[1::2], strict=True)
@@ -217,6 +252,7 @@ def _reduce_rows(found: dict[int, Partials], plan: RelationPlan) -> RelationStat
     maxima = all_reduce(torch.stack((local.m_s, local.m_t)), plan.axis, dist.ReduceOp.MAX)
     local = rescale(local, maxima[0], maxima[1])
     sums = all_reduce(torch.stack((local.l_s, local.l_t, local.a)), plan.axis)
+    plan.traffic.reduced += (maxima.numel() + sums.numel()) * maxima.element_size()
     return finish(Partials(maxima[0], sums[0], maxima[1], sums[1], sums[2]))
 
 
@@ -266,6 +302,7 @@ def _return_to_owners(grads, names, chunks, plan) -> dict[str, torch.Tensor]:
         for stage in plan.stages
         if stage.to is not None
     ]
+    plan.traffic.gradients += sum(exchange.sent_bytes for exchange in exchanges)
     total = grads[own_chunk]
     for exchange in exchanges:
         for name, part in zip(names, exchange.wait(), strict=True):

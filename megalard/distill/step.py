@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.graph import save_on_cpu
 
 from megalard.config import Config
 from megalard.data.batch import Batch
@@ -118,7 +120,8 @@ class Distiller:
         for batch, chosen in zip(batches, rows, strict=True):
             self.student.dropout.seed = self.config.run.seed * 1_000_003 + number
             self.student.dropout.token_t = batch.token_ids()
-            loss, part = self._micro_step(batch, chosen, scale)
+            with self._saved_tensors():
+                loss, part = self._micro_step(batch, chosen, scale)
             loss.backward()
             sums = part if sums is None else sums + part
         self.student.dropout.token_t = None
@@ -150,6 +153,12 @@ class Distiller:
             # every tp rank has the whole sum; each reports its share of it
             logits = kl.detach() / self.mesh.tp.size
         return loss, torch.cat([parts, logits[None]])
+
+    def _saved_tensors(self):
+        """Where autograd keeps what the backward pass needs."""
+        if self.config.parallel.offload:
+            return save_on_cpu(pin_memory=self.mesh.device.type == "cuda")
+        return nullcontext()
 
     def _global_means(self, sums: torch.Tensor, counts: torch.Tensor) -> dict[str, torch.Tensor]:
         all_reduce(all_reduce(sums, self.mesh.tp), self.mesh.data)

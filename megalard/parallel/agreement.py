@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -25,6 +26,23 @@ def checked_on_all_ranks(world: Axis) -> Iterator[None]:
     for sentence in gather_objects(error, world):
         if sentence is not None:
             raise UserError(sentence)
+
+
+@contextmanager
+def checked_meanwhile(check: Callable[[], object], axis: Axis) -> Iterator[Callable[[], None]]:
+    """Run a check in a thread beside the block; yields a wait, in which all ranks join.
+
+    The check talks to no other rank. A ``UserError`` of it on any rank is raised by the wait on all
+    of them.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        checking = thread.submit(check)
+
+        def wait() -> None:
+            with checked_on_all_ranks(axis):
+                checking.result()
+
+        yield wait
 
 
 def gather_objects(value, axis: Axis) -> list:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from megalard.kernels.relation_kl import IntervalMask, chunk_mask, segment_bounds
 from torch import Tensor
+
+from megalard.kernels.relation_kl import IntervalMask, chunk_mask, segment_bounds
 
 
 @dataclass(frozen=True)

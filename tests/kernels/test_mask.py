@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from megalard.kernels.relation_kl import (
     IntervalMask,
     causal_mask,
@@ -11,7 +12,6 @@ from megalard.kernels.relation_kl import (
     segment_bounds,
     segment_mask,
 )
-
 from tests.kernels.oracle import dense_allowed, segment_ids
 
 LAYOUTS = ["single", "left_pad", "right_pad", "both_pad", "all_pad", "packed", "packed_pad"]

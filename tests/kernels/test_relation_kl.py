@@ -5,6 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megalard.kernels import relation_kl as package
 from megalard.kernels.relation_kl import (
     Partials,
     causal_mask,
@@ -18,9 +21,6 @@ from megalard.kernels.relation_kl import (
     relation_partials,
     rescale,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from megalard.kernels import relation_kl as package
 from tests.kernels.oracle import Case, make_problem, relative_error
 
 tiling = pytest.importorskip("megalard.kernels.relation_kl.tiling")

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from megalard.kernels.relation_kl import (
     causal_mask,
     relation_backward,
     relation_forward,
     relation_kl,
 )
-
 from tests.kernels.oracle import Case, make_problem, relative_error
 from tests.kernels.test_relation_kl import (
     CASES,

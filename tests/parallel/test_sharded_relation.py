@@ -1,0 +1,150 @@
+"""The relation over a sharded sequence, alone: 1 to 8 ranks against dense float64 autograd."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalard.data.batch import collate
+from megalard.distill.sharded_relation import (
+    Operand,
+    RelationPlan,
+    expected_traffic,
+    relation_sums,
+)
+from megalard.parallel.context import SequenceShard
+from megalard.parallel.mesh import SINGLE, Axis, build_mesh
+from tests.parallel.compare import relative_error
+from tests.ranks import run_ranks
+
+RANKS = range(1, 9)
+WEIGHTS = {"q": 0.5, "k": 2.0, "v": 1.0, "qk": 0.75}
+HEADS = {"q": 4, "k": 2, "v": 2}
+DIM = 8
+
+# fp32 rounding (6e-8) over sums of some 100 terms, against float64; observed at most 1e-6
+TOLERANCE = 5e-6
+
+
+def length_of(ranks: int) -> int:
+    """Three tokens a piece, so that the halves of a shared pair are uneven."""
+    return 3 * (1 if ranks == 1 else 2 * ranks) * (8 if ranks == 1 else 1)
+
+
+def make_batch(ranks: int):
+    """A packed block, a left- and right-padded one, and one nearly empty."""
+    n = length_of(ranks)
+    third = n // 3
+    layouts = [[(0, third), (third, n - 1), (n - 1, n)], [(2, n - 3)], [(0, 2)]]
+    tokens = torch.zeros(n, dtype=torch.int64).numpy()
+    return collate([(tokens, documents) for documents in layouts])
+
+
+def make_operands(ranks: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(ranks)
+    shape = (3, length_of(ranks), DIM)
+    return {
+        kind: tuple(torch.randn(shape[0], heads, *shape[1:], generator=generator) for _ in range(2))
+        for kind, heads in HEADS.items()
+    }
+
+
+def run_all(results: str) -> None:
+    mesh = build_mesh("cpu", 1)
+    found = {}
+    for ranks in RANKS:
+        group = dist.new_group(list(range(ranks)))
+        if mesh.world.rank < ranks:
+            axis = SINGLE if ranks == 1 else Axis(group, mesh.world.rank, ranks)
+            found[ranks] = one_rank(ranks, axis)
+    gathered = [None] * mesh.world.size
+    dist.all_gather_object(gathered, found)
+    if mesh.world.rank == 0:
+        torch.save({r: [part[r] for part in gathered if r in part] for r in RANKS}, results)
+
+
+def one_rank(ranks: int, axis: Axis) -> dict:
+    batch = make_batch(ranks)
+    shard = SequenceShard(length_of(ranks), axis)
+    operands = {
+        kind: Operand(shard.cut(s, 2).contiguous(), shard.cut(t, 2).contiguous())
+        for kind, (s, t) in make_operands(ranks).items()
+    }
+    plan = RelationPlan(shard, batch.doc_start_bn, batch.doc_end_bn)
+    sums, grads = relation_sums(operands, WEIGHTS, plan, True)
+    traffic = astuple(plan.traffic)
+    again = relation_sums(operands, WEIGHTS, plan, True)
+    return {
+        "sums": sums,
+        "gradients": grads,
+        "positions": shard.own_positions(),
+        "same": all(torch.equal(grads[kind], again[1][kind]) for kind in grads),
+        "traffic": traffic,
+    }
+
+
+def dense(ranks: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    batch, operands = make_batch(ranks), make_operands(ranks)
+    n = length_of(ranks)
+    i = torch.arange(n)
+    start, end = batch.doc_start_bn[:, None, :, None], batch.doc_end_bn[:, None, :, None]
+    allowed = (i >= start) & (i < end) & (i[None, :] <= i[:, None])
+    student = {kind: s.double().requires_grad_() for kind, (s, _) in operands.items()}
+    teacher = {kind: t.double() for kind, (_, t) in operands.items()}
+
+    def log_softmax(rows, columns):
+        columns = columns.repeat_interleave(rows.shape[1] // columns.shape[1], dim=1)
+        scores = rows @ columns.transpose(-1, -2) / math.sqrt(DIM)
+        return scores.masked_fill(~allowed, -1e30).log_softmax(-1)
+
+    sums = {}
+    for name in WEIGHTS:
+        row, column = ("q", "k") if name == "qk" else (name, name)
+        log_s = log_softmax(student[row], student[column])
+        log_t = log_softmax(teacher[row], teacher[column])
+        sums[name] = (log_t.exp() * (log_t - log_s) * allowed).sum()
+    sum(WEIGHTS[name] * total for name, total in sums.items()).backward()
+    return (
+        {name: float(total.detach()) for name, total in sums.items()},
+        {kind: x.grad for kind, x in student.items()},
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    file = tmp_path_factory.mktemp("sharded") / "results.pt"
+    run_ranks(max(RANKS), run_all, str(file))
+    return torch.load(file)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_loss_and_gradients_match_dense_float64(ranks, results):
+    sums, grads = dense(ranks)
+    parts = results[ranks]
+    assert len(parts) == ranks
+    for name, expected in sums.items():
+        total = sum(float(part["sums"][name]) for part in parts)
+        assert total == pytest.approx(expected, rel=TOLERANCE)
+    for kind, expected in grads.items():
+        whole = torch.full_like(expected, math.nan)
+        for part in parts:
+            whole[:, :, part["positions"]] = part["gradients"][kind].double()
+        assert relative_error(whole, expected) < TOLERANCE, kind
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_bit_identical_from_run_to_run(ranks, results):
+    assert all(part["same"] for part in results[ranks])
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_traffic_is_what_the_formula_says(ranks, results):
+    tokens = 3 * length_of(ranks)
+    chunk = tokens // ranks * sum(HEADS.values()) * DIM * 4
+    rows = tokens * (sum(HEADS.values()) + HEADS["q"]) * 4
+    for part in results[ranks]:
+        assert part["traffic"] == astuple(expected_traffic(ranks, chunk, rows))
