@@ -22,9 +22,10 @@
 #   --rendezvous HOST:PORT  one of the nodes, and a port that is free there
 #   --node-rank R           0 on HOST and anything else elsewhere; needed only where a node does not
 #                           recognize HOST as a name of its own
+#   --address NAME          this node as the others reach it (default: its host name)
 #   --id NAME               name of this job at the rendezvous (default: megalard)
 #
-# What follows -- goes to the trainer as it stands; `python -m megalard.train --help` lists the keys.
+# What follows -- goes to the trainer; `python -m megalard.train --help` lists the keys.
 # SIGTERM and SIGUSR1 save a checkpoint and end the run with status 0. PYTHON chooses the Python.
 set -euo pipefail
 
@@ -33,8 +34,8 @@ fail() {
     exit 2
 }
 
-model='' data='' output='' config='' tp='' cp='' gpus='' nodes=1 rendezvous='' node_rank='' id=megalard
-restarts=0 preflight=''
+model='' data='' output='' config='' tp='' cp='' gpus='' nodes=1 rendezvous='' node_rank='' address=''
+id=megalard restarts=0 preflight=''
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '2,/^set -/{s/^# \{0,1\}//p}' "$0"; exit 0 ;;
@@ -44,14 +45,16 @@ while [ $# -gt 0 ]; do
     esac
     case $1 in
         --model | --data | --output | --config | --tp | --cp | --gpus | --nodes | --rendezvous | \
-            --node-rank | --id | --max-restarts)
+            --node-rank | --address | --id | --max-restarts)
             if [ $# -lt 2 ] || [ -z "$2" ] || [[ $2 = --* ]]; then fail "$1 needs a value"; fi ;;
         --*.*) fail "unknown option $1: the trainer's own settings come after --" ;;
         *) fail "unknown option $1: see --help" ;;
     esac
     case $1 in
-        --tp | --cp | --gpus | --nodes) [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 must be 1 or more, not '$2'" ;;
-        --node-rank | --max-restarts) [[ $2 =~ ^[0-9]+$ ]] || fail "$1 must be 0 or more, not '$2'" ;;
+        --tp | --cp | --gpus | --nodes)
+            [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 must be 1 or more, not '$2'" ;;
+        --node-rank | --max-restarts)
+            [[ $2 =~ ^[0-9]+$ ]] || fail "$1 must be 0 or more, not '$2'" ;;
     esac
     case $1 in
         --model) model=$2 ;;
@@ -64,6 +67,7 @@ while [ $# -gt 0 ]; do
         --nodes) nodes=$2 ;;
         --rendezvous) rendezvous=$2 ;;
         --node-rank) node_rank=$2 ;;
+        --address) address=$2 ;;
         --id) id=$2 ;;
         --max-restarts) restarts=$2 ;;
     esac
@@ -79,7 +83,8 @@ if [ "$nodes" -gt 1 ]; then
     [ -n "$rendezvous" ] || fail "--nodes $nodes needs --rendezvous HOST:PORT"
     [[ $rendezvous =~ ^.+:[0-9]+$ ]] || fail "--rendezvous must be HOST:PORT, not '$rendezvous'"
 else
-    [ -z "$rendezvous$node_rank" ] || fail "--rendezvous and --node-rank need --nodes N"
+    [ -z "$rendezvous$node_rank$address" ] ||
+        fail "--rendezvous, --node-rank and --address need --nodes N"
 fi
 
 # as a YAML list, in which a quote is doubled
@@ -95,11 +100,12 @@ if [ -z "$gpus" ]; then
     gpus=$("$python" -c 'import torch; print(torch.cuda.device_count() or 1)')
 fi
 ranks=$((nodes * gpus)) share=$((${tp:-1} * ${cp:-1}))
-[ $((ranks % share)) = 0 ] || fail "--tp ${tp:-1} times --cp ${cp:-1} is $share, which does not divide \
-the $ranks processes ($nodes nodes x $gpus)"
+if [ $((ranks % share)) != 0 ]; then
+    fail "--tp ${tp:-1} x --cp ${cp:-1} is $share, which does not divide the $ranks processes"
+fi
 if [ "$nodes" -gt 1 ] && [ $((gpus % ${tp:-1})) != 0 ]; then
-    echo "train.sh: warning: --tp $tp does not divide the $gpus processes of a node, so that tensor" \
-        "parallelism goes over the network" >&2
+    echo "train.sh: warning: --tp $tp does not divide the $gpus processes of a node, so that" \
+        "tensor parallelism goes over the network" >&2
 fi
 
 torchrun=("$python" -m torch.distributed.run --nproc-per-node "$gpus" --max-restarts "$restarts")
@@ -112,7 +118,10 @@ else
         settings+=,is_host=$([ "$node_rank" = 0 ] && echo true || echo false)
     fi
     torchrun+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$rendezvous" --rdzv-id "$id")
-    torchrun+=(--rdzv-conf "$settings")
+    torchrun+=(--rdzv-conf "$settings" ${address:+--local-addr "$address"})
+    # With the shared store a node that joins later waits in vain for the address of a rank 0 that
+    # stayed (torch 2.13); without, every rendezvous tells it anew.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 trainer=(-m megalard.train ${preflight:+"$preflight"} ${config:+--config "$config"})
 trainer+=(--model.teacher "$model" --data.paths "[$list]" --run.output "$output")
@@ -123,8 +132,8 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS=$((cores > gpus ? cores / gpus : 1))
 fi
 
-# torchrun gives its ranks 30 seconds after a SIGTERM and then kills them, which may be too little to
-# finish a step and save. So signals go to the ranks themselves, and torchrun only sees them end.
+# torchrun gives its ranks 30 seconds after a SIGTERM and then kills them, which may be too little
+# to finish a step and save. So signals go to the ranks, and torchrun only sees them end.
 set -m
 (
     trap '' USR1
@@ -147,5 +156,10 @@ trap 'signalled=yes; kill -s INT "$agent" 2>/dev/null || true' INT
 while true; do
     signalled='' status=0
     wait "$agent" || status=$?
-    [ -n "$signalled" ] || exit "$status"
+    [ -n "$signalled" ] || break
 done
+if [ "$status" != 0 ]; then
+    echo "train.sh: error: the run failed with status $status; where the trainer knows why, a" \
+        "line above torchrun's report begins with 'megalard: error'" >&2
+fi
+exit "$status"

@@ -6,6 +6,7 @@ Read top to bottom, this is the job.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import tempfile
@@ -22,13 +23,15 @@ from megalard.checkpoint.saver import Saver
 from megalard.checkpoint.sharded import checkpoint_axis
 from megalard.config import Config, describe_keys, load_config
 from megalard.distill.step import Distiller
-from megalard.errors import UserError
+from megalard.errors import RankError, UserError
 from megalard.evaluation.run import Evaluator
 from megalard.monitor import Monitor
 from megalard.parallel.mesh import build_mesh
 from megalard.preflight import preflight
 from megalard.resume import describe_run, find_output, resume
 from megalard.stopping import StopSignals
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 USAGE = """\
 Restore a Llama-shaped model whose RoPE was scaled, by distilling the frozen native-RoPE teacher's
@@ -129,8 +132,19 @@ def main(arguments: list[str] | None = None) -> None:
         config = load_config(options.config, overrides)
         check(config) if options.preflight else train(config)
     except UserError as error:
-        if rank == 0:
+        if rank == 0 or isinstance(error, RankError):
             print(f"megalard: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"megalard: error: rank {rank} cannot write{where}: {error.strerror}; what was saved "
+            "before is untouched",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(1)
     except torch.OutOfMemoryError as error:
         print(

@@ -264,7 +264,10 @@ def report(options: argparse.Namespace, mesh: Mesh, rate: float, results: list[d
         for name, milliseconds, calls in result.get("trace", []):
             print(f"    {milliseconds:9.3f} ms {calls:6d} x {name}")
     if options.json:
-        content = {"options": {k: str(v) for k, v in vars(options).items()}, "product_rate": rate}
+        content = {
+            "options": {k: str(v) for k, v in vars(options).items() if k != "json"},
+            "product_rate": rate,
+        }
         options.json.write_text(json.dumps({**content, "results": results}, indent=2) + "\n")
 
 

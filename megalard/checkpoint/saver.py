@@ -138,6 +138,11 @@ class Saver:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
+        try:
             self.wait()
-        self._thread.shutdown(wait=False)
+        except Exception:
+            # the error that ends the run is the one to be told
+            if kind is None:
+                raise
+        finally:
+            self._thread.shutdown()

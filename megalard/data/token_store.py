@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megalard.data.tokenizer import Tokenizer
-from megalard.errors import UserError
+from megalard.errors import RankError, UserError
 
 FORMAT, VERSION = "megalard token store", 1
 TOKENS, DOCUMENTS, META = "tokens.bin", "documents.npy", "meta.json"
@@ -90,11 +90,11 @@ class TokenStore:
         """A copy of tokens ``start`` to ``end``, int64 ``[end - start]``.
 
         Raises:
-            UserError: an id is larger than any that was written, so the file has been damaged.
+            RankError: an id is larger than any that was written, so the file has been damaged.
         """
         tokens = self.tokens[start:end].astype(np.int64)
         if tokens.size and tokens.max() > self.largest_id:
-            raise UserError(
+            raise RankError(
                 f"token store {self.path} is damaged: id {tokens.max()} between tokens {start} and "
                 f"{end} exceeds the largest written, {self.largest_id}; {_REMAKE}"
             )

@@ -13,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megalard.checkpoint import saver
+from megalard.checkpoint.run_folder import checkpoint_path
+from megalard.checkpoint.sharded import ShardedWeights
 from megalard.train import main
 from tests.checkpoint.processes import run_forked, start_ranks, wait_for
 from tests.jobs import STEPS, arguments, make_job, metrics
@@ -37,6 +40,7 @@ RESUMED = {
     "tp2 on one": ("tp2", 1, ()),
     "one on tp4": ("one", 4, ("parallel.tp=4",)),
     "dp2 on one": ("dp2", 1, ()),
+    "one on cp2": ("one", 2, ("parallel.cp=2",)),
     "one on dp2 tp2": ("one", 4, ("parallel.tp=2",)),
     "all on one": ("all", 1, ALL),
     "all-tp2 on tp4": ("all-tp2", 4, ("parallel.tp=4", *ALL)),
@@ -208,3 +212,30 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(job, tmp_path, c
     main(arguments(job, output, *SAVE))
     assert "holds no complete checkpoint: from the start" in capsys.readouterr().out
     assert losses(output) == losses(job / "one")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(job, tmp_path, monkeypatch):
+    """And what is written is the state of its step, not of the step by then."""
+    output = tmp_path / "output"
+    write, overtaken = saver.save_sharded, []
+
+    def late(directory, *args, **kwargs):
+        step = int(directory.name.removeprefix("step-"))
+        deadline = time.monotonic() + 20
+        while metrics_so_far(output)[-1] < min(step + 1, STEPS) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        overtaken.append(metrics_so_far(output)[-1] - step)
+        write(directory, *args, **kwargs)
+
+    monkeypatch.setattr(saver, "save_sharded", late)
+    main(arguments(job, output, *SAVE))
+    assert [count >= 1 for count in overtaken] == [True, True, True, False]
+    for step in (2, 4, 6, 8):
+        ours, theirs = (
+            ShardedWeights(checkpoint_path(folder / "checkpoints", step))
+            for folder in (output, job / "one")
+        )
+        assert ours.manifest.tensors.keys() == theirs.manifest.tensors.keys()
+        for name in ours.manifest.tensors:
+            if not name.startswith("rng."):
+                assert torch.equal(ours.read(name), theirs.read(name)), (step, name)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from megalard.checkpoint.convert import export_model, import_model, weight_layouts
+from megalard.checkpoint.load import empty_decoder
 from megalard.checkpoint.manifest import read_manifest
 from megalard.checkpoint.sharded import (
     ShardedWeights,
@@ -18,6 +22,10 @@ from megalard.checkpoint.sharded import (
     load_sharded,
 )
 from megalard.checkpoint.source import open_model
+from megalard.checkpoint.tensor_file import Entry, write_tensor_file
+from megalard.model.rope import rope_table
+from megalard.model.spec import read_spec
+from megalard.monitor import peak_memory_bytes
 from megalard.parallel.mesh import SINGLE, Axis, build_mesh
 from tests.checkpoint.processes import run_forked
 from tests.models import FAMILIES, make_model
@@ -162,6 +170,29 @@ def test_torchs_own_hugging_face_reader_reads_the_shards(models):
         assert_same_bits(tensors[name], value, name)
 
 
+def test_the_documented_way_to_read_a_tensor_reads_it(models):
+    page = (Path(__file__).parents[2] / "docs" / "checkpoint_format.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    for name, value in tensors_of(models / "llama").items():
+        assert_same_bits(names["read"](models / "sharded-llama-8", name), value, name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_the_exported_config_as_the_original(family, models, tmp_path):
+    export_model(open_model(models / f"sharded-{family}-2"), tmp_path / "out", SINGLE)
+    ours, theirs = (
+        AutoConfig.from_pretrained(path).to_dict() for path in (tmp_path / "out", models / family)
+    )
+    assert ours["rope_parameters"] == theirs["rope_parameters"]
+    head_dim = ours["hidden_size"] // ours["num_attention_heads"]
+    del theirs["_name_or_path"]
+    for key, value in theirs.items():
+        expected = head_dim if key == "head_dim" and value is None else value
+        assert ours.get(key, value) == expected, key
+
+
 def test_a_sharded_checkpoint_is_written_again_from_a_sharded_checkpoint(models, tmp_path):
     mesh = build_mesh("cpu", 1)
     source = open_model(models / "sharded-qwen2-8")
@@ -170,3 +201,26 @@ def test_a_sharded_checkpoint_is_written_again_from_a_sharded_checkpoint(models,
     again = open_model(tmp_path / "again")
     for name, value in tensors_of(models / "qwen2").items():
         assert_same_bits(again.weights.read(name), value, name)
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """0.25 GB in tensors of at most 16 MB, there and back by one process."""
+    run_forked(1, _convert_within, str(tmp_path), 80 * 2**20)
+
+
+def _convert_within(folder: str, allowed: int) -> None:
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 8000}
+    config = FAMILIES["llama"][0](**shape, num_hidden_layers=7, tie_word_embeddings=True)
+    source = Path(folder) / "hf"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config.to_dict(), default=str))
+    spec = read_spec(source)
+    layouts = empty_decoder(spec, rope_table(spec), SINGLE).layouts
+    entries = {name: Entry(torch.bfloat16, layout.full_shape) for name, layout in layouts.items()}
+    zeros = (torch.zeros(entry.shape, dtype=entry.dtype) for entry in entries.values())
+    size, _ = write_tensor_file(source / "model.safetensors", entries, zeros, {"format": "pt"})
+    assert size > 250e6
+    before = peak_memory_bytes(torch.device("cpu"))
+    import_model(open_model(source), f"{folder}/sharded", build_mesh("cpu", 1), SINGLE)
+    export_model(open_model(f"{folder}/sharded"), f"{folder}/back", SINGLE)
+    assert peak_memory_bytes(torch.device("cpu")) - before < allowed

@@ -67,6 +67,10 @@ CASES = {
 }
 
 DROPOUT = Case("llama", "lora", "padded", targets=("q", "k", "v", "o"), dropout=0.3)
+ALL_CASES = {**CASES, "dropout": DROPOUT}
+
+# one of each training mode, with grouped heads, K/V heads fewer than tp, and tied embeddings
+CORE = ["lora-qkvo-grouped", "weights-one-kv-head", "all-logits-tied", "all-short-documents"]
 
 
 def make_config(

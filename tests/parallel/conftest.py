@@ -1,12 +1,12 @@
 import pytest
 
-from tests.parallel.cases import CASES, DROPOUT, make_models
+from tests.parallel.cases import ALL_CASES, make_models
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """A folder with the models of every parity case."""
     folder = tmp_path_factory.mktemp("parity")
-    for name, case in {**CASES, "dropout": DROPOUT}.items():
+    for name, case in ALL_CASES.items():
         make_models(case, folder / name)
     return folder

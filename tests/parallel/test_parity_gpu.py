@@ -34,7 +34,7 @@ def run(models, layout, dtype):
     dp, cp, tp = layout
     file = models / f"gpu-{dtype}-dp{dp}-cp{cp}-tp{tp}.pt"
     if not file.exists():
-        run_ranks(dp * cp * tp, run_all, str(models), tp, cp, "cuda", dtype, str(file))
+        run_ranks(dp * cp * tp, run_all, str(models), tp, cp, "cuda", dtype, list(CASES), str(file))
     return torch.load(file)
 
 

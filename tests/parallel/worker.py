@@ -16,7 +16,7 @@ from megalard.distill.student import build_student
 from megalard.model.rope import rope_table, scaled_config
 from megalard.model.spec import read_spec, spec_from_config
 from megalard.parallel.mesh import Mesh, build_mesh
-from tests.parallel.cases import CASES, DROPOUT, GLOBAL_BATCH, STEPS, Case, batch_of, make_config
+from tests.parallel.cases import ALL_CASES, GLOBAL_BATCH, STEPS, Case, batch_of, make_config
 
 
 def make_distiller(config: Config, mesh: Mesh) -> Distiller:
@@ -79,11 +79,14 @@ def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
     return out
 
 
-def run_all(folder: str, tp: int, cp: int, device: str, dtype: str, results: str) -> None:
-    """Every case on one layout; rank 0 writes the results to the file ``results``."""
+def run_all(
+    folder: str, tp: int, cp: int, device: str, dtype: str, names: list[str], results: str
+) -> None:
+    """The named cases on one layout; rank 0 writes the results to the file ``results``."""
     found = {}
     mesh = build_mesh(device, tp, cp)
-    for name, case in {**CASES, "dropout": DROPOUT}.items():
+    for name in names:
+        case = ALL_CASES[name]
         config = make_config(case, Path(folder) / name, tp, cp, dtype)
         found[name] = run_case(case, config, mesh)
     if mesh.world.rank == 0:

@@ -1,0 +1,332 @@
+"""Killed, full, unwritable, damaged: the previous checkpoint stands and one sentence tells why."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megalard.checkpoint.convert import export_model, import_model
+from megalard.checkpoint.manifest import MANIFEST, VERSION, _digest
+from megalard.checkpoint.run_folder import checkpoint_path, checkpoints, discard, unfinished
+from megalard.checkpoint.sharded import (
+    ShardedWeights,
+    as_dtensor,
+    checkpoint_axis,
+    save_sharded,
+)
+from megalard.checkpoint.source import open_model
+from megalard.errors import UserError
+from megalard.parallel.layout import Layout
+from megalard.parallel.mesh import SINGLE, build_mesh
+from megalard.train import main
+from tests.checkpoint.processes import run_forked, start_ranks, wait_for
+from tests.jobs import STEPS, arguments, make_job, metrics
+from tests.models import make_model
+
+ROWS = 40_000
+SAVE = ("checkpoint.save_every=1", "checkpoint.keep_last=2")
+
+
+def _save_forever(folder: str, world: int) -> None:
+    """Save after save, each with its step in every element, the old ones removed."""
+    mesh = build_mesh("cpu", world)
+    axis = checkpoint_axis(mesh)
+    share = ROWS // world
+    layout = Layout((ROWS, 16), 0, mesh.tp.rank * share, share, 1)
+    done = checkpoints(Path(folder))
+    first = done[-1][0] + 1 if done else 1
+    for step in range(first, first + 10_000):
+        local = torch.full((share, 16), float(step))
+        head = {"kind": "model", "config": {}, "base": None, "trained": None, "training": None}
+        head |= {"written_by": {}, "step": step}
+        path = checkpoint_path(Path(folder), step)
+        save_sharded(path, {"x": as_dtensor(local, layout, mesh)}, head, axis, file_bytes=1)
+        if axis.rank == 0:
+            for _, old in checkpoints(Path(folder))[:-2]:
+                discard(old)
+
+
+def assert_all_good(folder: Path) -> int:
+    """Every checkpoint with a final name is whole and its own; gives the newest step."""
+    found = checkpoints(folder)
+    for step, path in found:
+        weights = ShardedWeights(path)
+        weights.check_sums()
+        assert bool((weights.read("x") == step).all())
+    assert len(found) >= 1
+    return found[-1][0]
+
+
+@pytest.mark.parametrize(
+    ("world", "victims", "rounds"), [(1, "all", 25), (2, "one", 8), (2, "all", 8)]
+)
+def test_killed_at_any_moment_of_a_save(world, victims, rounds, tmp_path):
+    chance = random.Random(world)
+    newest, left_behind = 0, 0
+    for _ in range(rounds):
+        ranks = start_ranks(world, _save_forever, str(tmp_path), world)
+        deadline = time.monotonic() + 60
+        while not (found := checkpoints(tmp_path)) or found[-1][0] <= newest:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.15)
+        chosen = ranks if victims == "all" else [chance.choice(ranks)]
+        for rank in chosen:
+            os.kill(rank.pid, signal.SIGKILL)
+        codes = wait_for(ranks, limit_s=20)
+        # whoever was not killed found its neighbour gone
+        assert all(code not in (0, None) for code in codes)
+        now = assert_all_good(tmp_path)
+        assert now > newest
+        newest, left_behind = now, left_behind + len(unfinished(tmp_path))
+    assert left_behind, "no kill met a save half-way"
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = make_job(tmp_path_factory.mktemp("faults"))
+    run_forked(1, main, arguments(folder, folder / "whole", *SAVE, "checkpoint.keep_last=9"))
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(ranks, job, tmp_path):
+    chance, output, kills = random.Random(ranks), tmp_path / "output", 0
+    keep = ("checkpoint.save_every=1", "checkpoint.keep_last=9")
+    command = arguments(job, output, *keep, f"parallel.tp={ranks}")
+    while not (output / "student").exists():
+        started = start_ranks(ranks, main, command)
+        if kills < 4:
+            begun = len(checkpoints(output / "checkpoints"))
+            while any(rank.is_alive() for rank in started):
+                if len(checkpoints(output / "checkpoints")) > begun:
+                    time.sleep(chance.random() * 0.05)
+                    break
+                time.sleep(0.002)
+            for rank in started:
+                rank.kill()
+            kills += 1
+            wait_for(started)
+        else:
+            assert wait_for(started) == [0] * ranks
+    assert [line["step"] for line in metrics(output)] == list(range(1, STEPS + 1))
+    whole = load_file(job / "whole" / "student" / "model.safetensors")
+    found = load_file(output / "student" / "model.safetensors")
+    for name, value in whole.items():
+        if ranks == 1:
+            assert torch.equal(found[name], value), name
+        else:
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+@contextmanager
+def mounted(folder: Path, options: str):
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small tmpfs cannot be mounted here (needs root)")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def refusal(capfd, function, *args) -> str:
+    """The one line of a command that exits with 1."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        function(*args)
+    assert caught.value.code == 1
+    errors = [line for line in capfd.readouterr().err.splitlines() if "megalard: error" in line]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def _main_with_errors_to(log: str, command: list[str]) -> None:
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    main(command)
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(ranks, asynchronous, job, tmp_path):
+    with mounted(tmp_path / "small", "size=900k") as disk:
+        options = (f"parallel.tp={ranks}", f"checkpoint.asynchronous={asynchronous}")
+        keep = ("checkpoint.save_every=1", "checkpoint.keep_last=99", "optimizer.steps=200")
+        command = arguments(job, disk / "output", *keep, *options)
+        log = tmp_path / "errors"
+        assert wait_for(start_ranks(ranks, _main_with_errors_to, str(log), command)) == [1] * ranks
+        told = [x for x in log.read_text().splitlines() if "megalard: error" in x]
+        assert len(told) == 1 and "No space left on device" in told[0], told
+        assert "cannot write checkpoint" in told[0]
+        folder = disk / "output" / "checkpoints"
+        assert checkpoints(folder) and not unfinished(folder)
+        for _, path in checkpoints(folder):
+            ShardedWeights(path).check_sums()
+
+
+def test_a_full_disk_stops_a_conversion(tmp_path, job):
+    source = open_model(job / "model")
+    with mounted(tmp_path / "small", "size=100k") as disk:
+        mesh = build_mesh("cpu", 1)
+        for work in (
+            lambda: import_model(source, disk / "sharded", mesh, SINGLE),
+            lambda: export_model(source, disk / "model", SINGLE),
+        ):
+            with pytest.raises(UserError, match="No space left on device"):
+                work()
+            assert list(disk.iterdir()) == []
+
+
+def test_an_unwritable_directory_is_named(tmp_path, job, capfd):
+    with mounted(tmp_path / "locked", "ro") as disk:
+        line = refusal(capfd, main, arguments(job, disk / "output", *SAVE))
+        assert f"cannot write to run.output {disk / 'output'}: Read-only file system" in line
+    output = tmp_path / "output"
+    shutil.copytree(job / "whole", output)
+    shutil.rmtree(output / "student")
+    discard(checkpoint_path(output / "checkpoints", STEPS))
+    cache = f"data.cache={job / 'whole' / 'tokens'}"
+    (output / "keep").mkdir()
+    with mounted(output / "checkpoints" / "step-000008.partial", "ro"):
+        line = refusal(capfd, main, arguments(job, output, *SAVE, cache))
+        assert "cannot write checkpoint" in line
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << position % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("round_", range(4))
+def test_a_flipped_byte_stops_the_next_start(round_, job, tmp_path, capfd):
+    """In the manifest, the weights, the optimizer's state or the config, by chance."""
+    output = tmp_path / "output"
+    shutil.copytree(job / "whole", output)
+    newest = checkpoint_path(output / "checkpoints", STEPS)
+    names = sorted(path.name for path in newest.iterdir())
+    victim = newest / [MANIFEST, "weights-00000-000.safetensors", *names][round_]
+    flip(victim, random.Random(round_).randrange(victim.stat().st_size))
+    before = snapshot(output)
+    line = refusal(capfd, main, arguments(job, output, *SAVE, "checkpoint.keep_last=9"))
+    assert victim.name in line
+    assert snapshot(output) == before
+    # and the hint works
+    shutil.rmtree(newest)
+    main(arguments(job, output, *SAVE, "checkpoint.keep_last=9"))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Two models of one shape, written by two ranks."""
+    folder = tmp_path_factory.mktemp("damage")
+    for name, seed in (("a", 0), ("b", 1)):
+        make_model("llama", folder / name, seed=seed)
+    run_forked(2, _import_two, str(folder))
+    return folder
+
+
+def _import_two(folder: str) -> None:
+    mesh = build_mesh("cpu", 2)
+    axis = checkpoint_axis(mesh)
+    for name in ("a", "b"):
+        import_model(open_model(f"{folder}/{name}"), f"{folder}/sharded-{name}", mesh, axis)
+
+
+@pytest.fixture
+def copy(sharded, tmp_path):
+    return shutil.copytree(sharded / "sharded-a", tmp_path / "copy")
+
+
+def damage_of(directory: Path, out: Path) -> str:
+    """The sentence an export of the checkpoint ends with; nothing is written."""
+    with pytest.raises(UserError) as caught:
+        export_model(open_model(directory), out, SINGLE)
+    assert "\n" not in str(caught.value)
+    assert not out.exists() and not out.with_name(out.name + ".partial").exists()
+    return str(caught.value)
+
+
+def test_every_flipped_byte_is_found(copy, tmp_path):
+    chance = random.Random(7)
+    files = sorted(copy.iterdir())
+    for number in range(60):
+        victim = files[number % len(files)]
+        position = chance.randrange(victim.stat().st_size)
+        flip(victim, position)
+        sentence = damage_of(copy, tmp_path / "out")
+        assert victim.name in sentence or victim.name == MANIFEST, (victim.name, position, sentence)
+        flip(victim, position)
+    export_model(open_model(copy), tmp_path / "out", SINGLE)
+
+
+def test_a_missing_and_a_truncated_shard_are_named(copy, tmp_path):
+    shard = copy / "weights-00001-000.safetensors"
+    content = shard.read_bytes()
+    for length in (0, 7, 100, len(content) - 1):
+        shard.write_bytes(content[:length])
+        assert f"{shard} has {length} bytes" in damage_of(copy, tmp_path / "out")
+    shard.unlink()
+    assert f"{copy} lacks {shard.name}" in damage_of(copy, tmp_path / "out")
+
+
+def test_a_shard_of_another_model_is_told(copy, sharded, tmp_path):
+    shard = copy / "weights-00001-000.safetensors"
+    other = sharded / "sharded-b" / shard.name
+    assert other.stat().st_size == shard.stat().st_size
+    shutil.copy(other, shard)
+    sentence = damage_of(copy, tmp_path / "out")
+    assert f"{shard} belongs to another checkpoint" in sentence or f"{shard} is damaged" in sentence
+
+
+def test_a_manifest_of_another_version_is_told(copy, tmp_path):
+    body = json.loads((copy / MANIFEST).read_text())
+    body["version"] = VERSION + 1
+    body.pop("checksum")
+    (copy / MANIFEST).write_text(json.dumps({**body, "checksum": _digest(body)}))
+    sentence = damage_of(copy, tmp_path / "out")
+    assert f"was written in version {VERSION + 1} of the format" in sentence
+
+
+def test_a_manifest_that_leads_out_of_its_directory_is_refused(copy, tmp_path):
+    body = json.loads((copy / MANIFEST).read_text())
+    body["files"]["../secret"] = {"size": 1, "sha256": "0"}
+    body.pop("checksum")
+    (copy / MANIFEST).write_text(json.dumps({**body, "checksum": _digest(body)}))
+    assert "outside its directory" in damage_of(copy, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["", "{ cut", "[]", '{"format": "another"}'])
+def test_a_manifest_that_is_none_is_told(content, copy, tmp_path):
+    (copy / MANIFEST).write_text(content)
+    assert str(copy / MANIFEST) in damage_of(copy, tmp_path / "out")
+
+
+def test_nothing_is_unpickled(copy, monkeypatch, tmp_path):
+    """Loading a checkpoint runs no code from it."""
+    import pickle
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr(pickle, "load", refuse)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    monkeypatch.setattr(pickle, "Unpickler", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    export_model(open_model(copy), tmp_path / "out", SINGLE)

@@ -1,0 +1,293 @@
+"""The launch scripts: torchrun on one node and on two, lost nodes, signals, Slurm, bad arguments.
+
+A node is one start of train.sh, whose processes are killed together as a machine's would be; the
+two talk over the loopback device.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.jobs import arguments, make_job, metrics
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+TRAIN, SLURM = LAUNCH / "train.sh", LAUNCH / "slurm.sbatch"
+STEPS, LIMIT_S = 60, 100
+GIVEN = ("--model.teacher=", "--data.paths=", "--run.output=")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    return make_job(tmp_path_factory.mktemp("it's a job"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stopped_at_the_end():
+    yield
+    for node in NODES:
+        kill(node)
+
+
+NODES: list[subprocess.Popen] = []
+
+
+def command(job: Path, output: Path, *options: str, settings: tuple[str, ...] = ()) -> list[str]:
+    """Options of train.sh, and behind -- what it has no option for."""
+    own = arguments(job, output, f"optimizer.steps={STEPS}", "checkpoint.save_every=5", *settings)
+    rest = [argument for argument in own if not argument.startswith(GIVEN)]
+    paths = ["--model", str(job / "model"), "--data", str(job / "train.txt")]
+    return [*paths, "--output", str(output), *options, "--", *rest]
+
+
+def start(script: Path, words: list[str], log: Path, **environment: str) -> subprocess.Popen:
+    """Start a script in a folder that is not the checkout."""
+    settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    with open(log, "ab") as file:
+        node = subprocess.Popen(
+            ["bash", str(script), *words],
+            cwd=log.parent,
+            env={**os.environ, **settings},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    NODES.append(node)
+    return node
+
+
+def run(words: list[str], folder: Path, script: Path = TRAIN) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", str(script), *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+
+
+def finish(node: subprocess.Popen, log: Path) -> None:
+    status = node.wait(LIMIT_S)
+    assert status == 0, log.read_text()[-4000:]
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started."""
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [int(c) for t in threads for c in (t / "children").read_text().split()]
+    except OSError:
+        children = []
+    return [pid] + [member for child in children for member in family(child)]
+
+
+def kill(node: subprocess.Popen) -> None:
+    """What the loss of a node is to the others: everything on it is gone at once."""
+    if node.poll() is None:
+        for pid in family(node.pid):
+            os.kill(pid, signal.SIGKILL)
+        node.wait()
+
+
+def wait_for(condition, node: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert node.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.05)
+
+
+def has(path: Path, pattern: str):
+    return lambda: path.exists() and re.search(pattern, path.read_text())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_nodes(job: Path, output: Path, logs: list[Path], *options: str) -> list:
+    """Two nodes of one rank each: as a function of the node's number, and both started."""
+    port = free_port()
+    common = ["--nodes", "2", "--gpus", "1", "--rendezvous", f"127.0.0.1:{port}"]
+    common += ["--address", "127.0.0.1", *options]
+
+    def node(number: int) -> subprocess.Popen:
+        words = command(job, output, *common, "--node-rank", str(number))
+        return start(TRAIN, words, logs[number])
+
+    return [node, node(0), node(1)]
+
+
+@pytest.fixture(scope="module")
+def one(job):
+    """The run by one node of two ranks."""
+    output = job / "one"
+    done = run(command(job, output, "--gpus", "2"), job)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """The sums over two ranks have one order, so not a bit may differ."""
+    first, second = metrics(ours), metrics(theirs)
+    assert [line["step"] for line in first] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+    a, b = (load_file(output / "student" / "model.safetensors") for output in (ours, theirs))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_nodes_are_one_node_of_two_ranks(job, one):
+    logs = [job / "plain-0.log", job / "plain-1.log"]
+    _, *nodes = start_nodes(job, job / "plain", logs)
+    for node, log in zip(nodes, logs, strict=True):
+        finish(node, log)
+    assert_same_run(job / "plain", one)
+
+
+def test_a_lost_node_starts_again_and_the_run_goes_on_from_the_last_checkpoint(job, one):
+    output, logs = job / "lost", [job / "lost-0.log", job / "lost-1.log"]
+    start_node, first, second = start_nodes(job, output, logs, "--max-restarts", "1")
+    wait_for(has(output / "metrics.jsonl", r'"step": 12,'), first, logs[0])
+    kill(second)
+    told = len(metrics_so_far(output))
+    assert told < STEPS, "the run was over before the node was lost"
+    second = start_node(1)
+    for node, log in zip((first, second), logs, strict=True):
+        finish(node, log)
+    # whichever of them has rank 0 now says so
+    printed = "".join(log.read_text() for log in logs)
+    (resumed,) = re.findall(r"resuming from .* after step (\d+)", printed)
+    assert 5 <= int(resumed) <= told
+    assert_same_run(output, one)
+
+
+def metrics_so_far(output: Path) -> list[str]:
+    return (output / "metrics.jsonl").read_text().splitlines()
+
+
+def fake_slurm(folder: Path) -> Path:
+    """The commands that a job script calls: one node, signals passed on, and a note of requeues."""
+    folder.mkdir()
+    programs = {
+        "srun": """
+            while [[ $1 = -* ]]; do shift; done
+            SLURM_NODEID=0 "$@" & task=$!
+            trap 'kill -s USR1 $task' USR1
+            until wait $task; status=$?; [ $status -lt 128 ]; do :; done
+            exit $status
+        """,
+        "scontrol": f"""
+            case $1 in
+                show) echo "   Command={SLURM} --model here" ;;
+                requeue) echo $2 >>"$(dirname "$0")"/requeued ;;
+            esac
+        """,
+    }
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+ENDLESS = ("optimizer.steps=20000", "checkpoint.save_every=0")
+
+
+def test_a_slurm_job_out_of_time_saves_and_queues_itself_again(job):
+    """And the same arguments go on, here outside of Slurm and to a SIGTERM."""
+    output, log, folder = job / "slurm", job / "slurm.log", fake_slurm(job / "slurm-bin")
+    environment = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_SUBMIT_DIR": str(job),
+    }
+    words = command(job, output, "--gpus", "1", settings=ENDLESS)
+    # Slurm runs a copy of the script
+    copy = job / "slurm_script"
+    copy.write_text(SLURM.read_text())
+    node = start(copy, words, log, **environment)
+    wait_for(has(log, "step 3/20000"), node, log)
+    node.send_signal(signal.SIGUSR1)
+    finish(node, log)
+    (saved,) = re.findall(r"SIGUSR1: saved after step (\d+)", log.read_text())
+    assert (folder / "requeued").read_text() == "7\n"
+
+    node = start(TRAIN, words, log)
+    wait_for(has(log, f"step {int(saved) + 3}/20000"), node, log)
+    node.terminate()
+    finish(node, log)
+    assert f"after step {saved}\n" in log.read_text()
+    assert "SIGTERM: saved after step" in log.read_text()
+
+
+@pytest.mark.parametrize("script", [TRAIN, SLURM], ids=lambda path: path.name)
+def test_help(script, tmp_path):
+    done = run(["--help"], tmp_path, script)
+    assert done.returncode == 0 and done.stderr == ""
+    for words in ("--model DIR", "--data PATH[,PATH...]", "--output DIR"):
+        assert words in done.stdout
+    assert "set -euo" not in done.stdout and "#" not in done.stdout
+
+
+GOOD = ["--model", ".", "--data", ".", "--output", "out", "--gpus", "1"]
+BAD = {
+    "no model": (["--data", ".", "--output", "out"], "--model is not given"),
+    "no data": (["--model", ".", "--output", "out"], "--data is not given"),
+    "no output": (["--model", ".", "--data", "."], "--output is not given"),
+    "missing model": ([*GOOD, "--model", "nowhere"], "--model nowhere is no directory"),
+    "missing data": ([*GOOD, "--data", ".,nowhere"], "--data nowhere does not exist"),
+    "missing config": ([*GOOD, "--config=nowhere"], "--config nowhere is no file"),
+    "no value": ([*GOOD, "--tp"], "--tp needs a value"),
+    "option for a value": (["--model", "--data", "."], "--model needs a value"),
+    "unknown": ([*GOOD, "--modle", "."], "unknown option --modle"),
+    "trainer's own": ([*GOOD, "--run.seed", "3"], "the trainer's own settings come after --"),
+    "no number": ([*GOOD, "--tp", "two"], "--tp must be 1 or more, not 'two'"),
+    "zero": ([*GOOD, "--gpus=0"], "--gpus must be 1 or more, not '0'"),
+    "no rendezvous": ([*GOOD, "--nodes", "2"], "--nodes 2 needs --rendezvous HOST:PORT"),
+    "no port": ([*GOOD, "--nodes", "2", "--rendezvous", "here"], "must be HOST:PORT, not 'here'"),
+    "one node": ([*GOOD, "--node-rank", "1"], "--node-rank and --address need --nodes N"),
+    "odd sizes": ([*GOOD, "--tp", "2"], "2, which does not divide the 1 processes"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_arguments_are_told_in_one_line(kind, tmp_path):
+    words, sentence = BAD[kind]
+    done = run(words, tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train.sh: error: ") and sentence in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_job_script_is_for_sbatch(tmp_path):
+    done = run(GOOD, tmp_path, SLURM)
+    assert done.returncode == 2 and "submit this script with sbatch" in done.stderr
+
+
+SCRIPTS = [
+    *LAUNCH.glob("*.sh"),
+    SLURM,
+    *LAUNCH.parent.glob("tests/*.sh"),
+    LAUNCH.parent / ".ci/run",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_is_valid_bash(script):
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(Path.home()) not in script.read_text()

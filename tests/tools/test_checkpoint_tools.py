@@ -1,0 +1,157 @@
+"""The three checkpoint tools from the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models import make_model
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def tool(name: str):
+    """A script's ``main``."""
+    spec = importlib.util.spec_from_file_location(name, CHECKOUT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+convert, verify, inspect = map(tool, ("convert_hf", "verify_checkpoint", "inspect_checkpoint"))
+
+
+def launch(ranks: int, *command: object) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    subprocess.run([*start, *map(str, command)], check=True, env=environment, cwd=CHECKOUT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """``hf`` and, written by two processes, ``sharded``."""
+    folder = tmp_path_factory.mktemp("tools")
+    make_model("qwen2", folder / "hf", vocab_size=1003)
+    launch(2, "tools/convert_hf.py", "import", folder / "hf", folder / "sharded")
+    return folder
+
+
+def test_there_and_back(folder, tmp_path, capsys):
+    assert convert("export", folder / "sharded", tmp_path / "back", "--file-size", "20KB") == 0
+    assert len(list(tmp_path.glob("back/*.safetensors"))) > 3
+    assert verify(folder / "hf", tmp_path / "back") == 0
+    assert "every bit the same" in capsys.readouterr().out
+    assert verify(folder / "hf", folder / "sharded") == 0
+
+
+def test_several_processes_export_the_files_between_them(folder, tmp_path):
+    command = ("export", folder / "sharded", tmp_path / "back", "--file-size", "20KB")
+    launch(2, "tools/convert_hf.py", *command)
+    assert verify(folder / "hf", tmp_path / "back") == 0
+
+
+def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
+    for command in (("import", folder / "hf"), ("export", folder / "sharded")):
+        assert convert(*command, tmp_path / "out", "--dry-run") == 0
+        assert "nothing was written" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    # it refuses what the conversion would refuse
+    assert convert("import", folder / "nowhere", tmp_path / "out", "--dry-run") == 1
+
+
+def test_nothing_is_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "precious").write_text("x")
+    assert convert("export", folder / "sharded", tmp_path) == 1
+    assert f"{tmp_path} is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("import", "/nowhere", "OUT"), "no model directory at /nowhere"),
+        (("export", "SHARDED", "OUT", "--file-size", "big"), '"big" is no size'),
+        (("export", "SHARDED", "OUT", "--format", "peft"), "is no checkpoint of a run"),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence(arguments, sentence, folder, tmp_path, capsys):
+    places = {"OUT": tmp_path / "out", "SHARDED": folder / "sharded"}
+    assert convert(*(places.get(word, word) for word in arguments)) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("megalard: error: ") and printed.count("\n") == 1
+    assert sentence in printed and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def changed(folder, tmp_path):
+    """The model with one bit changed, one tensor of another dtype, one missing and one more."""
+    path = tmp_path / "changed"
+    path.mkdir()
+    (path / "config.json").write_bytes((folder / "hf" / "config.json").read_bytes())
+    tensors = load_file(folder / "hf" / "model.safetensors")
+    bits = tensors["model.layers.1.mlp.up_proj.weight"].view(torch.int32)
+    bits[3, 5] ^= 1
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].bfloat16()
+    del tensors["model.norm.weight"]
+    tensors["extra"] = torch.zeros(2)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_verify_names_every_difference(folder, changed, capsys):
+    assert verify(folder / "sharded", changed) == 1
+    printed = capsys.readouterr().out
+    assert "model.layers.1.mlp.up_proj.weight: 1 of 1536 elements differ, the first at [3, 5]" in (
+        printed
+    )
+    assert "model.layers.0.self_attn.q_proj.weight: dtype float32 and bfloat16" in printed
+    assert f"model.norm.weight: only in {folder / 'sharded'}" in printed
+    assert f"extra: only in {changed}" in printed and "4 tensors differ" in printed
+    assert verify(folder / "hf", "/nowhere") == 2
+
+
+def test_inspect_tells_what_is_in_it(folder, capsys):
+    assert inspect(folder / "sharded", "--tensors") == 0
+    printed = capsys.readouterr().out
+    for words in ("2 ranks (dp 1 x cp 1 x tp 2)", "checksums    hold", "complete     yes"):
+        assert words in printed
+    assert "model.embed_tokens.weight  F32 [1003, 32]  weights-00000-000.safetensors" in printed
+    assert inspect(folder / "sharded", "--json", "--no-checksums") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["trained"] == "nothing" and facts["checksums"] == "not compared"
+
+
+def test_inspect_finds_damage(folder, tmp_path, capsys):
+    import shutil
+
+    copy = shutil.copytree(folder / "sharded", tmp_path / "copy")
+    shard = copy / "weights-00001-000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 4
+    shard.write_bytes(content)
+    assert inspect(copy) == 1
+    assert f"{shard} is damaged" in capsys.readouterr().out
+    shard.unlink()
+    assert inspect(copy) == 1
+    assert "NOT USABLE" in capsys.readouterr().out
+    assert inspect(folder / "hf") == 1
+
+
+@pytest.mark.parametrize("name", ["convert_hf", "verify_checkpoint", "inspect_checkpoint"])
+def test_help_says_what_a_tool_does(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        tool(name)("--help")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"python tools/{name}.py" in printed and len(printed.splitlines()) > 15
