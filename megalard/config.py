@@ -1,8 +1,8 @@
 """The run's configuration: frozen dataclasses, a YAML file, ``--section.key value`` overrides.
 
-Everything that can be checked without the model or the data is checked here, at the start. Checks
-that need the model's config live in ``megalard.model.spec``; those that need the data in
-``megalard.data``.
+Everything that can be checked without the model or the data is checked at the start, in
+``megalard.config_checks``. Checks that need the model's config live in ``megalard.model.spec``;
+those that need the data in ``megalard.data``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ from pathlib import Path
 
 import yaml
 
+from megalard.config_checks import RELATIONS, validate
 from megalard.errors import UserError
-
-RELATIONS = ("q", "k", "v", "qk")
-PROJECTIONS = ("q", "k", "v", "o")
-ROPE_TYPES = ("linear", "abf", "yarn", "llama3", "longrope", "table", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -240,7 +237,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
                 raise UserError(f"--{key}: '{section}' is a value, not a section")
         node[last] = value if _is_text(key, value) else _parse(value)
     config = _build(Config, tree, "")
-    _validate(config)
+    validate(config)
     return config
 
 
@@ -357,122 +354,3 @@ def _convert(hint, value, key: str):
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise UserError(f"{key} must be of type {hint.__name__}, got {value!r}")
-
-
-def _validate(config: Config) -> None:
-    def require(condition: bool, sentence: str) -> None:
-        if not condition:
-            raise UserError(sentence)
-
-    def choice(key: str, value, allowed) -> None:
-        require(
-            value in allowed, f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}"
-        )
-
-    def at_least(key: str, value, low) -> None:
-        require(value >= low, f"{key} must be at least {low}; got {value}")
-
-    model, rope, trainable, objective = (
-        config.model,
-        config.rope,
-        config.trainable,
-        config.objective,
-    )
-    require(
-        bool(model.teacher), "model.teacher is not set: give the teacher's Hugging Face directory"
-    )
-    require(bool(config.run.output), "run.output is not set: give the output directory")
-    require(bool(config.data.paths), "data.paths is not set: give text files or directories")
-    choice("model.compute_dtype", model.compute_dtype, ("bfloat16", "float32"))
-    if model.native_context is not None:
-        at_least("model.native_context", model.native_context, 1)
-
-    require(
-        rope.type != "dynamic",
-        "rope.type 'dynamic' equals the teacher's RoPE at up to M tokens, so there is nothing to "
-        "restore; use linear, abf, yarn, llama3, longrope or table",
-    )
-    choice("rope.type", rope.type, ROPE_TYPES)
-    require(
-        1 < rope.factor < float("inf"), f"rope.factor must be greater than 1; got {rope.factor}"
-    )
-    require(
-        rope.theta is None or 0 < rope.theta < float("inf"),
-        f"rope.theta must be positive; got {rope.theta}",
-    )
-    for key, kind in (("theta", "abf"), ("long_factors", "longrope"), ("table", "table")):
-        given = getattr(rope, key) is not None
-        require(not given or rope.type == kind, f"rope.{key} only applies to rope.type {kind}")
-    require(rope.type != "table" or rope.table is not None, "rope.type table needs rope.table FILE")
-    require(
-        rope.type != "checkpoint" or model.student is not None,
-        "rope.type checkpoint needs model.student, the checkpoint whose RoPE is kept",
-    )
-
-    choice("trainable.mode", trainable.mode, ("lora", "weights", "all"))
-    for key, targets in (("lora.targets", trainable.lora.targets), ("weights", trainable.weights)):
-        require(bool(targets), f"trainable.{key} is empty: choose from {', '.join(PROJECTIONS)}")
-        require(len(set(targets)) == len(targets), f"trainable.{key} names one twice: {targets}")
-        for target in targets:
-            choice(f"trainable.{key}", target, PROJECTIONS)
-    at_least("trainable.lora.rank", trainable.lora.rank, 1)
-    require(
-        0 <= trainable.lora.dropout < 1,
-        f"trainable.lora.dropout must be in [0, 1); got {trainable.lora.dropout}",
-    )
-
-    for name in RELATIONS:
-        at_least(f"objective.relations.{name}", getattr(objective.relations, name), 0)
-    at_least("objective.logits_kl", objective.logits_kl, 0)
-    require(
-        bool(config.active_relations()) or objective.logits_kl > 0,
-        "the objective is empty: give at least one of objective.relations or objective.logits_kl",
-    )
-    if objective.layers is not None:
-        require(bool(objective.layers), "objective.layers is empty: leave it out for every layer")
-        require(
-            len(set(objective.layers)) == len(objective.layers) and min(objective.layers) >= 0,
-            f"objective.layers must be different numbers from 0; got {objective.layers}",
-        )
-    if objective.logits_positions is not None:
-        at_least("objective.logits_positions", objective.logits_positions, 1)
-
-    at_least("data.context_length", config.data.context_length, 2)
-    optimizer = config.optimizer
-    for key in ("steps", "global_batch", "micro_batch"):
-        at_least(f"optimizer.{key}", getattr(optimizer, key), 1)
-    for key in ("warmup_steps", "weight_decay", "clip", "eps"):
-        at_least(f"optimizer.{key}", getattr(optimizer, key), 0)
-    require(
-        0 < optimizer.learning_rate < float("inf"),
-        f"optimizer.learning_rate must be positive; got {optimizer.learning_rate}",
-    )
-    require(
-        0 <= optimizer.min_ratio <= 1,
-        f"optimizer.min_ratio must be in [0, 1]; got {optimizer.min_ratio}",
-    )
-    require(
-        len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas),
-        f"optimizer.betas must be two numbers in [0, 1); got {optimizer.betas}",
-    )
-    at_least("parallel.tp", config.parallel.tp, 1)
-    at_least("parallel.cp", config.parallel.cp, 1)
-
-    evaluation = config.evaluation
-    if evaluation.lengths is not None:
-        require(
-            bool(evaluation.lengths) and min(evaluation.lengths) >= 2,
-            f"evaluation.lengths must be at least 2 tokens each; got {evaluation.lengths}",
-        )
-    at_least("evaluation.max_tokens", evaluation.max_tokens, 2)
-    choice("run.device", config.run.device, ("auto", "cpu", "cuda"))
-    choice("run.non_finite", config.run.non_finite, ("stop", "skip"))
-    at_least("run.log_every", config.run.log_every, 1)
-    for key in ("save_every", "keep_every", "export_every"):
-        at_least(f"checkpoint.{key}", getattr(config.checkpoint, key), 0)
-    at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
-    keep, every = config.checkpoint.keep_every, config.checkpoint.save_every
-    require(
-        not keep or (every and keep % every == 0),
-        f"checkpoint.keep_every {keep} must be a multiple of checkpoint.save_every {every}",
-    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from tests.parallel.cases import CASES, CORE
 from tests.parallel.compare import FP32_TOLERANCE, assert_step_matches, reference
-from tests.parallel.worker import run_all
+from tests.parallel.worker import Run, run_all
 from tests.ranks import run_ranks
 
 # (dp, cp, tp): every case on the first, one of each kind on the others
@@ -25,6 +27,11 @@ CORE_CASES = [
 MATRIX = [(layout, name) for layout in EVERY_CASE for name in CASES] + [
     (layout, name) for layout in CORE_CASES for name in CORE
 ]
+LAYOUTS = EVERY_CASE + CORE_CASES
+
+
+def cases_of(layout) -> list[str]:
+    return [name for other, name in MATRIX if other == layout] + ["dropout"]
 
 
 def label(value) -> str:
@@ -33,17 +40,19 @@ def label(value) -> str:
 
 @pytest.fixture(scope="session")
 def results(models):
-    """The results of a layout, run once: results((dp, cp, tp))."""
+    """results((dp, cp, tp)) runs all layouts of that many ranks, once, in the same processes."""
+    files = {layout: models / f"results-{label(layout)}.pt" for layout in LAYOUTS}
 
     def of(layout):
-        file = models / f"results-{label(layout)}.pt"
-        if not file.exists():
-            dp, cp, tp = layout
-            names = [name for other, name in MATRIX if other == layout] + ["dropout"]
-            run_ranks(
-                dp * cp * tp, run_all, str(models), tp, cp, "cpu", "float32", names, str(file)
-            )
-        return torch.load(file)
+        if not files[layout].exists():
+            world = math.prod(layout)
+            runs = [
+                Run(other, cases_of(other), "float32", str(files[other]))
+                for other in LAYOUTS
+                if math.prod(other) == world
+            ]
+            run_ranks(world, run_all, str(models), "cpu", runs)
+        return torch.load(files[layout])
 
     return of
 
@@ -54,7 +63,7 @@ def test_step_matches_one_process(layout, name, results, models):
     assert_step_matches(ours, reference(name, models, ours["start"]), FP32_TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", EVERY_CASE + CORE_CASES, ids=label)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=label)
 def test_dropout_masks_do_not_depend_on_the_layout(layout, results):
     """The reference cannot draw our masks: every layout is compared with one process."""
     single = results((1, 1, 1))["dropout"]

@@ -9,7 +9,7 @@ import torch
 
 from tests.parallel.cases import CASES
 from tests.parallel.compare import FP32_TOLERANCE, assert_step_matches, reference, relative_error
-from tests.parallel.worker import run_all
+from tests.parallel.worker import Run, run_all
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
@@ -31,10 +31,10 @@ def layout(request):
 
 
 def run(models, layout, dtype):
-    dp, cp, tp = layout
-    file = models / f"gpu-{dtype}-dp{dp}-cp{cp}-tp{tp}.pt"
+    file = models / f"gpu-{dtype}-{'-'.join(map(str, layout))}.pt"
     if not file.exists():
-        run_ranks(dp * cp * tp, run_all, str(models), tp, cp, "cuda", dtype, list(CASES), str(file))
+        runs = [Run(layout, list(CASES), dtype, str(file))]
+        run_ranks(math.prod(layout), run_all, str(models), "cuda", runs)
     return torch.load(file)
 
 

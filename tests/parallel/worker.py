@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -79,15 +80,23 @@ def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
     return out
 
 
-def run_all(
-    folder: str, tp: int, cp: int, device: str, dtype: str, names: list[str], results: str
-) -> None:
-    """The named cases on one layout; rank 0 writes the results to the file ``results``."""
-    found = {}
-    mesh = build_mesh(device, tp, cp)
-    for name in names:
-        case = ALL_CASES[name]
-        config = make_config(case, Path(folder) / name, tp, cp, dtype)
-        found[name] = run_case(case, config, mesh)
-    if mesh.world.rank == 0:
-        torch.save(found, results)
+@dataclass(frozen=True)
+class Run:
+    """Cases on one layout (dp, cp, tp); rank 0 writes what they gave to ``file``."""
+
+    layout: tuple[int, int, int]
+    names: list[str]
+    dtype: str
+    file: str
+
+
+def run_all(folder: str, device: str, runs: list[Run]) -> None:
+    """Several runs of layouts of one size, in processes started once."""
+    for run in runs:
+        _, cp, tp = run.layout
+        mesh, found = build_mesh(device, tp, cp), {}
+        for name in run.names:
+            config = make_config(ALL_CASES[name], Path(folder) / name, tp, cp, run.dtype)
+            found[name] = run_case(ALL_CASES[name], config, mesh)
+        if mesh.world.rank == 0:
+            torch.save(found, run.file)
