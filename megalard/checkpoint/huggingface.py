@@ -44,9 +44,7 @@ class HuggingFaceWeights:
             if missing:
                 raise UserError(f"{self.directory} lacks {', '.join(missing)}, named by its index")
             return [self.directory / name for name in names]
-        single = self.directory / "model.safetensors"
-        # other files beside it, such as the vendor's own format, repeat the same tensors
-        paths = [single] if single.exists() else sorted(self.directory.glob("*.safetensors"))
+        paths = sorted(self.directory.glob("*.safetensors"))
         if not paths:
             pickled = any(self.directory.glob("*.bin"))
             fix = "convert its .bin files to safetensors" if pickled else "check the path"
