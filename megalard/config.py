@@ -7,8 +7,12 @@ those that need the data in ``megalard.data``.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
+import textwrap
 import types
 import typing
 from dataclasses import dataclass, field
@@ -58,9 +62,12 @@ class LoraConfig:
     """Low-rank adapters (the authors use rank 1024, alpha 2048, dropout 0.05 on q, k, v)."""
 
     targets: list[str] = field(default_factory=lambda: ["q", "k", "v"])
+    """Which of the projections q, k, v, o get an adapter."""
     rank: int = 1024
     alpha: float = 2048.0
+    """The adapter counts alpha / rank."""
     dropout: float = 0.05
+    """Of the adapters' input."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class TrainableConfig:
     """lora, weights (the projections in ``weights``), or all."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     weights: list[str] = field(default_factory=lambda: ["q", "k", "v"])
+    """Mode weights: which of q, k, v, o are trained whole."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class RelationWeights:
     k: float = 1.0
     v: float = 1.0
     qk: float = 0.0
+    """The attention map itself, which q and k alone do not pin; not in the published method."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +126,13 @@ class OptimizerConfig:
     """AdamW, warm-up, then a cosine to ``min_ratio`` of the peak rate."""
 
     steps: int = 144
+    """Optimizer steps of the run."""
     learning_rate: float = 2e-5
+    """The peak."""
     warmup_steps: int = 4
+    """Linear, above zero from the first step and at the peak with the last of them."""
     min_ratio: float = 0.9
+    """The cosine's end over the peak."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -183,7 +196,9 @@ class RunConfig:
     device: str = "auto"
     """auto (a GPU where there is one), cpu or cuda."""
     seed: int = 0
+    """Of the order of the data, LoRA's start and dropout."""
     log_every: int = 1
+    """Steps between reports."""
     non_finite: str = "stop"
     """stop the run, or skip the step, when the loss or a gradient is not finite."""
 
@@ -247,12 +262,12 @@ def to_dict(config: Config) -> dict:
 
 
 def describe_keys() -> str:
-    """Every key with its default, for ``--help``."""
-    return "\n".join(_describe(Config, "  --"))
+    """Every key with its meaning and default, for ``--help``."""
+    return "\n".join(_describe(Config, "--"))
 
 
 def _describe(cls, prefix: str) -> list[str]:
-    lines = []
+    lines, meanings = [], _meanings(cls)
     for item in dataclasses.fields(cls):
         default = (
             item.default if item.default is not dataclasses.MISSING else item.default_factory()
@@ -260,8 +275,24 @@ def _describe(cls, prefix: str) -> list[str]:
         if dataclasses.is_dataclass(default):
             lines += _describe(type(default), f"{prefix}{item.name}.")
         else:
-            lines.append(f"{prefix}{item.name}  (default: {default})")
+            lines.append(f"  {prefix}{item.name}  (default: {default})")
+            lines += textwrap.wrap(meanings.get(item.name, ""), 90, **_INDENT)
     return lines
+
+
+_INDENT = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
+
+
+def _meanings(cls) -> dict[str, str]:
+    """Field name to the string that follows it in the class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    return {
+        before.target.id: " ".join(after.value.value.split())
+        for before, after in itertools.pairwise(body)
+        if isinstance(before, ast.AnnAssign)
+        and isinstance(after, ast.Expr)
+        and isinstance(after.value, ast.Constant)
+    }
 
 
 def _pairs(overrides: list[str]):

@@ -52,7 +52,7 @@ def preflight(distiller: Distiller, plan: Plan, loader: BatchLoader) -> None:
     tokens = config.optimizer.global_batch * config.data.context_length
     steps = config.optimizer.steps
     console.print(
-        f"ranks: dp {mesh.dp.size} x tp {mesh.tp.size} on {mesh.device.type}\n"
+        f"ranks: dp {mesh.dp.size} x cp {mesh.cp.size} x tp {mesh.tp.size} on {mesh.device.type}\n"
         f"loss: {' -> '.join(f'{loss:.5f}' for loss in losses)}\n"
         f"gradients: all {len(trained)} trained tensors finite and not zero\n"
         f"peak memory: {memory / 2**30:.2f} GiB on the fullest rank\n"

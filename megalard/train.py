@@ -89,7 +89,7 @@ def train(config: Config) -> None:
                     return
                 if export_is_due(config, number):
                     export(f"step-{number:06d}")
-        export("student")
+            export("student")
         evaluator.after(teacher, student.decoder, tokens_a_step * steps)
 
 

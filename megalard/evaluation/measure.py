@@ -49,16 +49,20 @@ def default_lengths(native_context: int, factor: float) -> list[int]:
 
 
 def choose_windows(
-    store: TokenStore, lengths: list[int], max_tokens: int, tp: int
+    store: TokenStore, lengths: list[int], max_tokens: int, tp: int, cp: int = 1
 ) -> dict[int, np.ndarray]:
     """The same tokens cut into windows of each length: int64 [windows, length].
 
     Raises:
-        UserError: the text is shorter than the longest length, or tp does not divide a length.
+        UserError: the text is shorter than the longest length, or the ranks do not divide one.
     """
+    pieces = tp if cp == 1 else 2 * cp * tp
     for length in lengths:
-        if length % tp:
-            raise UserError(f"evaluation length {length} is not a multiple of parallel.tp {tp}")
+        if length % pieces:
+            raise UserError(
+                f"evaluation length {length} is not a multiple of {pieces}, which parallel.tp {tp} "
+                f"and parallel.cp {cp} need: choose evaluation.lengths that are"
+            )
     longest = max(lengths)
     available = min(len(store.tokens), max(max_tokens, longest))
     if available < longest:

@@ -33,7 +33,9 @@ class Evaluator:
         store = open_tokens(evaluation.paths, output / "evaluation-tokens", config, plan, mesh)
         lengths = evaluation.lengths or default_lengths(plan.native_context, plan.factor)
         with checked_on_all_ranks(mesh.world):
-            self.windows = choose_windows(store, lengths, evaluation.max_tokens, mesh.tp.size)
+            self.windows = choose_windows(
+                store, lengths, evaluation.max_tokens, mesh.tp.size, mesh.cp.size
+            )
 
     def before(self, teacher: Decoder, student: Decoder) -> None:
         """Measure the teacher and the scaled student."""
