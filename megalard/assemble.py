@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,7 +152,10 @@ def load_models(config: Config, plan: Plan, mesh: Mesh) -> tuple[Decoder, Studen
 def open_tokens(
     paths: list[str], cache: Path, config: Config, plan: Plan, mesh: Mesh
 ) -> TokenStore:
-    """Tokenize text on rank 0, or open one prepared directory; every rank maps the same store.
+    """Tokenize text, or open one prepared directory; every rank maps the same store.
+
+    The first process of every node builds the store. Where nodes share the directory the first to
+    finish provides it and the others open that.
 
     Raises:
         UserError: on every rank; see ``megalard.data``.
@@ -159,7 +165,7 @@ def open_tokens(
         cache = prepared
     else:
         with checked_on_all_ranks(mesh.world):
-            if mesh.world.rank == 0:
+            if first_on_node():
                 build_store(paths, plan.tokenizer, cache, text_key=config.data.text_key)
     with checked_on_all_ranks(mesh.world):
         store = TokenStore.open(cache)
@@ -184,6 +190,11 @@ def make_loader(config: Config, store: TokenStore, mesh: Mesh) -> BatchLoader:
         )
 
 
+def first_on_node() -> bool:
+    """Whether this is the process that does what one process of each node has to do."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def tokens_a_step(config: Config) -> int:
     """Tokens of one optimizer step, over all ranks."""
     return config.optimizer.global_batch * config.data.context_length
@@ -195,12 +206,15 @@ def companions(plan: Plan, source: Weights) -> list[Path]:
     return [*plan.tokenizer.files, *([generation] if generation.is_file() else [])]
 
 
-def barrier(mesh: Mesh) -> None:
-    """Wait for every rank."""
-    if mesh.world.size > 1:
-        dist.barrier(group=mesh.world.group)
-
-
-def agree_on(value: str, mesh: Mesh) -> str:
-    """Rank 0's value, on every rank."""
-    return gather_objects(value, mesh.world)[0]
+@contextmanager
+def scratch_folder(mesh: Mesh) -> Iterator[Path]:
+    """A temporary folder of one name on every node, removed at the end; a collective call."""
+    name = gather_objects(f"megalard-{secrets.token_hex(8)}", mesh.world)[0]
+    folder = Path(tempfile.gettempdir()) / name
+    try:
+        yield folder
+        if mesh.world.size > 1:
+            dist.barrier(group=mesh.world.group)
+    finally:
+        if first_on_node():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -82,6 +82,15 @@ def validate(config: Config) -> None:
         f"trainable.lora.dropout must be in [0, 1); got {trainable.lora.dropout}",
     )
 
+    require(
+        0 < trainable.lora.alpha < float("inf"),
+        f"trainable.lora.alpha must be positive; got {trainable.lora.alpha}",
+    )
+    for key, value in (
+        *((f"relations.{name}", getattr(objective.relations, name)) for name in RELATIONS),
+        ("logits_kl", objective.logits_kl),
+    ):
+        require(value < float("inf"), f"objective.{key} must be a finite number; got {value}")
     for name in RELATIONS:
         at_least(f"objective.relations.{name}", getattr(objective.relations, name), 0)
     at_least("objective.logits_kl", objective.logits_kl, 0)

@@ -43,8 +43,7 @@ class Monitor:
             path = output / "metrics.jsonl"
             _drop_after(path, done)
             self.metrics = open(path, "a", buffering=1)  # noqa: SIM115
-            resumed = {"purge_step": done + 1} if done else {}
-            self.board = SummaryWriter(str(output / "tensorboard"), **resumed)
+            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=done + 1)
 
     def step(self, number: int, result: StepResult, device: torch.device) -> None:
         """Report optimizer step ``number`` (from 1) if it is one to be reported."""
@@ -97,7 +96,9 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             break  # a killed process may leave half a line at the end
-    path.write_text("".join(kept), encoding="utf-8")
+    fresh = path.with_name(path.name + ".partial")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.replace(path)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -94,7 +94,8 @@ def _look(config: Config, directory: Path) -> Output:
         return Output(directory, False, path)
     # stopped before its first checkpoint: the same command starts again
     started = directory / "run.json"
-    if config.checkpoint.save_every and started.is_file() and not (directory / "student").exists():
+    exported = (directory / "student").exists() or any(directory.glob("step-*"))
+    if started.is_file() and not exported:
         try:
             _compare(json.loads(started.read_text()), to_dict(config), directory)
         except (OSError, ValueError):

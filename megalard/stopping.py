@@ -20,9 +20,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopSignals:
     """What a run does with the signals, in a ``with`` statement around all of it.
 
-    While it takes steps, the first signal asks it to stop after the step, and a second SIGTERM
-    ends the process as usual. Before and after, where there is nothing to save, a signal ends the
-    run at once. Either way the status is 0.
+    While it takes steps, a signal asks it to stop after the step; more of them change nothing,
+    since one request may reach a rank both from its launcher and directly. Before and after, where
+    there is nothing to save, a signal ends the run at once. Either way the status is 0.
     """
 
     def __init__(self, mesh: Mesh):
@@ -55,10 +55,7 @@ class StopSignals:
             if self.mesh.world.rank == 0:
                 print(f"{signal.Signals(number).name}: stopped; nothing to save", flush=True)
             sys.exit(0)
-        if self._received and number == signal.SIGTERM:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._received = number
+        self._received = self._received or number
 
     def agreed(self, failed: bool) -> tuple[str | None, bool]:
         """The signal any rank was sent, and whether ``failed`` holds on any of them.

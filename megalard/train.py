@@ -9,7 +9,6 @@ import argparse
 import errno
 import os
 import sys
-import tempfile
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from megalard.preflight import preflight
 from megalard.resume import describe_run, find_output, resume
 from megalard.stopping import StopSignals
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 USAGE = """\
 Restore a Llama-shaped model whose RoPE was scaled, by distilling the frozen native-RoPE teacher's
@@ -98,8 +97,7 @@ def check(config: Config) -> None:
     mesh = build_mesh(config.run.device, config.parallel.tp, config.parallel.cp)
     plan = assemble.make_plan(config, mesh)
     find_output(config, mesh)
-    with tempfile.TemporaryDirectory(prefix="megalard-preflight-") as folder:
-        scratch = Path(assemble.agree_on(folder, mesh))
+    with assemble.scratch_folder(mesh) as scratch:
         Evaluator(config, plan, scratch, mesh)
         tokenized = config.data.cache and Path(config.data.cache).exists()
         cache = Path(config.data.cache) if tokenized else scratch / "tokens"
@@ -107,7 +105,6 @@ def check(config: Config) -> None:
         with assemble.make_loader(config, tokens, mesh) as loader:
             teacher, student, _ = assemble.load_models(config, plan, mesh)
             preflight(Distiller(teacher, student, config, mesh), plan, loader)
-        assemble.barrier(mesh)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -140,8 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         where = f" {error.filename}" if error.filename else ""
         print(
-            f"megalard: error: rank {rank} cannot write{where}: {error.strerror}; what was saved "
-            "before is untouched",
+            f"megalard: error: rank {rank} cannot read or write{where}: {error.strerror}; what was "
+            "saved before is untouched",
             file=sys.stderr,
             flush=True,
         )

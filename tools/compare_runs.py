@@ -38,7 +38,10 @@ def collect(runs: list[Path]) -> tuple[list[ModelResult], int, float]:
         if not combined:
             combined, first = results[:2], (native, factor)
         same = all(
-            abs(ours.short_loss(native) - theirs.short_loss(native)) < 1e-3
+            ours.by_length.keys() == theirs.by_length.keys()
+            and all(
+                abs(m.loss - theirs.by_length[n].loss) < 1e-3 for n, m in ours.by_length.items()
+            )
             for ours, theirs in zip(results[:2], combined, strict=False)
         )
         if (native, factor) != first or not same:
@@ -69,10 +72,10 @@ def main() -> None:
     teacher, scaled, *restored = results
     for result in restored:
         share = gap_restored(result, teacher, scaled, native)
-        print(
-            f"{result.name}: {share:.0%} of the short-text gap restored "
-            f"with {result.tokens:,} tokens"
+        told = (
+            "no short-text gap" if share is None else f"{share:.0%} of the short-text gap restored"
         )
+        print(f"{result.name}: {told} with {result.tokens:,} tokens")
     for result in restored:
         model = options.output / result.name / "student"
         if model.is_dir():

@@ -78,6 +78,8 @@ def convert(options: argparse.Namespace) -> None:
         weights = model.trained if adapter and model.trained else model.weights
         if options.command == "import":
             work.weight_layouts(weights, model.spec, mesh.tp)
+        if adapter:
+            work.check_adapter(model)
     first = mesh.world.rank == 0
     total = work.size_of(weights)
     what = (

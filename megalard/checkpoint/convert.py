@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from megalard.checkpoint.hf_writer import FILE_BYTES, write_huggingface
 from megalard.checkpoint.load import empty_decoder
 from megalard.checkpoint.manifest import written_by
 from megalard.checkpoint.merged import Weights
-from megalard.checkpoint.peft_adapter import write_adapter
+from megalard.checkpoint.peft_adapter import check_lora, write_adapter
 from megalard.checkpoint.sharded import as_dtensor, save_sharded
 from megalard.checkpoint.source import Model
 from megalard.checkpoint.storage import LazySavePlanner
@@ -64,16 +65,24 @@ def import_model(
         "training": None,
         "written_by": written_by(mesh),
     }
-    save_sharded(
-        directory,
-        tensors,
-        head,
-        axis,
-        companions=source.companions,
-        planner=LazySavePlanner(partial(_read_box, source.weights)),
-        file_bytes=file_bytes,
-        progress=progress,
-    )
+    with checked_meanwhile(partial(source.check_sums, axis), axis) as agreed:
+        save_sharded(
+            directory,
+            tensors,
+            head,
+            axis,
+            companions=source.companions,
+            planner=LazySavePlanner(partial(_read_box, source.weights)),
+            file_bytes=file_bytes,
+            progress=progress,
+        )
+        try:
+            agreed()
+        except UserError:
+            # new checksums would vouch for damaged tensors
+            if axis.rank == 0:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
 
 
 def _read_box(weights: Weights, name: str, start, size) -> torch.Tensor:
@@ -154,10 +163,7 @@ def export_adapter(
     Raises:
         UserError: the model is no run's checkpoint, or trained something else.
     """
-    if model.kind != "training":
-        raise UserError(
-            f"{model.directory} is no checkpoint of a run ({model.kind}): there is no adapter in it"
-        )
+    check_adapter(model)
     with checked_meanwhile(model.check_sums, SINGLE) as agreed:
         write_adapter(
             directory,
@@ -169,6 +175,19 @@ def export_adapter(
             progress,
             agreed,
         )
+
+
+def check_adapter(model: Model) -> None:
+    """Refuse a model without LoRA pairs.
+
+    Raises:
+        UserError: the model is no run's checkpoint, or trained something else.
+    """
+    if model.kind != "training":
+        raise UserError(
+            f"{model.directory} is no checkpoint of a run ({model.kind}): there is no adapter in it"
+        )
+    check_lora(model.directory, model.manifest.trained)
 
 
 def export_config(spec: ModelSpec) -> dict:

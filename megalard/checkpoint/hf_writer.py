@@ -90,7 +90,7 @@ def write_huggingface(
             if axis.rank == 0:
                 _write_rest(partial, names, files, config, companions)
                 _replace(partial, directory)
-    except UserError:
+    except BaseException:  # an interrupted export leaves nothing either
         if axis.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise

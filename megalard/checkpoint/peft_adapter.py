@@ -120,6 +120,15 @@ def _our_name(name: str, directory: Path) -> str:
     return match[1]
 
 
+def check_lora(directory: Path, trained: dict) -> None:
+    """Refuse a run that trained something else than LoRA pairs, with a ``UserError``."""
+    if trained["mode"] != "lora":
+        raise UserError(
+            f"{directory} trained weights (trainable.mode {trained['mode']}), not LoRA "
+            "pairs, so there is no adapter: export it as a Hugging Face model"
+        )
+
+
 def write_adapter(
     directory: str | Path,
     weights: Weights,
@@ -145,11 +154,7 @@ def write_adapter(
         UserError: other weights than LoRA's were trained, or the disk refuses.
     """
     directory = Path(directory)
-    if trained["mode"] != "lora":
-        raise UserError(
-            f"{weights.directory} trained weights (trainable.mode {trained['mode']}), not LoRA "
-            "pairs, so there is no adapter: export it as a Hugging Face model"
-        )
+    check_lora(weights.directory, trained)
     names = weights.names()
     entries = {adapter_name(n): Entry(weights.dtype(n), weights.shape(n)) for n in names}
     partial = directory.with_name(directory.name + PARTIAL)

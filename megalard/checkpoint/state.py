@@ -93,6 +93,13 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
             generators[kind] = tensors[name] = torch.zeros(weights.shape(name), dtype=torch.uint8)
     load_sharded(weights, tensors, axis)
 
+    written_with = weights.manifest.training["optimizer"].get("class")
+    ours = type(distiller.optimizer).__name__
+    if written_with not in (None, ours):
+        raise UserError(
+            f"checkpoint {weights.directory} was written with the optimizer {written_with} but "
+            f"this run has {ours}: resume where the same optimizer package is installed"
+        )
     groups = weights.manifest.training["optimizer"]["groups"]
     numbers = range(len(trained))
     # the optimizer puts each tensor where its kind expects it

@@ -184,6 +184,8 @@ class Distiller:
         found = sorted(
             {name for part in gather_objects(names[:4], self.mesh.world) for name in part}
         )
+        if not ranks and not found:
+            return f"step {number + 1}: the loss is {loss}, though every gradient is finite"
         return (
             f"step {number + 1}: the loss is {loss} and gradients are not finite on rank "
             f"{', '.join(map(str, ranks)) or 'none'}, in {', '.join(found[:4]) or 'no tensor'}"

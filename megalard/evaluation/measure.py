@@ -39,13 +39,14 @@ class Measurement:
 
 
 def default_lengths(native_context: int, factor: float) -> list[int]:
-    """M/4, M/2, M, 2M, ... up to factor * M."""
+    """M/4, M/2, M, 2M, ... and factor * M."""
     lengths = [native_context // 4, native_context // 2]
     length = native_context
     while length <= factor * native_context:
         lengths.append(length)
         length *= 2
-    return [length for length in lengths if length >= 2]
+    lengths.append(round(factor * native_context))
+    return sorted({length for length in lengths if length >= 2})
 
 
 def choose_windows(
@@ -59,9 +60,10 @@ def choose_windows(
     pieces = tp if cp == 1 else 2 * cp * tp
     for length in lengths:
         if length % pieces:
+            context = "" if cp == 1 else f" times twice parallel.cp {cp}"
             raise UserError(
-                f"evaluation length {length} is not a multiple of {pieces}, which parallel.tp {tp} "
-                f"and parallel.cp {cp} need: choose evaluation.lengths that are"
+                f"evaluation length {length} is not a multiple of parallel.tp {tp}{context}: "
+                "choose evaluation.lengths that are"
             )
     longest = max(lengths)
     available = min(len(store.tokens), max(max_tokens, longest))

@@ -74,7 +74,8 @@ def _causal(q, k, v, window):
     if window is None or window >= keys:
         if queries == keys:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        if q.is_cuda:
+        # fp32 with grouped heads has no fused kernel that takes this mask, and would hold it whole
+        if q.is_cuda and (q.dtype != torch.float32 or not grouped):
             corner = causal_lower_right(queries, keys)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=corner, enable_gqa=grouped)
     # blocks of queries against the keys they reach: memory stays linear in the length
