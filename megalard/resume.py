@@ -22,7 +22,7 @@ from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks,
 from megalard.parallel.mesh import Axis, Mesh
 
 # What may differ between a run and its resumption. The models and the text are compared by their
-# checksums, so that they may have moved.
+# checksums, so that they may have moved; a RoPE table by what it gives.
 _MAY_DIFFER = (
     "parallel.",
     "checkpoint.",
@@ -37,6 +37,7 @@ _MAY_DIFFER = (
     "model.teacher",
     "model.student",
     "model.tokenizer",
+    "rope.table",
 )
 
 
@@ -146,6 +147,7 @@ def resume(
         weights = ShardedWeights(output.checkpoint)
         manifest = weights.manifest
         _check_data(manifest, store)
+        _check_student(manifest, distiller.student.decoder.spec.hf_config)
 
     def check() -> None:
         weights.check_sums(axis)
@@ -158,6 +160,17 @@ def resume(
     if axis.rank == 0:
         print(f"resuming from {output.checkpoint} after step {step}", flush=True)
     return step, {**manifest.base, "path": str(base.directory.absolute())}
+
+
+def _check_student(manifest: Manifest, config: dict) -> None:
+    """Refuse another student, such as one with a changed table of inverse frequencies."""
+    ours = json.loads(json.dumps(config))
+    for key in sorted(ours.keys() | manifest.config.keys()):
+        if ours.get(key) != manifest.config.get(key):
+            raise UserError(
+                f"the student's {key} is not what {manifest.directory} was trained with: restore "
+                "the model's config.json and rope.table, or choose another run.output"
+            )
 
 
 def _check_data(manifest: Manifest, store: TokenStore) -> None:
