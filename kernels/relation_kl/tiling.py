@@ -30,12 +30,31 @@ BACKWARD_TILES = {
     (4, 128): (32, 32, 8, 2),
     (4, 256): (32, 32, 8, 1),
 }
+# For both passes on GPUs whose blocks have less shared memory than the tables above take (99 kB on
+# consumer Ampere and Ada); as compiled for sm_89 none of these takes more than 66 kB.
+SMALL_TILES = {
+    (2, 64): (64, 64, 4, 2),
+    (2, 128): (64, 32, 4, 2),
+    (2, 256): (32, 32, 4, 1),
+    (4, 64): (32, 32, 4, 2),
+    (4, 128): (32, 32, 4, 1),
+    (4, 256): (16, 16, 4, 1),
+}
+# The largest of FORWARD_TILES and BACKWARD_TILES takes 197 kB of a block's shared memory.
+LARGE_SHARED_BYTES = 200 << 10
 # Heads that run side by side share the L2: their other operands together stay below this.
 SECTION_BYTES = 32 << 20
 
 
 def choose_tiles(table: dict, *operands: torch.Tensor) -> tuple[int, int, int, int]:
-    """(own block, other block, warps, stages) for the widest dtype and head_dim of the operands."""
+    """(own block, other block, warps, stages) for the widest dtype and head_dim of the operands.
+
+    From ``table`` where the operands' GPU has the shared memory for it, else from SMALL_TILES.
+    """
+    if operands[0].is_cuda:
+        properties = torch.cuda.get_device_properties(operands[0].device)
+        if properties.shared_memory_per_block_optin < LARGE_SHARED_BYTES:
+            table = SMALL_TILES
     item_bytes = max(x.element_size() for x in operands)
     d = max(x.shape[3] for x in operands)
     return table[item_bytes, next(width for width in (64, 128, 256) if d <= width)]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,27 @@ def tiny_tiles(monkeypatch):
     monkeypatch.setattr(tiling, "BACKWARD_TILES", TINY_TILES)
     monkeypatch.setattr(reference, "BLOCK_ROWS", 16)
     monkeypatch.setattr(reference, "TILE_ELEMENTS", 1)
+
+
+@pytest.mark.parametrize("shared_kilobytes", [99, 163, 227])
+def test_tiles_fit_the_shared_memory_of_the_gpu(shared_kilobytes, monkeypatch):
+    """Consumer Ampere and Ada, A100, H100 and later; no GPU is needed to choose."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_kilobytes << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    operand = SimpleNamespace(
+        is_cuda=True, device=None, shape=(1, 1, 1, 128), element_size=lambda: 2
+    )
+    chosen = tiling.choose_tiles(tiling.BACKWARD_TILES, operand)
+    large = shared_kilobytes > 200
+    assert chosen == (tiling.BACKWARD_TILES if large else tiling.SMALL_TILES)[2, 128]
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="CPU tensors need the interpreter")
+@case_params(SMALL)
+def test_small_tiles_give_the_same(case, monkeypatch):
+    monkeypatch.setattr(tiling, "FORWARD_TILES", tiling.SMALL_TILES)
+    monkeypatch.setattr(tiling, "BACKWARD_TILES", tiling.SMALL_TILES)
+    check_case(case, "triton")
 
 
 @both_backends
