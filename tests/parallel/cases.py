@@ -109,7 +109,9 @@ def make_config(
             clip=0.05,
             global_batch=GLOBAL_BATCH,
         ),
-        parallel=ParallelConfig(tp, cp, activation_checkpointing=case.data != "whole"),
+        parallel=ParallelConfig(
+            tp, cp, activation_checkpointing=case.data != "whole", offload=case.data == "short"
+        ),
         run=RunConfig(output="unused", seed=3),
     )
 
