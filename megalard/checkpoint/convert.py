@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +66,13 @@ def import_model(
         "training": None,
         "written_by": written_by(mesh),
     }
-    with checked_meanwhile(partial(source.check_sums, axis), axis) as agreed:
+    # a Hugging Face directory records no checksums, and a thread more costs memory
+    checking = (
+        nullcontext(lambda: None)
+        if source.manifest is None
+        else checked_meanwhile(partial(source.check_sums, axis), axis)
+    )
+    with checking as agreed:
         save_sharded(
             directory,
             tensors,
