@@ -14,23 +14,13 @@ from megalard.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterWeights
 from megalard.checkpoint.sharded import ShardedWeights
 from megalard.checkpoint.storage import STATE_PREFIXES
 from megalard.checkpoint.tensor_file import DTYPES
+from megalard.data.tokenizer import TOKENIZER_FILES
 from megalard.errors import UserError
 from megalard.model.spec import ModelSpec, read_spec, spec_from_config
 from megalard.parallel.mesh import SINGLE, Axis
 
 # what others need beside the weights to use the model as its makers meant it
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+COMPANIONS = ("generation_config.json", *TOKENIZER_FILES, "chat_template.json")
 
 
 @dataclass(frozen=True)

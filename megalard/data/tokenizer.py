@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from megalard.errors import UserError
 
 # What a folder needs beside its weights for others to load the same tokenizer.
-_EXPORTED_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -126,7 +126,7 @@ def _finish(model_dir, path, encode_batch, decode, eos_id, vocab_size) -> Tokeni
         eos_id=eos_id,
         vocab_size=vocab_size,
         fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
-        files=tuple(file for name in _EXPORTED_FILES if (file := model_dir / name).is_file()),
+        files=tuple(file for name in TOKENIZER_FILES if (file := model_dir / name).is_file()),
     )
 
 

@@ -65,16 +65,6 @@ class _ReduceScatterTokens(torch.autograd.Function):
         return all_gather_tokens(grad, ctx.axis), None
 
 
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, axis):
-        return all_reduce(x.clone(), axis)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
 def gather_from_sequence_parallel_region(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """All-gather along the tokens forward, reduce-scatter the gradients backward."""
     return x if axis.size == 1 else _GatherTokens.apply(x, axis)
@@ -83,8 +73,3 @@ def gather_from_sequence_parallel_region(x: torch.Tensor, axis: Axis) -> torch.T
 def reduce_scatter_to_sequence_parallel_region(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Reduce-scatter along the tokens forward, all-gather the gradients backward."""
     return x if axis.size == 1 else _ReduceScatterTokens.apply(x, axis)
-
-
-def reduce_from_tensor_parallel_region(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """g: all-reduce forward, identity backward."""
-    return x if axis.size == 1 else _Reduce.apply(x, axis)
