@@ -18,14 +18,15 @@ import torch.distributed as dist
 from megalard.checkpoint.load import load_decoder
 from megalard.checkpoint.merged import Weights
 from megalard.checkpoint.source import open_weights
-from megalard.config import Config, to_dict
+from megalard.config import Config, StreamConfig, to_dict
 from megalard.data.blocks import Blocks, DocumentBlocks, PackedBlocks
-from megalard.data.loader import BatchLoader
+from megalard.data.loader import BatchLoader, StreamLoaders
 from megalard.data.sampler import check_global_batch
 from megalard.data.token_file import build_store
 from megalard.data.token_store import META, TokenStore
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
-from megalard.distill.student import Student, build_student, last_layer_needed
+from megalard.distill.reach import reach_of
+from megalard.distill.student import Student, build_student
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
 from megalard.model.rope import rope_table, scaled_config, write_rope
@@ -69,22 +70,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
     with checked_on_all_ranks(mesh.world):
         teacher = read_spec(config.model.teacher)
         native = config.model.native_context or teacher.max_positions
-        if config.data.context_length > native:
-            raise UserError(
-                f"data.context_length {config.data.context_length} is longer than the teacher's "
-                f"native window, beyond which it has nothing to teach: use at most {native}"
-            )
-        shard = SequenceShard(config.data.context_length, mesh.cp)
-        rows = config.optimizer.micro_batch * shard.own_length
-        if rows % mesh.tp.size:
-            raise UserError(
-                f"a micro-batch gives each cp rank {rows} tokens, which parallel.tp {mesh.tp.size} "
-                "does not divide: choose a context length that it divides"
-            )
-        optimizer = config.optimizer
-        check_global_batch(optimizer.global_batch, mesh.dp.size, optimizer.micro_batch)
         check_divisible(teacher, mesh.tp.size)
-        last_layer_needed(config, teacher.num_layers)
         start = read_spec(config.model.student) if config.model.student else teacher
         if config.rope.type == "checkpoint":
             student_config = write_rope(start.hf_config, start.rope, start.head_dim)
@@ -92,11 +78,39 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
             student_config = scaled_config(start, config.rope, native)
         student = spec_from_config(student_config, config.model.student or config.model.teacher)
         check_divisible(student, mesh.tp.size)
+        for name, stream in config.all_streams().items():
+            prefix = f"streams.{name}." if config.streams else ""
+            _check_stream(stream, prefix, native, student, mesh)
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.teacher)
         # opened and closed again: a missing or truncated file is told before the text is tokenized
         for directory in filter(None, (config.model.teacher, config.model.student)):
             open_weights(directory)
     return Plan(teacher, student, student_config, native, tokenizer)
+
+
+def _check_stream(
+    stream: StreamConfig, prefix: str, native: int, student: ModelSpec, mesh: Mesh
+) -> None:
+    """Refuse a stream that the models or the ranks cannot read."""
+    length, window = stream.data.context_length, student.max_positions
+    if stream.objective.needs_teacher and length > native:
+        raise UserError(
+            f"{prefix}data.context_length {length} is longer than the teacher's native window, "
+            f"beyond which it has nothing to teach: use at most {native}"
+        )
+    if length > window:
+        raise UserError(
+            f"{prefix}data.context_length {length} is longer than the student's window: use at "
+            f"most {window}, or raise rope.factor"
+        )
+    rows = stream.micro_batch * SequenceShard(length, mesh.cp).own_length
+    if rows % mesh.tp.size:
+        raise UserError(
+            f"a micro-batch gives each cp rank {rows} tokens, which parallel.tp {mesh.tp.size} "
+            f"does not divide: choose a {prefix}data.context_length that it divides"
+        )
+    check_global_batch(stream.global_batch, mesh.dp.size, stream.micro_batch)
+    reach_of(stream.objective, student.num_layers)
 
 
 def prepare_output(config: Config, mesh: Mesh) -> Output:
@@ -134,8 +148,11 @@ def undone_on_error(output: Output, mesh: Mesh) -> Iterator[None]:
         raise
 
 
-def load_models(config: Config, plan: Plan, mesh: Mesh) -> tuple[Decoder, Student, Weights]:
-    """The frozen teacher, the student, and the files the student started from."""
+def load_models(config: Config, plan: Plan, mesh: Mesh) -> tuple[Decoder | None, Student, Weights]:
+    """The frozen teacher, the student, and the files the student started from.
+
+    The teacher is None where nothing compares with it: neither a stream nor the evaluation.
+    """
     dtype = getattr(torch, config.model.compute_dtype)
     with checked_on_all_ranks(mesh.world):
         weights = open_weights(config.model.teacher)
@@ -146,12 +163,37 @@ def load_models(config: Config, plan: Plan, mesh: Mesh) -> tuple[Decoder, Studen
         student = build_student(
             teacher, plan.student, rope, config, mesh.tp, own, masters=own or weights
         )
-    return teacher, student, own or weights
+    compared = any(stream.objective.needs_teacher for stream in config.all_streams().values())
+    needed = compared or config.evaluation.paths
+    return teacher if needed else None, student, own or weights
 
 
-def open_tokens(
-    paths: list[str], cache: Path, config: Config, plan: Plan, mesh: Mesh
-) -> TokenStore:
+def open_streams(
+    config: Config, folder: Path, plan: Plan, mesh: Mesh, only_reuse: bool = False
+) -> dict[str, TokenStore]:
+    """Every stream's tokens; streams of the same text share a store.
+
+    Args:
+        folder: where tokens are kept that have no ``cache`` of their own.
+        only_reuse: write to ``folder`` alone; a cache is used only if it is there.
+
+    Raises:
+        UserError: on every rank; see ``megalard.data``.
+    """
+    stores, opened = {}, {}
+    for name, stream in config.all_streams().items():
+        data = stream.data
+        text = (*data.paths, data.text_key, data.cache)
+        if text not in opened:
+            cache = folder / (f"tokens-{name}" if config.streams else "tokens")
+            if data.cache and not (only_reuse and not Path(data.cache).exists()):
+                cache = Path(data.cache)
+            opened[text] = open_tokens(data.paths, cache, data.text_key, plan, mesh)
+        stores[name] = opened[text]
+    return stores
+
+
+def open_tokens(paths: list[str], cache: Path, text_key: str, plan: Plan, mesh: Mesh) -> TokenStore:
     """Tokenize text, or open one prepared directory; every rank maps the same store.
 
     The first process of every node builds the store. Where nodes share the directory the first to
@@ -166,7 +208,7 @@ def open_tokens(
     else:
         with checked_on_all_ranks(mesh.world):
             if first_on_node():
-                build_store(paths, plan.tokenizer, cache, text_key=config.data.text_key)
+                build_store(paths, plan.tokenizer, cache, text_key=text_key)
     with checked_on_all_ranks(mesh.world):
         store = TokenStore.open(cache)
         store.check_tokenizer(plan.tokenizer)
@@ -174,30 +216,36 @@ def open_tokens(
     return store
 
 
-def make_loader(config: Config, store: TokenStore, mesh: Mesh) -> BatchLoader:
-    """The loader of this rank's micro-batches."""
+# Streams of the same text read it in different orders.
+_STREAM_SEED = 7_919
+
+
+def make_loaders(
+    config: Config, stores: dict[str, TokenStore], plan: Plan, mesh: Mesh
+) -> StreamLoaders:
+    """The loaders of this rank's micro-batches, a stream each."""
+    loaders = {}
     with checked_on_all_ranks(mesh.world):
-        kind = PackedBlocks if config.data.packing else DocumentBlocks
-        blocks: Blocks = kind(store, config.data.context_length)
-        return BatchLoader(
-            blocks,
-            seed=config.run.seed,
-            global_batch=config.optimizer.global_batch,
-            micro_batch=config.optimizer.micro_batch,
-            dp_rank=mesh.dp.rank,
-            dp_size=mesh.dp.size,
-            cp=mesh.cp,
-        )
+        for index, (name, stream) in enumerate(config.all_streams().items()):
+            kind = PackedBlocks if stream.data.packing else DocumentBlocks
+            blocks: Blocks = kind(stores[name], stream.data.context_length)
+            loaders[name] = BatchLoader(
+                blocks,
+                seed=config.run.seed + index * _STREAM_SEED,
+                global_batch=stream.global_batch,
+                micro_batch=stream.micro_batch,
+                dp_rank=mesh.dp.rank,
+                dp_size=mesh.dp.size,
+                cp=mesh.cp,
+                window=plan.student.max_positions,
+                positions=stream.data.positions,
+            )
+    return StreamLoaders(loaders)
 
 
 def first_on_node() -> bool:
     """Whether this is the process that does what one process of each node has to do."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
-
-
-def tokens_a_step(config: Config) -> int:
-    """Tokens of one optimizer step, over all ranks."""
-    return config.optimizer.global_batch * config.data.context_length
 
 
 def companions(plan: Plan, source: Weights) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The run's configuration: frozen dataclasses, a YAML file, ``--section.key value`` overrides.
+"""The run's configuration: frozen dataclasses, read by ``megalard.config_file``.
 
 Everything that can be checked without the model or the data is checked at the start, in
 ``megalard.config_checks``. Checks that need the model's config live in ``megalard.model.spec``;
@@ -7,21 +7,10 @@ those that need the data in ``megalard.data``.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
-import inspect
-import itertools
-import textwrap
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import yaml
-
-from megalard.config_checks import RELATIONS, validate
-from megalard.errors import UserError
+from megalard.config_checks import RELATIONS
 
 
 @dataclass(frozen=True)
@@ -99,10 +88,32 @@ class ObjectiveConfig:
     relations: RelationWeights = field(default_factory=RelationWeights)
     layers: list[int] | None = None
     """Layers whose relations are distilled, counted from 0; every layer when not given."""
+    attention_context: float = 0.0
+    """Weight of the squared error of each head's attention output (A V, before o) over the
+    teacher's squared norm, in the layers above."""
+    hidden_cosine: float = 0.0
+    """Weight of 1 - cosine between the hidden states at ``hidden_depths``, summed over them."""
+    hidden_depths: list[float] = field(default_factory=lambda: [1.0])
+    """Shares of the depth in (0, 1]: 0.5 is the output of the middle layer, 1 the last hidden
+    state, after the final norm."""
     logits_kl: float = 0.0
     """Weight of KL(teacher || student) over the vocabulary; zero leaves the head out."""
     logits_positions: int | None = None
     """The last k positions of a block for the logits KL; all when not given."""
+    language_modelling: float = 0.0
+    """Weight of the cross-entropy of the next token; alone, it needs no teacher and may read up
+    to the student's window."""
+
+    def active_relations(self) -> dict[str, float]:
+        """The relations with a weight, in the order of ``RELATIONS``."""
+        weights = {name: getattr(self.relations, name) for name in RELATIONS}
+        return {name: weight for name, weight in weights.items() if weight != 0}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term compares the student with the teacher."""
+        terms = (self.attention_context, self.hidden_cosine, self.logits_kl)
+        return bool(self.active_relations()) or any(weight > 0 for weight in terms)
 
 
 @dataclass(frozen=True)
@@ -114,11 +125,32 @@ class DataConfig:
     text_key: str = "text"
     """Key of the text in .jsonl files."""
     context_length: int = 4096
-    """Tokens a block; at most the native window."""
+    """Tokens a block; at most the native window where a teacher reads it."""
+    positions: str = "contiguous"
+    """Where the student reads a block: contiguous, or skip-gaussian or skip-uniform, which put its
+    head and tail at the ends of the student's window and the middle somewhere between."""
     packing: bool = True
     """Fill blocks across documents (each attends to itself only); else one document a block."""
     cache: str | None = None
     """Where the tokens are kept; ``<output>/tokens`` when not given."""
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """One of several kinds of text that every optimizer step draws on, each with its objective.
+
+    What a stream's ``data`` leaves out is as in the section ``data``. Its ``objective`` has only
+    the terms it names.
+    """
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    weight: float = 1.0
+    """The step's loss is the sum of weight times the stream's mean loss."""
+    global_batch: int = 8
+    """Blocks an optimizer step; optimizer.global_batch when not given."""
+    micro_batch: int = 1
+    """Blocks a forward pass of one rank; optimizer.micro_batch when not given."""
 
 
 @dataclass(frozen=True)
@@ -212,176 +244,28 @@ class Config:
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
+    """Name to stream, instead of the one that ``objective`` and ``data`` describe."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def active_relations(self) -> dict[str, float]:
-        """The relations with a weight, in the order of ``RELATIONS``."""
-        weights = {name: getattr(self.objective.relations, name) for name in RELATIONS}
-        return {name: weight for name, weight in weights.items() if weight != 0}
+    def all_streams(self) -> dict[str, StreamConfig]:
+        """The streams of a step; without ``streams`` there is one, called main."""
+        if self.streams:
+            return self.streams
+        batches = self.optimizer.global_batch, self.optimizer.micro_batch
+        return {"main": StreamConfig(self.objective, self.data, 1.0, *batches)}
 
-
-def load_config(path: str | None, overrides: list[str]) -> Config:
-    """Read a YAML file and apply ``--section.key value`` overrides.
-
-    Raises:
-        UserError: unreadable file, unknown key (the nearest known one is named), wrong type, or a
-            value out of range.
-    """
-    tree: dict = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(tree, dict):
-            raise UserError(f"{path} must hold sections such as 'model:' and 'data:'")
-    for key, value in _pairs(overrides):
-        node = tree
-        *sections, last = key.split(".")
-        for section in sections:
-            if node.get(section) is None:
-                node[section] = {}
-            node = node[section]
-            if not isinstance(node, dict):
-                raise UserError(f"--{key}: '{section}' is a value, not a section")
-        node[last] = value if _is_text(key, value) else _parse(value)
-    config = _build(Config, tree, "")
-    validate(config)
-    return config
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens of one optimizer step, over all streams and ranks."""
+        streams = self.all_streams().values()
+        return sum(stream.global_batch * stream.data.context_length for stream in streams)
 
 
 def to_dict(config: Config) -> dict:
     """The configuration as plain dictionaries, for YAML or JSON."""
     return dataclasses.asdict(config)
-
-
-def describe_keys() -> str:
-    """Every key with its meaning and default, for ``--help``."""
-    return "\n".join(_describe(Config, "--"))
-
-
-def _describe(cls, prefix: str) -> list[str]:
-    lines, meanings = [], _meanings(cls)
-    for item in dataclasses.fields(cls):
-        default = (
-            item.default if item.default is not dataclasses.MISSING else item.default_factory()
-        )
-        if dataclasses.is_dataclass(default):
-            lines += _describe(type(default), f"{prefix}{item.name}.")
-        else:
-            lines.append(f"  {prefix}{item.name}  (default: {default})")
-            lines += textwrap.wrap(meanings.get(item.name, ""), 90, **_INDENT)
-    return lines
-
-
-_INDENT = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
-
-
-def _meanings(cls) -> dict[str, str]:
-    """Field name to the string that follows it in the class."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    return {
-        before.target.id: " ".join(after.value.value.split())
-        for before, after in itertools.pairwise(body)
-        if isinstance(before, ast.AnnAssign)
-        and isinstance(after, ast.Expr)
-        and isinstance(after.value, ast.Constant)
-    }
-
-
-def _pairs(overrides: list[str]):
-    position = 0
-    while position < len(overrides):
-        word = overrides[position]
-        if not word.startswith("--"):
-            raise UserError(f"expected --section.key value, got '{word}'")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            position += 1
-            if position == len(overrides):
-                raise UserError(f"--{key} needs a value")
-            value = overrides[position]
-        yield key, value
-        position += 1
-
-
-def _parse(value: str):
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-
-
-def _is_text(key: str, value: str) -> bool:
-    """Whether the key holds text, which is taken as typed: a path may look like a number or date.
-
-    ``null`` leaves out what may be left out.
-    """
-    hint = Config
-    for name in key.split("."):
-        hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
-    return hint is str or (hint == str | None and value not in ("null", "~", ""))
-
-
-def _nearest(key: str, known: set[str], prefix: str) -> str:
-    """The known key that ``key`` was most likely meant to be: here, else in any section."""
-    everywhere = {path.rpartition(".")[2]: path for path in _paths(Config, "")}
-    if key in everywhere:
-        return everywhere[key]
-    here = difflib.get_close_matches(key, known, n=1)
-    elsewhere = [] if here else difflib.get_close_matches(key, everywhere, n=1)
-    if elsewhere:
-        return everywhere[elsewhere[0]]
-    return prefix + (here or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
-
-
-def _paths(cls, prefix: str) -> list[str]:
-    paths = []
-    for name, hint in typing.get_type_hints(cls).items():
-        paths += _paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else []
-        paths.append(prefix + name)
-    return paths
-
-
-def _build(cls, tree, prefix: str):
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise UserError(f"'{prefix.rstrip('.')}' is a section, got the value {tree!r}")
-    hints = typing.get_type_hints(cls)
-    known = {item.name for item in dataclasses.fields(cls)}
-    values = {}
-    for key, value in tree.items():
-        if key not in known:
-            near = _nearest(str(key), known, prefix)
-            raise UserError(f"unknown key '{prefix}{key}'; the nearest known one is '{near}'")
-        values[key] = _convert(hints[key], value, f"{prefix}{key}")
-    return cls(**values)
-
-
-def _convert(hint, value, key: str):
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{key}.")
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    if typing.get_origin(hint) is list:
-        items = value if isinstance(value, list) else [value]
-        (item_hint,) = typing.get_args(hint)
-        return [_convert(item_hint, item, key) for item in items]
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        # YAML 1.1 reads 2e-5 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    raise UserError(f"{key} must be of type {hint.__name__}, got {value!r}")

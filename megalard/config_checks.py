@@ -7,11 +7,27 @@ from typing import TYPE_CHECKING
 from megalard.errors import UserError
 
 if TYPE_CHECKING:
-    from megalard.config import Config
+    from megalard.config import Config, StreamConfig
 
 RELATIONS = ("q", "k", "v", "qk")
 PROJECTIONS = ("q", "k", "v", "o")
+POSITIONS = ("contiguous", "skip-gaussian", "skip-uniform")
+_TERMS = ("attention_context", "hidden_cosine", "logits_kl", "language_modelling")
 ROPE_TYPES = ("linear", "abf", "yarn", "llama3", "longrope", "table", "checkpoint")
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise a ``UserError`` of this sentence unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+def choice(key: str, value, allowed) -> None:
+    require(value in allowed, f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def at_least(key: str, value, low) -> None:
+    require(value >= low, f"{key} must be at least {low}; got {value}")
 
 
 def validate(config: Config) -> None:
@@ -20,30 +36,11 @@ def validate(config: Config) -> None:
     Raises:
         UserError: naming the key, the value and what it may be.
     """
-
-    def require(condition: bool, sentence: str) -> None:
-        if not condition:
-            raise UserError(sentence)
-
-    def choice(key: str, value, allowed) -> None:
-        require(
-            value in allowed, f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}"
-        )
-
-    def at_least(key: str, value, low) -> None:
-        require(value >= low, f"{key} must be at least {low}; got {value}")
-
-    model, rope, trainable, objective = (
-        config.model,
-        config.rope,
-        config.trainable,
-        config.objective,
-    )
+    model, rope, trainable = config.model, config.rope, config.trainable
     require(
         bool(model.teacher), "model.teacher is not set: give the teacher's Hugging Face directory"
     )
     require(bool(config.run.output), "run.output is not set: give the output directory")
-    require(bool(config.data.paths), "data.paths is not set: give text files or directories")
     choice("model.compute_dtype", model.compute_dtype, ("bfloat16", "float32"))
     if model.native_context is not None:
         at_least("model.native_context", model.native_context, 1)
@@ -86,28 +83,8 @@ def validate(config: Config) -> None:
         0 < trainable.lora.alpha < float("inf"),
         f"trainable.lora.alpha must be positive; got {trainable.lora.alpha}",
     )
-    for key, value in (
-        *((f"relations.{name}", getattr(objective.relations, name)) for name in RELATIONS),
-        ("logits_kl", objective.logits_kl),
-    ):
-        require(value < float("inf"), f"objective.{key} must be a finite number; got {value}")
-    for name in RELATIONS:
-        at_least(f"objective.relations.{name}", getattr(objective.relations, name), 0)
-    at_least("objective.logits_kl", objective.logits_kl, 0)
-    require(
-        bool(config.active_relations()) or objective.logits_kl > 0,
-        "the objective is empty: give at least one of objective.relations or objective.logits_kl",
-    )
-    if objective.layers is not None:
-        require(bool(objective.layers), "objective.layers is empty: leave it out for every layer")
-        require(
-            len(set(objective.layers)) == len(objective.layers) and min(objective.layers) >= 0,
-            f"objective.layers must be different numbers from 0; got {objective.layers}",
-        )
-    if objective.logits_positions is not None:
-        at_least("objective.logits_positions", objective.logits_positions, 1)
-
-    at_least("data.context_length", config.data.context_length, 2)
+    for name, stream in config.all_streams().items():
+        _validate_stream(name if config.streams else None, stream)
     optimizer = config.optimizer
     for key in ("steps", "global_batch", "micro_batch"):
         at_least(f"optimizer.{key}", getattr(optimizer, key), 1)
@@ -146,3 +123,48 @@ def validate(config: Config) -> None:
         not keep or (every and keep % every == 0),
         f"checkpoint.keep_every {keep} must be a multiple of checkpoint.save_every {every}",
     )
+
+
+def _validate_stream(name: str | None, stream: StreamConfig) -> None:
+    """Check one stream; ``name`` is None for the one that has no section of its own."""
+    prefix = f"streams.{name}." if name else ""
+    if name:
+        allowed = name.replace("-", "").replace("_", "").isalnum()
+        require(allowed, f"the stream name '{name}' may have letters, digits, - and _ only")
+        at_least(f"{prefix}global_batch", stream.global_batch, 1)
+        at_least(f"{prefix}micro_batch", stream.micro_batch, 1)
+        require(
+            0 < stream.weight < float("inf"),
+            f"{prefix}weight must be positive; got {stream.weight}",
+        )
+    data, objective = stream.data, stream.objective
+    require(bool(data.paths), f"{prefix}data.paths is not set: give text files or directories")
+    at_least(f"{prefix}data.context_length", data.context_length, 2)
+    choice(f"{prefix}data.positions", data.positions, POSITIONS)
+    for key, value in (
+        *((f"relations.{name}", getattr(objective.relations, name)) for name in RELATIONS),
+        *((term, getattr(objective, term)) for term in _TERMS),
+    ):
+        require(
+            value < float("inf"), f"{prefix}objective.{key} must be a finite number; got {value}"
+        )
+        at_least(f"{prefix}objective.{key}", value, 0)
+    require(
+        objective.needs_teacher or objective.language_modelling > 0,
+        f"the objective{f' of stream {name}' if name else ''} is empty: give at least one of "
+        f"{', '.join(('relations', *_TERMS))} a weight",
+    )
+    if objective.layers is not None:
+        key = f"{prefix}objective.layers"
+        require(bool(objective.layers), f"{key} is empty: leave it out for every layer")
+        require(
+            len(set(objective.layers)) == len(objective.layers) and min(objective.layers) >= 0,
+            f"{key} must be different numbers from 0; got {objective.layers}",
+        )
+    depths = objective.hidden_depths
+    require(
+        bool(depths) and len(set(depths)) == len(depths) and all(0 < d <= 1 for d in depths),
+        f"{prefix}objective.hidden_depths must be different shares in (0, 1]; got {depths}",
+    )
+    if objective.logits_positions is not None:
+        at_least(f"{prefix}objective.logits_positions", objective.logits_positions, 1)

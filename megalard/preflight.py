@@ -10,16 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 from megalard.assemble import Plan
-from megalard.data.loader import BatchLoader
+from megalard.data.loader import StreamLoaders
 from megalard.distill.step import Distiller
 from megalard.errors import UserError
+from megalard.model.rope import rope_table
 from megalard.monitor import peak_memory_bytes
 from megalard.parallel.agreement import gather_objects
 
 _STEPS = 2
 
 
-def preflight(distiller: Distiller, plan: Plan, loader: BatchLoader) -> None:
+def preflight(distiller: Distiller, plan: Plan, loaders: StreamLoaders) -> None:
     """Check loss and every trained tensor's gradient on real steps, and report.
 
     Raises:
@@ -29,7 +30,7 @@ def preflight(distiller: Distiller, plan: Plan, loader: BatchLoader) -> None:
     mesh, config = distiller.mesh, distiller.config
     seconds, losses = [], []
     for number in range(_STEPS):
-        batches = [batch.to(mesh.device) for batch in loader.step(number)]
+        batches = loaders.step(number, mesh.device)
         start = time.perf_counter()
         result = distiller.step(batches, number)
         seconds.append(time.perf_counter() - start)
@@ -49,7 +50,7 @@ def preflight(distiller: Distiller, plan: Plan, loader: BatchLoader) -> None:
     console.print(f"trained: {total:,} parameters in {len(trained)} tensors")
     for kind, count, shape in _kinds(distiller):
         console.print(f"  {count:4d} x {kind} {list(shape)}")
-    tokens = config.optimizer.global_batch * config.data.context_length
+    tokens = config.tokens_a_step
     steps = config.optimizer.steps
     console.print(
         f"ranks: dp {mesh.dp.size} x cp {mesh.cp.size} x tp {mesh.tp.size} on {mesh.device.type}\n"
@@ -86,7 +87,7 @@ def _check_gradients(distiller: Distiller) -> None:
 
 
 def _print_rope(console: Console, distiller: Distiller, plan: Plan) -> None:
-    teacher, student = distiller.teacher.rope, distiller.student.decoder.rope
+    teacher, student = rope_table(plan.teacher), distiller.student.decoder.rope
     table = Table(title=f"RoPE: window {plan.native_context} -> {plan.student.max_positions}")
     for heading in ("pair", "teacher 1/frequency", "student 1/frequency", "ratio"):
         table.add_column(heading, justify="right")

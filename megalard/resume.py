@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from megalard.checkpoint.run_folder import checkpoints, unfinished
 from megalard.checkpoint.sharded import ShardedWeights
 from megalard.checkpoint.state import optimizer_settings, restore_state
 from megalard.config import Config, to_dict
-from megalard.data.loader import BatchLoader
+from megalard.data.loader import BatchLoader, StreamLoaders
 from megalard.data.token_store import TokenStore
 from megalard.distill.step import Distiller
 from megalard.errors import UserError
@@ -34,6 +35,7 @@ _MAY_DIFFER = (
     "data.paths",
     "data.cache",
     "optimizer.micro_batch",
+    "micro_batch",
     "model.teacher",
     "model.student",
     "model.tokenizer",
@@ -107,8 +109,16 @@ def _look(config: Config, directory: Path) -> Output:
 
 def _compare(theirs: dict, ours: dict, directory: Path) -> None:
     theirs, ours = _flat(theirs), _flat(ours)
+    for key in sorted(theirs.keys() ^ ours.keys()):
+        if key.startswith("streams."):
+            raise UserError(
+                f"run.output {directory} holds a run with other streams (of these two, one has "
+                f"{key}): choose another directory, or set it back to resume that run"
+            )
     for key in sorted(theirs.keys() & ours.keys()):
-        if theirs[key] != ours[key] and not key.startswith(_MAY_DIFFER):
+        # a stream's keys are judged as the sections' of that name
+        general = re.sub(r"^streams\.[^.]+\.(?=data\.)|^streams\.[^.]+\.(?=micro_)", "", key)
+        if theirs[key] != ours[key] and not general.startswith(_MAY_DIFFER):
             raise UserError(
                 f"run.output {directory} holds a run with {key} {theirs[key]}, not {ours[key]}: "
                 "choose another directory, or set it back to resume that run"
@@ -124,7 +134,11 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def resume(
-    output: Output, distiller: Distiller, base: Weights, store: TokenStore, axis: Axis
+    output: Output,
+    distiller: Distiller,
+    base: Weights,
+    stores: dict[str, TokenStore],
+    axis: Axis,
 ) -> tuple[int, dict | None]:
     """Bring a new run to where the output's checkpoint stopped; a collective call.
 
@@ -146,7 +160,7 @@ def resume(
     with checked_on_all_ranks(axis):
         weights = ShardedWeights(output.checkpoint)
         manifest = weights.manifest
-        _check_data(manifest, store)
+        _check_data(manifest, stores)
         _check_student(manifest, distiller.student.decoder.spec.hf_config)
 
     def check() -> None:
@@ -173,14 +187,16 @@ def _check_student(manifest: Manifest, config: dict) -> None:
             )
 
 
-def _check_data(manifest: Manifest, store: TokenStore) -> None:
-    theirs, ours = manifest.training["data"], _data(store)
-    for key, value in ours.items():
-        if theirs[key] != value:
-            raise UserError(
-                f"the text is not the one {manifest.directory} was trained on (its {key} is "
-                f"{value}, then {theirs[key]}): restore data.paths, or choose another run.output"
-            )
+def _check_data(manifest: Manifest, stores: dict[str, TokenStore]) -> None:
+    for name, store in stores.items():
+        theirs, ours = manifest.training["data"][name], _data(store)
+        for key, value in ours.items():
+            if theirs[key] != value:
+                raise UserError(
+                    f"the text is not the one {manifest.directory} was trained on (its {key} is "
+                    f"{value}, then {theirs[key]}): restore data.paths, or choose another "
+                    "run.output"
+                )
 
 
 def _data(store: TokenStore) -> dict:
@@ -192,7 +208,11 @@ def _data(store: TokenStore) -> dict:
 
 
 def describe_run(
-    distiller: Distiller, student_config: dict, store: TokenStore, loader: BatchLoader, step: int
+    distiller: Distiller,
+    student_config: dict,
+    stores: dict[str, TokenStore],
+    loaders: StreamLoaders,
+    step: int,
 ) -> dict:
     """The manifest's sections after ``step`` steps, but for the base's."""
     config, layouts = distiller.config, distiller.student.decoder.layouts
@@ -203,7 +223,6 @@ def describe_run(
         "dropout": trainable.lora.dropout,
         "targets": trainable.lora.targets,
     }
-    batch = config.optimizer.global_batch
     return {
         "kind": "training",
         "config": student_config,
@@ -216,11 +235,8 @@ def describe_run(
             "step": step,
             "seed": config.run.seed,
             "data": {
-                **_data(store),
-                "blocks": len(loader.blocks),
-                "blocks_read": step * batch,
-                "next_block": step * batch % len(loader.blocks),
-                "epoch": step * batch // len(loader.blocks),
+                name: {**_data(stores[name]), **_position(loader, step)}
+                for name, loader in loaders.loaders.items()
             },
             "optimizer": {
                 "class": type(distiller.optimizer).__name__,
@@ -229,4 +245,15 @@ def describe_run(
             "config": to_dict(config),
         },
         "written_by": written_by(distiller.mesh),
+    }
+
+
+def _position(loader: BatchLoader, step: int) -> dict:
+    """How far a stream has been read after ``step`` steps."""
+    blocks, read = len(loader.blocks), step * loader.global_batch
+    return {
+        "blocks": blocks,
+        "blocks_read": read,
+        "next_block": read % blocks,
+        "epoch": read // blocks,
     }

@@ -11,7 +11,6 @@ import os
 import sys
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,8 @@ from megalard import assemble
 from megalard.checkpoint.export import export_is_due, save_student
 from megalard.checkpoint.saver import Saver
 from megalard.checkpoint.sharded import checkpoint_axis
-from megalard.config import Config, describe_keys, load_config
+from megalard.config import Config
+from megalard.config_file import describe_keys, load_config
 from megalard.distill.step import Distiller
 from megalard.errors import RankError, UserError
 from megalard.evaluation.run import Evaluator
@@ -50,19 +50,18 @@ def train(config: Config) -> None:
         plan = assemble.make_plan(config, mesh)
         output = assemble.prepare_output(config, mesh)
         with assemble.undone_on_error(output, mesh):
-            cache = Path(config.data.cache) if config.data.cache else output.directory / "tokens"
-            tokens = assemble.open_tokens(config.data.paths, cache, config, plan, mesh)
-            loader = assemble.make_loader(config, tokens, mesh)
+            tokens = assemble.open_streams(config, output.directory, plan, mesh)
+            loaders = assemble.make_loaders(config, tokens, plan, mesh)
             evaluator = Evaluator(config, plan, output.directory, mesh)
             teacher, student, source = assemble.load_models(config, plan, mesh)
         distiller = Distiller(teacher, student, config, mesh)
         evaluator.before(teacher, student.decoder)
         axis = checkpoint_axis(mesh)
         done, base = resume(output, distiller, source, tokens, axis)
-        steps, tokens_a_step = config.optimizer.steps, assemble.tokens_a_step(config)
+        steps, tokens_a_step = config.optimizer.steps, config.tokens_a_step
         first = mesh.world.rank == 0
         monitor = Monitor(output.directory, steps, tokens_a_step, config.run.log_every, first, done)
-        describe = partial(describe_run, distiller, plan.student_config, tokens, loader)
+        describe = partial(describe_run, distiller, plan.student_config, tokens, loaders)
         files = assemble.companions(plan, source)
         saver = Saver(
             output.checkpoints, distiller, source, describe, files, config.checkpoint, axis, base
@@ -71,9 +70,9 @@ def train(config: Config) -> None:
         def export(name: str) -> None:
             save_student(output.directory / name, student, source, plan.student_config, files, mesh)
 
-        with loader, closing(monitor), saver, stop.after_a_step():
+        with loaders, closing(monitor), saver, stop.after_a_step():
             for number in range(done + 1, steps + 1):
-                batches = [batch.to(mesh.device) for batch in loader.step(number - 1)]
+                batches = loaders.step(number - 1, mesh.device)
                 result = distiller.step(batches, number - 1)
                 monitor.step(number, result, mesh.device)
                 asked, failed = stop.agreed(saver.failed())
@@ -99,12 +98,10 @@ def check(config: Config) -> None:
     find_output(config, mesh)
     with assemble.scratch_folder(mesh) as scratch:
         Evaluator(config, plan, scratch, mesh)
-        tokenized = config.data.cache and Path(config.data.cache).exists()
-        cache = Path(config.data.cache) if tokenized else scratch / "tokens"
-        tokens = assemble.open_tokens(config.data.paths, cache, config, plan, mesh)
-        with assemble.make_loader(config, tokens, mesh) as loader:
+        tokens = assemble.open_streams(config, scratch, plan, mesh, only_reuse=True)
+        with assemble.make_loaders(config, tokens, plan, mesh) as loaders:
             teacher, student, _ = assemble.load_models(config, plan, mesh)
-            preflight(Distiller(teacher, student, config, mesh), plan, loader)
+            preflight(Distiller(teacher, student, config, mesh), plan, loaders)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-_captured: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+from megalard.config import ObjectiveConfig
+
+_captured: list[tuple[torch.Tensor, ...]] = []
 _allowed: list[torch.Tensor] = []
 
 
 def _capture(module, query, key, value, attention_mask, scaling, **options):
-    """Dense attention that notes q, k, v; the document mask comes from ``_allowed``."""
-    _captured.append((query, key, value))
+    """Dense attention that notes q, k, v and A V; the document mask comes from ``_allowed``."""
     groups = query.shape[1] // key.shape[1]
     allowed = _allowed[-1]
     window = options.get("sliding_window")
@@ -30,7 +31,9 @@ def _capture(module, query, key, value, attention_mask, scaling, **options):
     scores = (query @ k.transpose(-1, -2)) * scaling
     scores = scores.masked_fill(~allowed[:, None], -math.inf)
     weights = torch.nan_to_num(scores.softmax(-1))  # a padding row sees nothing
-    return (weights @ v).transpose(1, 2), None
+    mixed = (weights @ v).transpose(1, 2)
+    _captured.append((query, key, value, mixed))
+    return mixed, None
 
 
 AttentionInterface.register("megalard_reference", _capture)
@@ -38,10 +41,11 @@ AttentionInterface.register("megalard_reference", _capture)
 
 @dataclass
 class ReferenceBatch:
-    """tokens, positions and document ids [b, s]; negative ids are padding."""
+    """tokens, positions of teacher and student, and document ids [b, s]; negative is padding."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
+    student_positions: torch.Tensor
     documents: torch.Tensor
 
     def allowed(self) -> torch.Tensor:
@@ -52,21 +56,19 @@ class ReferenceBatch:
 
 @dataclass
 class ReferenceTrainer:
-    """LinearARD on two transformers models.
+    """LinearARD and the other objectives on two transformers models.
 
     Args:
         teacher_dir, student_dir: Hugging Face directories; the student's config has scaled RoPE.
+        streams: name to weight and objective, of which only the numbers are used.
         trained: name to float64 leaf; weights by their own name, LoRA by ``<proj>.lora_A``/``_B``.
     """
 
     teacher_dir: str
     student_dir: str
-    relations: dict[str, float]
+    streams: dict[str, tuple[float, ObjectiveConfig]]
     trained: dict[str, torch.Tensor]
-    layers: list[int] | None = None
     lora_scale: float = 1.0
-    logits_kl: float = 0.0
-    logits_positions: int | None = None
     parts: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -89,42 +91,79 @@ class ReferenceTrainer:
                 out[weight] = out[weight] + self.lora_scale * low
         return out
 
-    def _run(self, model, weights, batch: ReferenceBatch):
+    def _run(self, model, weights, batch: ReferenceBatch, positions: torch.Tensor):
+        """Logits, hidden states (the last after the final norm), and what attention noted."""
         _captured.clear()
         _allowed[:] = [batch.allowed()]
-        inputs = {"input_ids": batch.tokens, "position_ids": batch.positions, "use_cache": False}
-        logits = functional_call(model, weights, kwargs=inputs).logits
-        return logits, list(_captured)
+        out = functional_call(
+            model,
+            weights,
+            kwargs={
+                "input_ids": batch.tokens,
+                "position_ids": positions,
+                "use_cache": False,
+                "output_hidden_states": True,
+            },
+        )
+        return out.logits, out.hidden_states, list(_captured)
 
-    def loss(self, batches: list[ReferenceBatch]) -> torch.Tensor:
-        """The loss of one step over all its blocks."""
-        totals = {name: torch.zeros((), dtype=torch.float64) for name in self.relations}
-        valid = sum(int((b.documents >= 0).sum()) for b in batches)
-        logits_sum, logits_count = torch.zeros((), dtype=torch.float64), 0
+    def loss(self, batches: dict[str, list[ReferenceBatch]]) -> torch.Tensor:
+        """The loss of one step over all blocks of all streams."""
+        self.parts, loss = {}, torch.zeros((), dtype=torch.float64)
+        for name, (weight, objective) in self.streams.items():
+            prefix = f"{name}." if len(self.streams) > 1 else ""
+            for term, (factor, mean) in self._terms(objective, batches[name]).items():
+                loss = loss + weight * factor * mean
+                self.parts[prefix + term] = float(mean.detach())
+        return loss
+
+    def _terms(self, objective: ObjectiveConfig, batches: list[ReferenceBatch]) -> dict:
+        """Each term's weight and its mean over the stream's blocks."""
+        sums: dict[str, torch.Tensor | float] = {}
+        counts = {"valid": 0, "logits": 0, "targets": 0}
+
+        def add(name: str, value: torch.Tensor) -> None:
+            sums[name] = sums.get(name, 0.0) + value
+
         for batch in batches:
             with torch.no_grad():
-                logits_t, qkv_t = self._run(self.teacher, {}, batch)
-            logits_s, qkv_s = self._run(self.student, self.weights(), batch)
-            layers = self.layers or range(len(qkv_s))
-            for layer in layers:
-                for name in self.relations:
-                    kl = _relation_kl(name, qkv_s[layer], qkv_t[layer], batch.allowed())
-                    totals[name] = totals[name] + kl.mean(1).sum() / (len(layers) * valid)
-            chosen = _last_valid(batch.documents >= 0, self.logits_positions)
-            kl = F.kl_div(
-                logits_s.log_softmax(-1),
-                logits_t.log_softmax(-1),
-                log_target=True,
-                reduction="none",
+                logits_t, hidden_t, seen_t = self._run(self.teacher, {}, batch, batch.positions)
+            logits_s, hidden_s, seen_s = self._run(
+                self.student, self.weights(), batch, batch.student_positions
             )
-            logits_sum = logits_sum + kl.sum(-1)[chosen].sum()
-            logits_count += int(chosen.sum())
-        loss = sum(self.relations[name] * total for name, total in totals.items())
-        self.parts = {name: float(total.detach()) for name, total in totals.items()}
-        if self.logits_kl:
-            loss = loss + self.logits_kl * logits_sum / logits_count
-            self.parts["logits"] = float(logits_sum.detach() / logits_count)
-        return loss
+            valid, layers = batch.documents >= 0, objective.layers or range(len(seen_s))
+            for layer in layers:
+                for name in objective.active_relations():
+                    kl = _relation_kl(name, seen_s[layer], seen_t[layer], batch.allowed())
+                    add(name, kl.mean(1).sum() / len(layers))
+                out_s, out_t = seen_s[layer][3][valid], seen_t[layer][3][valid]
+                error = (out_s - out_t).square().sum(-1) / out_t.square().sum(-1)
+                add("context", error.mean(-1).sum() / len(layers))
+            for depth in objective.hidden_depths:
+                state = max(1, round(depth * len(seen_s)))
+                cosine = F.cosine_similarity(hidden_s[state], hidden_t[state], dim=-1)
+                add("hidden", (1 - cosine)[valid].sum())
+            chosen = _last_valid(valid, objective.logits_positions)
+            log_s, log_t = logits_s.log_softmax(-1), logits_t.log_softmax(-1)
+            add("logits", (log_t.exp() * (log_t - log_s)).sum(-1)[chosen].sum())
+            same = (batch.documents[:, 1:] == batch.documents[:, :-1]) & valid[:, 1:]
+            nll = -log_s[:, :-1].gather(-1, batch.tokens[:, 1:, None])[..., 0]
+            add("lm", nll[same].sum())
+            counts["valid"] += int(valid.sum())
+            counts["logits"] += int(chosen.sum())
+            counts["targets"] += int(same.sum())
+        terms = {
+            **{name: (weight, "valid") for name, weight in objective.active_relations().items()},
+            "context": (objective.attention_context, "valid"),
+            "hidden": (objective.hidden_cosine, "valid"),
+            "logits": (objective.logits_kl, "logits"),
+            "lm": (objective.language_modelling, "targets"),
+        }
+        return {
+            name: (weight, sums[name] / counts[of])
+            for name, (weight, of) in terms.items()
+            if weight
+        }
 
 
 def _relation_kl(name: str, student, teacher, allowed: torch.Tensor) -> torch.Tensor:

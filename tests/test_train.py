@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megalard.config import load_config, to_dict
+from megalard.config import to_dict
+from megalard.config_file import load_config
 from megalard.data.token_store import TokenStore
 from megalard.distill.step import Distiller
 from megalard.evaluation.report import read_json

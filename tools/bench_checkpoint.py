@@ -254,7 +254,7 @@ def stall(options: argparse.Namespace) -> None:
         for _ in range(count):
             batch = collate([(tokens, [(0, options.context)])]).to(mesh.device)
             began = time.perf_counter()
-            distiller.step([batch], number)
+            distiller.step({"main": [batch]}, number)
             seconds.append(time.perf_counter() - began)
             number += 1
         return seconds

@@ -178,7 +178,7 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
     for number in range(options.repeats + 2):
         distiller.gradients.zero()
         start = clock.now()
-        distiller.accumulate([batch], number)
+        distiller.accumulate({"main": [batch]}, number)
         middle = clock.now()
         distiller.gradients.reduce()
         distiller.optimizer.step()
@@ -206,7 +206,7 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
 def trace(distiller: Distiller, batch: Batch) -> list[tuple[str, float, int]]:
     """(kernel, milliseconds, calls) of one micro-step, the longest first."""
     with torch.profiler.profile() as profile:
-        distiller.accumulate([batch], 0)
+        distiller.accumulate({"main": [batch]}, 0)
         torch.cuda.synchronize()
     rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
     return [(row.key[:90], row.self_device_time_total / 1e3, row.count) for row in rows[:30]]

@@ -22,7 +22,7 @@ from megalard.errors import UserError
 from megalard.parallel.mesh import Mesh
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "megalard checkpoint", 1
+FORMAT, VERSION = "megalard checkpoint", 2
 ID_KEY = "megalard_checkpoint"
 _SECTIONS = ("kind", "config", "base", "trained", "training", "written_by", "tensors", "files")
 

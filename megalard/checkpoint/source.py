@@ -150,7 +150,8 @@ def describe(manifest: Manifest) -> dict:
 
 
 def _position(training: dict) -> str:
-    steps, read = training["config"]["optimizer"]["steps"], training["data"]["blocks_read"]
+    steps = training["config"]["optimizer"]["steps"]
+    read = sum(stream["blocks_read"] for stream in training["data"].values())
     return f"{training['step']} of {steps}, seed {training['seed']}, {read} blocks read"
 
 

@@ -3,9 +3,11 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from megalard.data.batch import Batch, collate
 from megalard.data.blocks import Blocks
+from megalard.data.positions import skipped_positions
 from megalard.data.sampler import (
     check_enough_blocks,
     check_global_batch,
@@ -30,6 +32,8 @@ class BatchLoader:
         dp_rank, dp_size: this rank's place among the data-parallel ranks. Ranks that share a
             sequence or a model's shards pass the same ``dp_rank`` and get the same rows.
         cp: the ranks that share the sequence of each block; the batches hold this rank's part.
+        window: the student's, over which skipped positions spread.
+        positions: contiguous, skip-gaussian or skip-uniform; see ``data.positions``.
         prefetch: read the following step in the background while this one is computed.
 
     Raises:
@@ -47,6 +51,8 @@ class BatchLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         cp: Axis = SINGLE,
+        window: int | None = None,
+        positions: str = "contiguous",
         prefetch: bool = True,
     ):
         if seed < 0:
@@ -59,6 +65,7 @@ class BatchLoader:
         self.global_batch = global_batch
         self.micro_batch = micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.window, self.positions = window, positions
         self._thread = ThreadPoolExecutor(1, "batch-loader") if prefetch else None
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -80,8 +87,23 @@ class BatchLoader:
         places = np.arange(self.global_batch)
         shares = rank_indices(places, self.dp_rank, self.dp_size, self.micro_batch)
         return [
-            collate([self.blocks.block(int(i)) for i in indices[share]], share).cut(self.cp)
+            collate(
+                [self.blocks.block(int(i)) for i in indices[share]],
+                share,
+                self._student_positions(step, share),
+            ).cut(self.cp)
             for share in shares
+        ]
+
+    def _student_positions(self, step: int, share: np.ndarray) -> list[np.ndarray] | None:
+        """Drawn for a row of the global batch, whichever rank reads it."""
+        if self.positions == "contiguous":
+            return None
+        middle = self.positions.removeprefix("skip-")
+        length = self.blocks.context_length
+        return [
+            skipped_positions(length, self.window, middle, (self.seed, step, int(place)))
+            for place in share
         ]
 
     def close(self) -> None:
@@ -95,3 +117,24 @@ class BatchLoader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class StreamLoaders:
+    """The loaders of all streams; ``step`` gives each one's micro-batches by name."""
+
+    def __init__(self, loaders: dict[str, BatchLoader]):
+        self.loaders = loaders
+
+    def step(self, step: int, device: torch.device) -> dict[str, list[Batch]]:
+        """This rank's micro-batches of ``step`` (from 0), on ``device``."""
+        return {
+            name: [batch.to(device) for batch in loader.step(step)]
+            for name, loader in self.loaders.items()
+        }
+
+    def __enter__(self) -> "StreamLoaders":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for loader in self.loaders.values():
+            loader.close()

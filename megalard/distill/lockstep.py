@@ -9,74 +9,81 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megalard.data.batch import Batch
+from megalard.distill.reach import Reach, Stage
 from megalard.model.decoder import Decoder, Qkv
 
 
 @dataclass
-class Pair:
-    """What one layer hands to the objective; ``layer`` counts from 0."""
+class LayerState:
+    """What a model has of one layer.
 
-    layer: int
-    student: Qkv
-    teacher: Qkv
+    ``mixed`` is the attention output A V [b, s, Hq, d] and ``residual`` the layer's output
+    [t/tp, hidden]; None where it was not asked for or not computed.
+    """
+
+    qkv: Qkv
+    mixed: torch.Tensor | None
+    residual: torch.Tensor | None
 
 
 @dataclass
-class Residuals:
-    """The final residuals [t/tp, hidden], set once the last layer ran."""
+class Pair:
+    """One layer of both models, counted from 0; ``teacher`` is None where there is none."""
 
-    student: torch.Tensor | None = None
-    teacher: torch.Tensor | None = None
+    layer: int
+    student: LayerState
+    teacher: LayerState | None
 
 
 def lockstep(
-    teacher: Decoder,
+    teacher: Decoder | None,
     student: Decoder,
     batch: Batch,
     dtype: torch.dtype,
-    last_layer: int,
-    residuals: Residuals | None,
+    reach: Reach,
+    with_mixed: bool,
     recompute: bool,
 ) -> Iterator[Pair]:
-    """Run both models and yield each layer's q, k and v.
+    """Run both models, or the student alone, and yield each layer's states.
 
-    The teacher's are dropped when the consumer lets go of the pair. Of the last layer only q, k
-    and v are computed, unless ``residuals`` is given to receive what follows.
+    The teacher's are dropped when the consumer lets go of the pair. Of the last layer only what
+    ``reach`` says is computed.
 
     Args:
         dtype: of the activations.
-        last_layer: the last layer the loss needs.
+        with_mixed: keep A V; otherwise it is not kept beside what the backward pass needs.
         recompute: activation checkpointing: keep each student layer's input, not its inside.
     """
-    context_t, context_s = teacher.context(batch), student.context(batch)
-    x_t = teacher.embed(batch.tokens_bs, dtype).detach()
-    shared = student.model.embed_tokens.weight is teacher.model.embed_tokens.weight
+    context_s, x_t = student.context(batch.for_student()), None
+    shared = False
+    if teacher is not None:
+        context_t = teacher.context(batch)
+        x_t = teacher.embed(batch.tokens_bs, dtype).detach()
+        shared = student.model.embed_tokens.weight is teacher.model.embed_tokens.weight
     x_s = x_t if shared else student.embed(batch.tokens_bs, dtype)
 
-    for layer in range(last_layer + 1):
-        whole = layer < last_layer or residuals is not None
-        with torch.no_grad():
-            qkv_t, x_t = _run(teacher, layer, x_t, context_t, whole)
+    for layer in range(reach.layer + 1):
+        stage = Stage.WHOLE if layer < reach.layer else reach.stage
+        state_t = None
+        if teacher is not None:
+            with torch.no_grad():
+                state_t = _run(teacher, layer, x_t, context_t, stage, with_mixed)
+            x_t = state_t.residual
+        inputs = (student, layer, x_s, context_s, stage, with_mixed)
         if recompute and torch.is_grad_enabled():
-            qkv_s, x_s = checkpoint(
-                _run,
-                student,
-                layer,
-                x_s,
-                context_s,
-                whole,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+            state_s = checkpoint(_run, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            qkv_s, x_s = _run(student, layer, x_s, context_s, whole)
-        yield Pair(layer, qkv_s, qkv_t)
-        del qkv_s, qkv_t
-    if residuals is not None:
-        residuals.student, residuals.teacher = x_s, x_t
+            state_s = _run(*inputs)
+        x_s = state_s.residual
+        yield Pair(layer, state_s, state_t)
+        del state_s, state_t
 
 
-def _run(decoder: Decoder, number: int, x, context, whole: bool):
+def _run(decoder: Decoder, number: int, x, context, stage: Stage, with_mixed: bool) -> LayerState:
     layer = decoder.layers[number]
     qkv = layer.qkv(x, context, decoder.ops)
-    return qkv, layer.rest(x, qkv, context, decoder.ops) if whole else None
+    if stage == Stage.QKV:
+        return LayerState(qkv, None, None)
+    mixed = layer.self_attn.mix(qkv, context)
+    residual = layer.rest(x, mixed, decoder.ops) if stage == Stage.WHOLE else None
+    return LayerState(qkv, mixed if with_mixed else None, residual)

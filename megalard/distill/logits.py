@@ -1,4 +1,7 @@
-"""Optional second term: KL(teacher || student) of the next-token distributions."""
+"""Losses on the next-token distribution: KL(teacher || student), and cross-entropy.
+
+Logits exist for a chunk of rows at a time, forward and backward, whatever the block's length.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megalard.data.batch import Batch
-from megalard.distill.lockstep import Residuals
 from megalard.model.decoder import Decoder
-from megalard.parallel.vocab import kl_divergence
+from megalard.parallel.vocab import cross_entropy, kl_divergence
 
 _ROWS = 1024
 
@@ -36,33 +38,58 @@ def chosen_rows(batch: Batch, last: int | None) -> list[int]:
 
 
 def logits_kl_sum(
-    teacher: Decoder, student: Decoder, residuals: Residuals, rows: list[int]
+    teacher: Decoder,
+    student: Decoder,
+    x_t: torch.Tensor,
+    x_s: torch.Tensor,
+    rows: list[int],
 ) -> torch.Tensor:
     """Σ over the chosen rows of KL(teacher || student), a scalar to differentiate.
 
-    Logits exist for a chunk of rows at a time, forward and backward. A rank without a chosen row
-    takes part all the same, since the backward pass of every layer is a collective.
+    A rank without a chosen row takes part all the same, since the backward pass of every layer is
+    a collective.
+
+    Args:
+        x_t, x_s: final residuals [t/tp, hidden], before the last norm.
     """
     axis = student.ops.axis
-    index = torch.tensor(rows, dtype=torch.int64, device=residuals.student.device)
-    hidden_s = student.ops.gather(student.model.norm(residuals.student)).index_select(0, index)
+    index = torch.tensor(rows, dtype=torch.int64, device=x_s.device)
+    hidden_s = student.ops.gather(student.model.norm(x_s)).index_select(0, index)
     with torch.no_grad():
-        hidden_t = teacher.ops.gather(teacher.model.norm(residuals.teacher)).index_select(0, index)
+        hidden_t = teacher.ops.gather(teacher.model.norm(x_t)).index_select(0, index)
 
     def chunk(h_s, h_t, weight_s, weight_t):
         logits_s = F.linear(h_s, weight_s.to(h_s.dtype)).float()
         logits_t = F.linear(h_t, weight_t.to(h_t.dtype)).float()
         return kl_divergence(logits_s, logits_t, axis).sum()
 
-    total = hidden_s.new_zeros((), dtype=torch.float32)
-    for h_s, h_t in zip(hidden_s.split(_ROWS), hidden_t.split(_ROWS), strict=True):
+    weights = student.head_weight, teacher.head_weight
+    return _sum_of_chunks(chunk, (hidden_s, hidden_t), weights)
+
+
+def cross_entropy_sum(student: Decoder, x_s: torch.Tensor, target_bs: torch.Tensor) -> torch.Tensor:
+    """Σ over the tokens with a target of -log p(target), a scalar to differentiate.
+
+    Args:
+        x_s: final residual [t/tp, hidden], before the last norm.
+        target_bs: int64 [b, s] of this rank's tokens; negative where there is none.
+    """
+    axis, first = student.ops.axis, student.first_vocab_row
+    hidden = student.ops.gather(student.model.norm(x_s))
+
+    def chunk(h, target, weight):
+        logits = F.linear(h, weight.to(h.dtype)).float()
+        loss = cross_entropy(logits, target.clamp(min=0), first, axis)
+        return (loss * (target >= 0)).sum()
+
+    return _sum_of_chunks(chunk, (hidden, target_bs.flatten()), (student.head_weight,))
+
+
+def _sum_of_chunks(chunk, tensors: tuple[torch.Tensor, ...], weights: tuple[torch.Tensor, ...]):
+    """Σ of ``chunk(*rows of tensors, *weights)``; each chunk is recomputed in the backward pass."""
+    total = tensors[0].new_zeros((), dtype=torch.float32)
+    for rows in zip(*(x.split(_ROWS) for x in tensors), strict=True):
         total = total + checkpoint(
-            chunk,
-            h_s,
-            h_t,
-            student.head_weight,
-            teacher.head_weight,
-            use_reentrant=False,
-            preserve_rng_state=False,
+            chunk, *rows, *weights, use_reentrant=False, preserve_rng_state=False
         )
     return total

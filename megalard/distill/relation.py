@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from megalard.distill.sharded_relation import OPERANDS, Operand, RelationPlan, relation_sums
+from megalard.distill.states import scaled
 from megalard.model.decoder import Qkv
-from megalard.model.fuse import fused_on_gpu
 from megalard.model.spec import ModelSpec
 
 
@@ -73,11 +73,5 @@ class _Relations(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grads = [_scaled(saved, grad[0]) for saved in ctx.saved_tensors]
+        grads = [scaled(saved, grad[0]) for saved in ctx.saved_tensors]
         return None, None, None, None, *grads
-
-
-@fused_on_gpu
-def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x * factor in fp32: a factor rounded to half precision would shift every gradient alike."""
-    return (x.float() * factor).to(x.dtype)

@@ -10,11 +10,8 @@ from torch.autograd.graph import save_on_cpu
 
 from megalard.config import Config
 from megalard.data.batch import Batch
-from megalard.distill.lockstep import Residuals, lockstep
-from megalard.distill.logits import chosen_rows, logits_kl_sum
-from megalard.distill.relation import RelationObjective
-from megalard.distill.sharded_relation import RelationPlan
-from megalard.distill.student import Student, last_layer_needed
+from megalard.distill.objective import StreamObjective
+from megalard.distill.student import Student
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
 from megalard.optimizer import learning_rate, make_optimizer
@@ -24,12 +21,16 @@ from megalard.parallel.gradients import GradientBuffer
 from megalard.parallel.layout import kv_replicas
 from megalard.parallel.mesh import Mesh
 
+# Streams' dropout masks are drawn apart, however their tokens are numbered.
+_STREAM_SEED = 7_368_787
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global means of a step over all its valid tokens; ``gradient_norm`` is before clipping.
+    """Global means of a step over all its tokens; ``gradient_norm`` is before clipping.
 
-    ``skipped`` says why the update was left out; None if it was made.
+    ``parts`` are the unweighted means of each stream's terms: ``q``, or ``stream.q`` where there
+    are several streams. ``skipped`` says why the update was left out; None if it was made.
     """
 
     loss: float
@@ -40,33 +41,32 @@ class StepResult:
 
 
 class Distiller:
-    """Teacher, student, objective and optimizer, stepping together.
+    """Teacher, student, the streams' objectives and the optimizer, stepping together.
 
     Args:
-        teacher: frozen decoder.
+        teacher: frozen decoder; None where no stream compares with it.
         student: shares the teacher's equal weights.
-        config: objective, optimizer and parallel settings.
+        config: streams, optimizer and parallel settings.
         mesh: the run's axes.
     """
 
-    def __init__(self, teacher: Decoder, student: Student, config: Config, mesh: Mesh):
+    def __init__(self, teacher: Decoder | None, student: Student, config: Config, mesh: Mesh):
         self.teacher, self.student, self.config, self.mesh = teacher, student, config, mesh
-        spec = teacher.spec
-        self.dtype = getattr(torch, config.model.compute_dtype)
-        self.last_layer = last_layer_needed(config, spec.num_layers)
-        self.layers = set(config.objective.layers or range(spec.num_layers))
-        weights = config.active_relations()
-        replicas = kv_replicas(spec, mesh.tp.size)
-        self.relations = (
-            RelationObjective(spec, weights, len(self.layers), replicas) if weights else None
-        )
+        self.streams = config.all_streams()
+        dtype = getattr(torch, config.model.compute_dtype)
+        recompute = config.parallel.activation_checkpointing
+        replicas = kv_replicas(student.decoder.spec, mesh.tp.size)
+        self.objectives = {
+            name: StreamObjective(stream, student.decoder, replicas, dtype, recompute)
+            for name, stream in self.streams.items()
+        }
         self.gradients = GradientBuffer(
             student.trained, student.decoder.layouts, mesh, mesh.replicas(replicas)
         )
         self.optimizer = make_optimizer(student.trained.values(), config.optimizer, mesh.device)
 
-    def step(self, batches: list[Batch], number: int) -> StepResult:
-        """Take optimizer step ``number`` (from 0) on this rank's micro-batches.
+    def step(self, batches: dict[str, list[Batch]], number: int) -> StepResult:
+        """Take optimizer step ``number`` (from 0) on this rank's micro-batches of each stream.
 
         Raises:
             UserError: the loss or a gradient is not finite and the run is to stop then.
@@ -77,8 +77,7 @@ class Distiller:
         self.gradients.reduce()
         norm = self.gradients.norm()
         rate = learning_rate(number, self.config.optimizer)
-        parts = self._global_means(sums, counts)
-        loss = sum(self._weight(name) * value for name, value in parts.items())
+        loss, parts = self._global_means(sums, counts)
         *values, norm_value, loss_value = torch.stack([*parts.values(), norm, loss]).tolist()
 
         finite = abs(norm_value) < float("inf") and abs(loss_value) < float("inf")
@@ -99,60 +98,35 @@ class Distiller:
             loss_value, dict(zip(parts, values, strict=True)), norm_value, rate, problem
         )
 
-    def accumulate(self, batches: list[Batch], number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def accumulate(
+        self, batches: dict[str, list[Batch]], number: int
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Forward and backward over the micro-batches, into the gradient buffer.
 
         Returns:
-            [relations + 1] unweighted sums of this rank (the logits KL last) and [2] counts over
-            the whole step: valid tokens, and tokens of the logits KL.
+            By stream, fp32 [terms], this rank's sums of the unweighted terms; and fp32
+            [streams, 3], the counts of the whole step to divide them by (see
+            ``distill.objective``).
         """
-        objective = self.config.objective
-        with_logits = objective.logits_kl > 0
-        rows = [chosen_rows(b, objective.logits_positions) if with_logits else [] for b in batches]
-        counts = torch.tensor(
-            [sum(b.valid_tokens for b in batches), sum(map(len, rows))],
-            dtype=torch.float32,
-            device=self.mesh.device,
+        counts = torch.stack(
+            [
+                torch.stack([objective.count(batch) for batch in batches[name]]).sum(0)
+                for name, objective in self.objectives.items()
+            ]
         )
         all_reduce(counts, self.mesh.data)
-        scale = 1.0 / counts.clamp(min=1)
-        sums = None
-        for batch, chosen in zip(batches, rows, strict=True):
-            self.student.dropout.seed = self.config.run.seed * 1_000_003 + number
-            self.student.dropout.token_t = batch.token_ids()
-            with self._saved_tensors():
-                loss, part = self._micro_step(batch, chosen, scale)
-            loss.backward()
-            sums = part if sums is None else sums + part
-        self.student.dropout.token_t = None
+        dropout, sums = self.student.dropout, {}
+        for index, (name, objective) in enumerate(self.objectives.items()):
+            scale = self.streams[name].weight / counts[index].clamp(min=1)
+            dropout.seed = self.config.run.seed * 1_000_003 + number + index * _STREAM_SEED
+            for batch in batches[name]:
+                dropout.token_t = batch.token_ids()
+                with self._saved_tensors():
+                    loss, part = objective(self.teacher, self.student.decoder, batch, scale)
+                loss.backward()
+                sums[name] = sums[name] + part if name in sums else part
+        dropout.token_t = None
         return sums, counts
-
-    def _micro_step(self, batch: Batch, rows: list[int], scale: torch.Tensor):
-        plan = RelationPlan(batch.shard, batch.doc_start_bn, batch.doc_end_bn)
-        residuals = Residuals() if self.config.objective.logits_kl > 0 else None
-        loss = scale.new_zeros(())
-        parts = scale.new_zeros(len(self.relations.names) if self.relations else 0)
-        for pair in lockstep(
-            self.teacher,
-            self.student.decoder,
-            batch,
-            self.dtype,
-            self.last_layer,
-            residuals,
-            self.config.parallel.activation_checkpointing,
-        ):
-            if self.relations is None or pair.layer not in self.layers:
-                continue
-            layer_loss, layer_parts = self.relations(pair.student, pair.teacher, plan)
-            loss = loss + layer_loss * scale[0]
-            parts = parts + layer_parts
-        logits = scale.new_zeros(())
-        if residuals is not None:
-            kl = logits_kl_sum(self.teacher, self.student.decoder, residuals, rows)
-            loss = loss + self.config.objective.logits_kl * kl * scale[1]
-            # every tp rank has the whole sum; each reports its share of it
-            logits = kl.detach() / self.mesh.tp.size
-        return loss, torch.cat([parts, logits[None]])
 
     def _saved_tensors(self):
         """Where autograd keeps what the backward pass needs."""
@@ -160,17 +134,21 @@ class Distiller:
             return save_on_cpu(pin_memory=self.mesh.device.type == "cuda")
         return nullcontext()
 
-    def _global_means(self, sums: torch.Tensor, counts: torch.Tensor) -> dict[str, torch.Tensor]:
-        all_reduce(all_reduce(sums, self.mesh.tp), self.mesh.data)
-        names = self.relations.names if self.relations else []
-        means = {name: sums[i] / counts[0] for i, name in enumerate(names)}
-        if self.config.objective.logits_kl > 0:
-            means["logits"] = sums[-1] / counts[1]
-        return means
-
-    def _weight(self, name: str) -> float:
-        objective = self.config.objective
-        return objective.logits_kl if name == "logits" else getattr(objective.relations, name)
+    def _global_means(
+        self, sums: dict[str, torch.Tensor], counts: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The step's loss, and its terms; a collective call."""
+        flat = torch.cat(list(sums.values()))
+        all_reduce(all_reduce(flat, self.mesh.tp), self.mesh.data)
+        loss, parts = flat.new_zeros(()), {}
+        totals = iter(flat)
+        for index, (name, objective) in enumerate(self.objectives.items()):
+            prefix = f"{name}." if len(self.objectives) > 1 else ""
+            for term, weight in objective.weights.items():
+                mean = next(totals) / counts[index, objective.counts[term]].clamp(min=1)
+                parts[prefix + term] = mean
+                loss = loss + self.streams[name].weight * weight * mean
+        return loss, parts
 
     def _describe_non_finite(self, number: int, finite_here: bool, loss: float) -> str:
         """The step, the ranks and the tensors; a collective call."""

@@ -13,6 +13,7 @@ from torch import nn
 from megalard.checkpoint.load import empty_decoder, get_module, read_parameter, set_parameter
 from megalard.checkpoint.merged import Weights
 from megalard.config import Config
+from megalard.distill.reach import is_reached
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder, Projection
 from megalard.model.lora import Dropout, DropoutKey, initial_a
@@ -35,18 +36,6 @@ class Student:
     decoder: Decoder
     trained: dict[str, nn.Parameter]
     dropout: DropoutKey
-
-
-def last_layer_needed(config: Config, num_layers: int) -> int:
-    """The last layer that any part of the loss reads."""
-    if config.objective.logits_kl > 0 or config.objective.layers is None:
-        return num_layers - 1
-    last = max(config.objective.layers)
-    if last >= num_layers:
-        raise UserError(
-            f"objective.layers names layer {last}, but the model has layers 0 to {num_layers - 1}"
-        )
-    return last
 
 
 def build_student(
@@ -106,38 +95,11 @@ def get_parameter(root: nn.Module, name: str) -> nn.Parameter:
 
 def _is_trained_weight(name: str, config: Config, spec: ModelSpec) -> bool:
     mode = config.trainable.mode
-    if mode == "lora" or not is_reached(name, config, spec):
+    if mode == "lora" or not is_reached(name, config, spec.num_layers):
         return False
     if mode == "all":
         return True
     return any(f".{target}_proj." in name for target in config.trainable.weights)
-
-
-def is_reached(name: str, config: Config, spec: ModelSpec) -> bool:
-    """Whether the loss depends on this parameter.
-
-    With relations alone, what follows q, k and v of the last chosen layer is not even computed.
-    """
-    if config.objective.logits_kl > 0:
-        return True
-    parts = name.split(".")
-    if parts[1] == "embed_tokens":
-        return True
-    if parts[1] != "layers":
-        return False
-    layer, last = int(parts[2]), last_layer_needed(config, spec.num_layers)
-    if layer != last:
-        return layer < last
-    relations = config.active_relations()
-    readers = {
-        "q_proj": {"q", "qk"},
-        "q_norm": {"q", "qk"},
-        "k_proj": {"k", "qk"},
-        "k_norm": {"k", "qk"},
-        "v_proj": {"v"},
-    }
-    module = parts[-2]
-    return module == "input_layernorm" or bool(readers.get(module, set()) & relations.keys())
 
 
 def _add_lora(decoder, spec, config, axis, key) -> dict[str, nn.Parameter]:
@@ -146,7 +108,9 @@ def _add_lora(decoder, spec, config, axis, key) -> dict[str, nn.Parameter]:
     for layer in range(spec.num_layers):
         for number, target in enumerate(("q", "k", "v", "o")):
             prefix = f"model.layers.{layer}.self_attn.{target}_proj"
-            if target not in lora.targets or not is_reached(f"{prefix}.weight", config, spec):
+            if target not in lora.targets or not is_reached(
+                f"{prefix}.weight", config, spec.num_layers
+            ):
                 continue
             projection: Projection = decoder.get_submodule(prefix)
             out_features, in_features = decoder.layouts[f"{prefix}.weight"].full_shape

@@ -30,7 +30,9 @@ class Evaluator:
         evaluation = config.evaluation
         if not evaluation.paths:
             return
-        store = open_tokens(evaluation.paths, output / "evaluation-tokens", config, plan, mesh)
+        store = open_tokens(
+            evaluation.paths, output / "evaluation-tokens", config.data.text_key, plan, mesh
+        )
         lengths = evaluation.lengths or default_lengths(plan.native_context, plan.factor)
         with checked_on_all_ranks(mesh.world):
             self.windows = choose_windows(

@@ -1,13 +1,17 @@
 """Causal attention over documents, with sliding windows; exact, in linear memory.
 
-flash-attn's variable-length kernel is used where it is installed and applies (CUDA, half
-precision); torch's scaled_dot_product_attention, one call a document, everywhere else.
+On CUDA in half precision documents of several lengths are one call of a variable-length kernel:
+flash-attn's where it is installed, else torch's own. Everywhere else they are
+scaled_dot_product_attention, one call a document.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,13 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    _VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters.keys()
+except ImportError:
+    _VARLEN_OPTIONS = ()
 
 _BLOCK_ROWS = 1024
 
@@ -45,11 +56,14 @@ def attend(
     if not spans:
         # zeros that still depend on k and v: their gradients' exchange is a collective
         return (q * 0).transpose(1, 2).contiguous() + (k.sum() + v.sum()) * 0
-    if flash_attn_varlen_func is not None and q.is_cuda and q.dtype != torch.float32:
-        return _flash(q, k, v, spans, window)
+    half = q.is_cuda and q.dtype != torch.float32
+    if flash_attn_varlen_func is not None and half:
+        return _variable_length(_flash, q, k, v, spans, window)
     whole = length == k.shape[2] and len(spans) == batch
     if whole and all(span.end - span.start == length for span in spans):
         return _causal(q, k, v, window).transpose(1, 2).contiguous()
+    if half and "window_size" in _VARLEN_OPTIONS and dim % 8 == 0 and dim <= 256:
+        return _variable_length(_varlen, q, k, v, spans, window)
 
     rows: list[list[torch.Tensor]] = [[] for _ in range(batch)]
     done = [0] * batch
@@ -101,32 +115,65 @@ def _causal(q, k, v, window):
     return torch.cat(parts, dim=2)
 
 
-def _flash(q, k, v, spans, window):
-    """One variable-length call; padding queries, which no span covers, get zeros."""
+class _Packing(NamedTuple):
+    """Where the spans' queries and keys stand among all rows; None where they are all, in order.
+
+    ``ends_*`` are int32 [spans + 1], the cumulated lengths, and ``longest_*`` the longest of them.
+    """
+
+    place_q: torch.Tensor | None
+    place_k: torch.Tensor | None
+    ends_q: torch.Tensor
+    ends_k: torch.Tensor
+    longest_q: int
+    longest_k: int
+
+
+@functools.lru_cache(maxsize=8)
+def _packing(spans: tuple, batch: int, queries: int, keys: int, device: torch.device) -> _Packing:
+    """Made once for all layers, and for teacher and student."""
+
+    def places(ranges: list[tuple[int, int]], rows: int) -> torch.Tensor | None:
+        if list(itertools.chain.from_iterable(itertools.starmap(range, ranges))) == [*range(rows)]:
+            return None
+        return torch.cat([torch.arange(*pair) for pair in ranges]).to(device)
+
+    def ends(ranges: list[tuple[int, int]]) -> torch.Tensor:
+        sizes = (end - start for start, end in ranges)
+        total = list(itertools.accumulate(sizes, initial=0))
+        return torch.tensor(total, dtype=torch.int32, device=device)
+
+    q = [(s.row * queries + s.start, s.row * queries + s.end) for s in spans]
+    k = [(s.row * keys + s.first, s.row * keys + s.last) for s in spans]
+    longest = [max(end - start for start, end in ranges) for ranges in (q, k)]
+    return _Packing(places(q, batch * queries), places(k, batch * keys), ends(q), ends(k), *longest)
+
+
+def _variable_length(kernel, q, k, v, spans, window):
+    """One call for all spans; padding queries, which no span covers, get zeros."""
     batch, heads, length, dim = q.shape
-    place = [torch.arange(s.row * length + s.start, s.row * length + s.end) for s in spans]
-    keys = [torch.arange(s.row * k.shape[2] + s.first, s.row * k.shape[2] + s.last) for s in spans]
-    place, keys = torch.cat(place).to(q.device), torch.cat(keys).to(q.device)
-    sizes_q = [span.end - span.start for span in spans]
-    sizes_k = [span.last - span.first for span in spans]
+    pack = _packing(tuple(spans), batch, length, k.shape[2], q.device)
 
-    def flat(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, index)
+    def flat(x: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
+        rows = x.transpose(1, 2).flatten(0, 1)
+        return rows.contiguous() if place is None else rows.index_select(0, place)
 
-    def offsets(sizes: list[int]) -> torch.Tensor:
-        ends = list(itertools.accumulate(sizes, initial=0))
-        return torch.tensor(ends, dtype=torch.int32, device=q.device)
+    sides = (-1 if window is None else window - 1, 0)
+    found = kernel(flat(q, pack.place_q), flat(k, pack.place_k), flat(v, pack.place_k), pack, sides)
+    if pack.place_q is not None:
+        out = found.new_zeros(batch * length, heads, dim)
+        found = out.index_copy(0, pack.place_q, found)
+    return found.view(batch, length, heads, dim)
 
-    found = flash_attn_varlen_func(
-        flat(q, place),
-        flat(k, keys),
-        flat(v, keys),
-        offsets(sizes_q),
-        offsets(sizes_k),
-        max(sizes_q),
-        max(sizes_k),
-        causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-    )
-    out = found.new_zeros(batch * length, heads, dim).index_copy(0, place, found)
-    return out.view(batch, length, heads, dim)
+
+def _flash(q, k, v, pack: _Packing, sides: tuple[int, int]):
+    return flash_attn_varlen_func(q, k, v, *pack[2:], causal=True, window_size=sides)
+
+
+def _varlen(q, k, v, pack: _Packing, sides: tuple[int, int]):
+    groups, options = q.shape[1] // k.shape[1], {}
+    if groups > 1 and "enable_gqa" in _VARLEN_OPTIONS:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, *pack[2:], window_size=sides, **options)

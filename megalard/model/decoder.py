@@ -105,10 +105,13 @@ class Attention(nn.Module):
         cos, sin = context.cos, context.sin
         return Qkv(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
 
-    def output(self, qkv: Qkv, context: Context, ops) -> torch.Tensor:
-        """Attention and its output projection: [t/tp, hidden]."""
+    def mix(self, qkv: Qkv, context: Context) -> torch.Tensor:
+        """The attention output A V of this rank's heads: [b, s, Hq, d]."""
         k, v = context.gather(qkv.k), context.gather(qkv.v)
-        mixed = attend(qkv.q, k, v, context.spans, self.window)
+        return attend(qkv.q, k, v, context.spans, self.window)
+
+    def output(self, mixed: torch.Tensor, ops) -> torch.Tensor:
+        """The output projection of A V: [t/tp, hidden]."""
         return ops.row(mixed.flatten(2).flatten(0, 1), self.o_proj)
 
 
@@ -145,9 +148,9 @@ class DecoderLayer(nn.Module):
         """Residual [t/tp, hidden] to q, k, v: all the relations of this layer need."""
         return self.self_attn.qkv(self.input_layernorm(x), context, ops)
 
-    def rest(self, x: torch.Tensor, qkv: Qkv, context: Context, ops) -> torch.Tensor:
-        """What follows q, k, v: attention, output projection, MLP. Returns the new residual."""
-        x = x + self.self_attn.output(qkv, context, ops)
+    def rest(self, x: torch.Tensor, mixed: torch.Tensor, ops) -> torch.Tensor:
+        """What follows A V: output projection and MLP. Returns the new residual."""
+        x = x + self.self_attn.output(mixed, ops)
         return x + self.mlp(self.post_attention_layernorm(x), ops)
 
 
@@ -206,5 +209,6 @@ class Decoder(nn.Module):
         context = self.context(batch)
         x = self.embed(batch.tokens_bs, dtype)
         for layer in self.layers:
-            x = layer.rest(x, layer.qkv(x, context, self.ops), context, self.ops)
+            mixed = layer.self_attn.mix(layer.qkv(x, context, self.ops), context)
+            x = layer.rest(x, mixed, self.ops)
         return x

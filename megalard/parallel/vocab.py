@@ -20,21 +20,43 @@ def log_sum_exp(logits: torch.Tensor, axis: Axis) -> torch.Tensor:
     return largest + total.log()
 
 
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, first, axis):
+        local = target - first
+        mine = (local >= 0) & (local < logits.shape[1])
+        if logits.shape[1]:
+            local = local.masked_fill(~mine, 0)[:, None]
+            picked = logits.gather(1, local)[:, 0] * mine
+        else:
+            picked = logits.new_zeros(logits.shape[0])
+        lse = log_sum_exp(logits, axis)
+        if ctx.needs_input_grad[0]:
+            difference = (logits - lse[:, None]).exp()
+            if logits.shape[1]:
+                difference.scatter_add_(1, local, -mine[:, None].to(difference.dtype))
+            ctx.save_for_backward(difference)
+        return lse - all_reduce(picked, axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (difference,) = ctx.saved_tensors
+        return grad[:, None] * difference, None, None, None
+
+
 def cross_entropy(
     logits: torch.Tensor, target: torch.Tensor, first: int, axis: Axis
 ) -> torch.Tensor:
-    """-log softmax(logits)[target] a row; this rank holds the columns from ``first``.
+    """-log softmax(logits)[target] of each row, differentiable in the logits.
+
+    The gradient with respect to this rank's columns is p - 1[target] there, so the backward pass
+    needs no exchange.
 
     Args:
-        logits: [rows, vocab/tp] in fp32. target: int64 [rows], ids in the whole vocabulary.
+        logits: [rows, vocab/tp] in fp32, this rank's columns from ``first``.
+        target: int64 [rows], ids in the whole vocabulary.
     """
-    local = target - first
-    mine = (local >= 0) & (local < logits.shape[1])
-    if logits.shape[1]:
-        picked = logits.gather(1, local.masked_fill(~mine, 0)[:, None])[:, 0] * mine
-    else:
-        picked = logits.new_zeros(logits.shape[0])
-    return log_sum_exp(logits, axis) - all_reduce(picked, axis)
+    return _CrossEntropy.apply(logits, target, first, axis)
 
 
 def arg_max(logits: torch.Tensor, first: int, axis: Axis) -> torch.Tensor:

@@ -22,6 +22,12 @@ from tests.jobs import STEPS, arguments, make_job, metrics
 
 SAVE = ("checkpoint.save_every=2", "checkpoint.keep_last=9")
 ALL = ("trainable.mode=all", "objective.logits_kl=0.5", "model.compute_dtype=float32")
+STREAMS = (
+    "trainable.mode=all",
+    "streams={long: {objective: {language_modelling: 1}, data: {context_length: 64}, "
+    "global_batch: 4}, short: {objective: {hidden_cosine: 5, hidden_depths: [0.5, 1]}, "
+    "data: {positions: skip-gaussian}, weight: 0.5}}",
+)
 # summation order alone differs between topologies: fp32 rounding through the steps that are left
 TOLERANCE = 1e-4
 
@@ -31,6 +37,7 @@ RUNS = {
     "dp2": (2, ("checkpoint.asynchronous=false",)),
     "all": (1, ALL),
     "all-tp2": (2, ("parallel.tp=2", *ALL)),
+    "streams": (1, STREAMS),
 }
 # which run's checkpoint, on how many ranks, with which options
 RESUMED = {
@@ -44,6 +51,8 @@ RESUMED = {
     "one on dp2 tp2": ("one", 4, ("parallel.tp=2",)),
     "all on one": ("all", 1, ALL),
     "all-tp2 on tp4": ("all-tp2", 4, ("parallel.tp=4", *ALL)),
+    "streams on one": ("streams", 1, STREAMS),
+    "streams on dp2 cp2": ("streams", 4, ("parallel.cp=2", *STREAMS)),
 }
 
 
@@ -87,7 +96,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(case, job, tmp_path):
     whole = load_file(job / name / "student" / "model.safetensors")
     resumed = load_file(output / "student" / "model.safetensors")
     assert whole.keys() == resumed.keys()
-    same = case.partition(" on ")[0] == case.partition(" on ")[2] or case == "all on one"
+    same = case.partition(" on ")[0] == case.partition(" on ")[2]
+    same = same or case in ("all on one", "streams on one")
     if same:
         assert losses(output) == losses(job / name)
         assert all(torch.equal(resumed[key], value) for key, value in whole.items())
@@ -183,6 +193,20 @@ def test_another_configuration_is_refused_by_its_key(option, job, tmp_path, caps
     line = refusal(capsys, job, output, *SAVE, *options)
     assert f"holds a run with {option.partition('=')[0]} " in line
     assert not (output / "student").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("weight: 0.5", "weight: 0.7"), "holds a run with streams.short.weight 0.5, not 0.7"),
+        (("short:", "brief:"), "holds a run with other streams"),
+        (("context_length: 64", "context_length: 32"), "streams.long.data.context_length 64"),
+    ],
+)
+def test_other_streams_are_refused(change, sentence, job, tmp_path, capsys):
+    output = interrupted(job, "streams", tmp_path / "output")
+    options = [option.replace(*change) for option in STREAMS]
+    assert sentence in refusal(capsys, job, output, *SAVE, *options)
 
 
 def test_another_text_is_refused(job, tmp_path, capsys):

@@ -84,7 +84,7 @@ def test_batch_says_where_each_token_is(make_store):
     assert batch.doc_start_bn.tolist() == [[0, 0, 0, 3, 3, 3], [0] * 6]
     assert batch.doc_end_bn.tolist() == [[3, 3, 3, 6, 6, 6], [3, 3, 3, 0, 0, 0]]
     assert batch.tokens_bs.tolist()[1] == [97, 97, EOS, EOS, EOS, EOS]
-    assert batch.target_bs.tolist() == [[97, EOS, 98, 98, 98, -1], [97, *[EOS] * 4, -1]]
+    assert batch.target_bs.tolist() == [[97, EOS, -1, 98, 98, -1], [97, EOS, *[-1] * 4]]
     assert batch.place_s.tolist() == list(range(6)) and batch.sample_b.tolist() == [0, 1]
     assert batch.tokens_bs.dtype == batch.position_bs.dtype == torch.int64
     assert batch.doc_start_bn.dtype == batch.doc_end_bn.dtype == torch.int32

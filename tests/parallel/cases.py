@@ -19,9 +19,11 @@ from megalard.config import (
     RelationWeights,
     RopeConfig,
     RunConfig,
+    StreamConfig,
     TrainableConfig,
 )
 from megalard.data.batch import Batch, collate
+from megalard.data.positions import skipped_positions
 from megalard.model.rope import scaled_config
 from megalard.model.spec import read_spec
 from tests.models import copy_with_config, make_model
@@ -34,8 +36,24 @@ ALL_RELATIONS = {"q": 1.0, "k": 0.5, "v": 2.0, "qk": 0.75}
 
 
 @dataclass(frozen=True)
+class Stream:
+    """One stream of a case: the terms of its objective, and its data."""
+
+    terms: dict = field(hash=False)
+    data: str = "packed"
+    positions: str = "contiguous"
+    length: int = LENGTH
+    weight: float = 1.0
+    global_batch: int = GLOBAL_BATCH
+
+
+@dataclass(frozen=True)
 class Case:
-    """One row of the parity matrix; ``data`` is packed, padded, short or whole."""
+    """One row of the parity matrix; ``data`` is packed, padded, short or whole.
+
+    ``terms`` are further terms of the objective. Instead of what describes one stream a case may
+    have several ``streams``.
+    """
 
     family: str
     mode: str
@@ -48,6 +66,9 @@ class Case:
     logits_positions: int | None = None
     dropout: float = 0.0
     own_student: bool = False
+    terms: dict = field(default_factory=dict, hash=False)
+    positions: str = "contiguous"
+    streams: dict[str, Stream] = field(default_factory=dict, hash=False)
 
 
 CASES = {
@@ -64,13 +85,63 @@ CASES = {
     "all-logits-tied": Case("llama-tied", "all", rope="yarn", logits_kl=0.5),
     "all-short-documents": Case("llama", "all", "short", relations=ALL_RELATIONS, logits_kl=0.5),
     "all-logits-biases": Case("llama-biases", "all", "padded", "yarn", logits_kl=0.5),
+    "lora-context-alone": Case(
+        "llama", "lora", "padded", relations={}, terms={"attention_context": 1.0}, layers=[0, 1]
+    ),
+    "lora-context-qk": Case(
+        "qwen3",
+        "lora",
+        relations={"qk": 1.0},
+        targets=("q", "k"),
+        terms={"attention_context": 0.6},
+        positions="skip-uniform",
+    ),
+    "weights-hidden": Case(
+        "qwen2",
+        "weights",
+        "padded",
+        relations={},
+        terms={"hidden_cosine": 2.0, "hidden_depths": [0.34, 0.67]},
+        positions="skip-gaussian",
+    ),
+    "all-language-modelling": Case(
+        "llama-biases", "all", relations={}, terms={"language_modelling": 1.0}, rope="yarn"
+    ),
+    "all-everything": Case(
+        "llama-tied",
+        "all",
+        "short",
+        relations=ALL_RELATIONS,
+        logits_kl=0.4,
+        terms={"attention_context": 0.6, "hidden_cosine": 0.7, "language_modelling": 0.3},
+    ),
+    "all-longred": Case(
+        "llama",
+        "all",
+        streams={
+            "long": Stream({"language_modelling": 1.0}, "packed", length=48, weight=0.5),
+            "short-to-long": Stream(
+                {"hidden_cosine": 10.0}, "whole", "skip-gaussian", weight=0.125, global_batch=8
+            ),
+            "short": Stream(
+                {"hidden_cosine": 5.0, "hidden_depths": [0.3, 0.6, 1.0]}, "padded", weight=0.375
+            ),
+        },
+    ),
 }
 
 DROPOUT = Case("llama", "lora", "padded", targets=("q", "k", "v", "o"), dropout=0.3)
 ALL_CASES = {**CASES, "dropout": DROPOUT}
 
 # one of each training mode, with grouped heads, K/V heads fewer than tp, and tied embeddings
-CORE = ["lora-qkvo-grouped", "weights-one-kv-head", "all-logits-tied", "all-short-documents"]
+CORE = [
+    "lora-qkvo-grouped",
+    "weights-one-kv-head",
+    "all-logits-tied",
+    "all-short-documents",
+    "all-everything",
+    "all-longred",
+]
 
 
 def make_config(
@@ -94,12 +165,22 @@ def make_config(
             list(case.targets),
         ),
         objective=ObjectiveConfig(
-            RelationWeights(**{"q": 0.0, "k": 0.0, "v": 0.0, "qk": 0.0, **case.relations}),
+            _relations(case.relations),
             case.layers,
-            case.logits_kl,
-            case.logits_positions,
+            logits_kl=case.logits_kl,
+            logits_positions=case.logits_positions,
+            **case.terms,
         ),
-        data=DataConfig(["unused"], context_length=LENGTH),
+        data=DataConfig(["unused"], context_length=LENGTH, positions=case.positions),
+        streams={
+            name: StreamConfig(
+                ObjectiveConfig(_relations({}), **stream.terms),
+                DataConfig(["unused"], context_length=stream.length, positions=stream.positions),
+                stream.weight,
+                stream.global_batch,
+            )
+            for name, stream in case.streams.items()
+        },
         optimizer=OptimizerConfig(
             steps=10,
             learning_rate=1e-2,
@@ -124,44 +205,69 @@ def make_models(case: Case, folder: Path) -> None:
     copy_with_config(start, folder / "scaled", scaled_config(read_spec(start), config.rope, 64))
 
 
-def make_block(case: Case, index: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Block ``index``: int64 [LENGTH] random tokens and its document intervals."""
-    random = np.random.default_rng(index)
-    tokens = random.integers(0, 67, LENGTH)
-    if case.data == "whole":
-        return tokens, [(0, LENGTH)]
-    cuts = sorted({0, *random.integers(1, LENGTH, 2).tolist()})
-    if case.data == "short":
+def _relations(weights: dict) -> RelationWeights:
+    return RelationWeights(**{"q": 0.0, "k": 0.0, "v": 0.0, "qk": 0.0, **weights})
+
+
+def streams_of(case: Case) -> dict[str, Stream]:
+    """The case's streams; terms and weight stand in its configuration."""
+    return case.streams or {"main": Stream({}, case.data, case.positions)}
+
+
+def make_block(stream: Stream, index: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Block ``index``: int64 [length] random tokens and its document intervals."""
+    random, length = np.random.default_rng(index), stream.length
+    tokens = random.integers(0, 67, length)
+    if stream.data == "whole":
+        return tokens, [(0, length)]
+    cuts = sorted({0, *random.integers(1, length, 2).tolist()})
+    if stream.data == "short":
         return tokens, [(0, 3 + index % 3)]
-    if case.data == "packed":
-        return tokens, list(zip(cuts, [*cuts[1:], LENGTH], strict=True))
-    left, right = int(random.integers(0, 4)), LENGTH - int(random.integers(1, 8))
+    if stream.data == "packed":
+        return tokens, list(zip(cuts, [*cuts[1:], length], strict=True))
+    left, right = int(random.integers(0, 4)), length - int(random.integers(1, 8))
     return tokens, [(left, right)]
 
 
-def step_blocks(step: int) -> range:
-    """The block numbers of a step's global batch."""
-    return range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+def block_number(stream: Stream, step: int, place: int) -> int:
+    """The block at a place of a step's global batch."""
+    return step * stream.global_batch + place
 
 
-def batch_of(case: Case, step: int, places: list[int]) -> Batch:
+def student_positions(stream: Stream, step: int, place: int) -> np.ndarray | None:
+    """Where the student, whose window is four times 64, reads a block; None where in order."""
+    if stream.positions == "contiguous":
+        return None
+    middle = stream.positions.removeprefix("skip-")
+    return skipped_positions(stream.length, 4 * 64, middle, (step, place))
+
+
+def batch_of(stream: Stream, step: int, places: list[int]) -> Batch:
     """The rows of a step's global batch at ``places``."""
-    blocks = step_blocks(step)
-    return collate([make_block(case, blocks[place]) for place in places], places)
+    positions = [student_positions(stream, step, place) for place in places]
+    return collate(
+        [make_block(stream, block_number(stream, step, place)) for place in places],
+        places,
+        None if positions[0] is None else positions,
+    )
 
 
-def reference_batch(case: Case, step: int) -> ReferenceBatch:
-    tokens, positions, documents = [], [], []
-    for index in step_blocks(step):
-        block, intervals = make_block(case, index)
-        position, document = np.zeros(LENGTH, np.int64), np.full(LENGTH, -1)
+def reference_batch(stream: Stream, step: int) -> ReferenceBatch:
+    tokens, positions, skipped, documents = [], [], [], []
+    for place in range(stream.global_batch):
+        block, intervals = make_block(stream, block_number(stream, step, place))
+        length = stream.length
+        position, document = np.zeros(length, np.int64), np.full(length, -1)
         for number, (start, end) in enumerate(intervals):
             position[start:end] = np.arange(end - start)
             document[start:end] = number
         tokens.append(block)
         positions.append(position)
+        other = student_positions(stream, step, place)
+        skipped.append(position if other is None else other)
         documents.append(document)
-    return ReferenceBatch(*(torch.from_numpy(np.stack(x)) for x in (tokens, positions, documents)))
+    rows = (tokens, positions, skipped, documents)
+    return ReferenceBatch(*(torch.from_numpy(np.stack(x)) for x in rows))
 
 
 def run_reference(case: Case, folder: Path, start: dict[str, torch.Tensor]) -> dict:
@@ -175,12 +281,9 @@ def run_reference(case: Case, folder: Path, start: dict[str, torch.Tensor]) -> d
     trainer = ReferenceTrainer(
         str(folder / "teacher"),
         str(folder / "scaled"),
-        case.relations,
+        {name: (stream.weight, stream.objective) for name, stream in config.all_streams().items()},
         trained,
-        case.layers,
         config.trainable.lora.alpha / config.trainable.lora.rank,
-        case.logits_kl,
-        case.logits_positions,
     )
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
@@ -193,7 +296,9 @@ def run_reference(case: Case, folder: Path, start: dict[str, torch.Tensor]) -> d
     out: dict = {}
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = trainer.loss([reference_batch(case, step)])
+        loss = trainer.loss(
+            {name: [reference_batch(stream, step)] for name, stream in streams_of(case).items()}
+        )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), float("inf"))
         if step == 0:

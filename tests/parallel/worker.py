@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megalard.checkpoint.export import gather_full
 from megalard.checkpoint.huggingface import HuggingFaceWeights
 from megalard.checkpoint.load import load_decoder
 from megalard.config import Config
+from megalard.data.batch import Batch
 from megalard.data.sampler import rank_indices
 from megalard.distill.step import Distiller
 from megalard.distill.student import build_student
 from megalard.model.rope import rope_table, scaled_config
 from megalard.model.spec import read_spec, spec_from_config
 from megalard.parallel.mesh import Mesh, build_mesh
-from tests.parallel.cases import ALL_CASES, GLOBAL_BATCH, STEPS, Case, batch_of, make_config
+from tests.parallel.cases import ALL_CASES, STEPS, Case, batch_of, make_config, streams_of
 
 
 def make_distiller(config: Config, mesh: Mesh) -> Distiller:
@@ -53,12 +55,15 @@ def whole(distiller: Distiller, tensors: dict[str, torch.Tensor]) -> dict[str, t
     return {k: gather_full(v.detach(), layouts[k], axis).clone().cpu() for k, v in tensors.items()}
 
 
-def micro_batches(case: Case, step: int, mesh: Mesh, micro_batch: int):
-    places = rank_indices(
-        torch.arange(GLOBAL_BATCH).numpy(), mesh.dp.rank, mesh.dp.size, micro_batch
-    )
-    batches = [batch_of(case, step, place.tolist()).cut(mesh.cp) for place in places]
-    return [batch.to(mesh.device) for batch in batches]
+def micro_batches(case: Case, step: int, mesh: Mesh, micro_batch: int) -> dict[str, list[Batch]]:
+    """This rank's micro-batches of every stream."""
+    found = {}
+    for name, stream in streams_of(case).items():
+        every = np.arange(stream.global_batch)
+        places = rank_indices(every, mesh.dp.rank, mesh.dp.size, micro_batch)
+        batches = [batch_of(stream, step, place.tolist()).cut(mesh.cp) for place in places]
+        found[name] = [batch.to(mesh.device) for batch in batches]
+    return found
 
 
 def run_case(case: Case, config: Config, mesh: Mesh) -> dict:

@@ -1,0 +1,90 @@
+"""Skipped positions: short blocks spread over the student's window."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from megalard.data.blocks import PackedBlocks
+from megalard.data.loader import BatchLoader
+from megalard.data.positions import skipped_positions
+
+SIZES = [(512, 4096), (8192, 32768), (24, 96), (2, 16), (3, 9), (10, 10), (16, 40), (7, 1000)]
+
+
+@pytest.mark.parametrize("middle", ["gaussian", "uniform"])
+@pytest.mark.parametrize(("length", "window"), SIZES)
+def test_positions_rise_through_the_window(length, window, middle):
+    for draw in range(200):
+        positions = skipped_positions(length, window, middle, (3, draw))
+        assert positions.dtype == np.int64 and positions.shape == (length,)
+        assert (np.diff(positions) > 0).all()
+        assert positions[0] >= 0 and positions[-1] < window
+        # three contiguous parts, of which the outer ones have equal length
+        jumps = np.flatnonzero(np.diff(positions) > 1) + 1
+        assert len(jumps) <= 2
+        if len(jumps) == 2:
+            assert jumps[0] == length - jumps[1]
+            assert positions[0] == 0 and positions[-1] == window - 1
+
+
+def test_head_and_tail_are_a_third_or_four_tokens_a_factor():
+    heads = [
+        int(np.flatnonzero(np.diff(skipped_positions(512, 4096, "uniform", (0, i))) > 1)[0]) + 1
+        for i in range(300)
+    ]
+    # the middle may touch the head, which then seems longer; that is rare
+    common = [head for head in heads if head in (170, 32)]
+    assert len(common) > 290
+    assert 100 < common.count(170) < 200  # a fair coin: 150 of 300, sigma 8.7
+
+
+def simulated_ends(middle: str, length: int, factor: int, draws: int) -> np.ndarray:
+    """The middle's last token as CREAM's authors place it, from draws of our own."""
+    random, ends = np.random.default_rng(0), []
+    grid = np.linspace(2, 2 * factor, 1000)
+    cdf = [0.5 * (1 + math.erf((x - 1 - factor) / (5 * math.sqrt(2)))) for x in grid]
+    for _ in range(draws):
+        head = random.choice([length // 3, 4 * factor])
+        first, last = length - head - 1, factor * length - head - 1
+        if middle == "gaussian":
+            half = int(np.interp(random.uniform(cdf[0], cdf[-1]), cdf, grid)) / 2
+            first = int(head + (length - 2 * head - 1) * half)
+            last = int(half * length - head - 1)
+        ends.append(random.integers(first, last + 1))
+    return np.array(ends)
+
+
+@pytest.mark.parametrize("middle", ["gaussian", "uniform"])
+def test_middles_lie_as_in_cream(middle):
+    ours, draws = [], 4000
+    for i in range(draws):
+        row = skipped_positions(512, 4096, middle, (1, i))
+        head = 170 if row[169] == 169 else 32
+        ours.append(row[512 - head - 1])
+    theirs = simulated_ends(middle, 512, 8, draws)
+    # standard error of a difference of means: four of them
+    error = np.hypot(np.std(ours), np.std(theirs)) / draws**0.5
+    assert abs(np.mean(ours) - np.mean(theirs)) < 4 * error
+    assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.06)
+
+
+def test_a_row_is_placed_alike_whichever_rank_reads_it(make_store):
+    blocks = PackedBlocks(make_store(np.full(40, 30).tolist()), 16)
+    options = {"seed": 5, "global_batch": 8, "window": 128, "positions": "skip-gaussian"}
+
+    def rows(**more):
+        with BatchLoader(blocks, **options, **more) as loader:
+            return [
+                (row.tolist(), batch.position_bs[i].tolist())
+                for batch in loader.step(3)
+                for i, row in enumerate(batch.student_position_bs)
+            ]
+
+    whole = rows(micro_batch=8)
+    assert len({tuple(student) for student, _ in whole}) > 4
+    assert all(student != teacher for student, teacher in whole)
+    halves = [rows(micro_batch=2, dp_size=2, dp_rank=rank) for rank in range(2)]
+    assert sorted(halves[0] + halves[1]) == sorted(whole)

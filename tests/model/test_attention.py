@@ -1,0 +1,88 @@
+"""Attention over documents against dense float64 softmax: values and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megalard.model.attention import attend
+from megalard.parallel.context import SequenceShard
+from megalard.parallel.mesh import Axis
+
+# rows of (start, end) of documents in a block of 48 tokens; what is left out is padding
+DOCUMENTS = {
+    "whole": [[(0, 48)], [(0, 48)]],
+    "packed": [[(0, 7), (7, 8), (8, 48)], [(0, 30), (30, 48)]],
+    "padded": [[(3, 40)], [(0, 11), (20, 21)]],
+}
+
+
+def dense(q, k, v, documents, places, window):
+    """float64; ``places`` are the queries' places in the block."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
+    allowed = torch.zeros(q.shape[0], q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    for row, intervals in enumerate(documents):
+        for start, end in intervals:
+            for i, place in enumerate(places):
+                if start <= place < end:
+                    first = start if window is None else max(start, place - window + 1)
+                    allowed[row, i, first : place + 1] = True
+    scores = q.double() @ k.mT / math.sqrt(q.shape[3])
+    weights = scores.masked_fill(~allowed[:, None], -math.inf).softmax(-1).nan_to_num()
+    return (weights @ v).transpose(1, 2)
+
+
+def check(device, dtype, tolerance, kind, heads, window, ranks):
+    torch.manual_seed(0)
+    documents = DOCUMENTS[kind]
+    flat = tuple((row, *pair) for row, pairs in enumerate(documents) for pair in pairs)
+    for rank in range(ranks):
+        shard = SequenceShard(48, Axis(None, rank, ranks))
+        places = shard.own_positions().tolist()
+        made = [
+            torch.randn(2, h, n, 16, device=device, dtype=dtype)
+            for h, n in ((4, len(places)), (heads, 48), (heads, 48))
+        ]
+        upstream = torch.randn(2, len(places), 4, 16, device=device, dtype=dtype)
+        results = []
+        for function in (
+            lambda q, k, v, shard=shard: attend(q, k, v, shard.spans(flat), window),
+            lambda q, k, v, places=places: dense(q, k, v, documents, places, window),
+        ):
+            leaves = [x.clone().requires_grad_() for x in made]
+            out = function(*leaves)
+            out.backward(upstream.to(out.dtype))
+            results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+        for name, ours, plain in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+            error = (ours.double() - plain.double()).norm() / plain.double().norm().clamp(min=1e-6)
+            assert error < tolerance, f"{name} of rank {rank} is off by {error:.1e}"
+
+
+CASES = pytest.mark.parametrize(
+    ("kind", "heads", "window", "ranks"),
+    [
+        (kind, heads, window, ranks)
+        for kind in DOCUMENTS
+        for heads, window in ((4, None), (2, None), (1, 5))
+        for ranks in (1, 2)
+    ],
+)
+
+
+@CASES
+def test_attention_is_exact(kind, heads, window, ranks):
+    # fp32 rounding through one softmax and sums of 48 terms
+    check("cpu", torch.float32, 1e-5, kind, heads, window, ranks)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@CASES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_attention_is_exact_on_the_gpu(kind, heads, window, ranks, dtype):
+    # half precision rounds probabilities and results: 2^-9 and 2^-12, and sums of 48 such
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    check("cuda", dtype, tolerance, kind, heads, window, ranks)
