@@ -97,9 +97,9 @@ def _plan(options: Namespace, mesh: Mesh) -> _Job:
         rope_table(model.spec)
     tokenizer = _tokenizer(options.tokenizer, everything)
     pieces = mesh.tp.size if mesh.cp.size == 1 else 2 * mesh.cp.size * mesh.tp.size
-    lengths = _lengths(options.lengths, models, pieces)
+    lengths = choose_lengths(options.lengths, models, pieces)
     task_lengths = (
-        _lengths(options.task_lengths, models, pieces) if options.task_lengths else lengths
+        choose_lengths(options.task_lengths, models, pieces) if options.task_lengths else lengths
     )
 
     text, windows, samples, skipped = None, {}, {}, ()
@@ -115,7 +115,7 @@ def _plan(options: Namespace, mesh: Mesh) -> _Job:
             tokenizer,
             task_lengths,
             filler or text_filler(tokenizer, text),
-            sorted(set(options.depths)),
+            sorted({float(depth) for depth in options.depths}),
             options.samples,
             options.seed,
             _bos(models[0]) if options.bos else (),
@@ -194,7 +194,7 @@ def _tokenizer(given: Path | None, models: list[Model]) -> Tokenizer:
     return found[0]
 
 
-def _lengths(given: list[str] | None, models: list[Model], pieces: int) -> list[int]:
+def choose_lengths(given: list[str] | None, models: list[Model], pieces: int) -> list[int]:
     """The lengths asked for, or the default ones, rising."""
     if given is None:
         windows = [model.spec.max_positions for model in models]
@@ -265,7 +265,7 @@ def _settings(options: Namespace, job: _Job, mesh: Mesh) -> dict:
         "text_tokens": {str(n): windows.size for n, windows in job.suite.windows.items()},
         "teacher": None if job.teacher is None else str(job.teacher.directory),
         "tasks": list(job.suite.samples),
-        "depths": sorted(set(options.depths)),
+        "depths": sorted({float(depth) for depth in options.depths}),
         "samples_a_depth": options.samples,
         "filler": options.filler,
         "seed": options.seed,
