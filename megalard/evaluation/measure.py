@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,51 +86,110 @@ def measure(
     mesh: Mesh,
     dtype: torch.dtype,
     teacher: Decoder | None = None,
+    advance: Callable[[int], object] = lambda tokens: None,
 ) -> Measurement:
     """Measure one model on windows of one length; a collective call of all ranks.
 
     Args:
         windows_wl: int64 [windows, length]; each dp rank takes its share.
         teacher: compared with where given.
+        advance: called with the tokens of each pass of this rank, for a progress bar.
+    """
+    edges = [1, windows_wl.shape[1]]
+    return measure_by_position(model, windows_wl, edges, mesh, dtype, teacher, advance)[0]
+
+
+@torch.no_grad()
+def measure_by_position(
+    model: Decoder,
+    windows_wl: np.ndarray,
+    edges: Sequence[int],
+    mesh: Mesh,
+    dtype: torch.dtype,
+    teacher: Decoder | None = None,
+    advance: Callable[[int], object] = lambda tokens: None,
+) -> tuple[Measurement, list[Measurement]]:
+    """As ``measure``, and apart for each interval of positions, in the same passes.
+
+    A token's position is the number of tokens that stand before it in its window, so that the
+    positions of a window of n tokens are 1 to n - 1.
+
+    Args:
+        edges: rising, from 1 to the windows' length; interval i is ``edges[i] : edges[i + 1]``.
+
+    Returns:
+        The means over all tokens, and those over the tokens of each interval.
     """
     length = windows_wl.shape[1]
-    sums = torch.zeros(4, dtype=torch.float64, device=mesh.device)
-    batch = max(1, _TOKENS_A_PASS // length)
-    # every dp rank makes its own passes; within one, the tp ranks act together
-    own = windows_wl[mesh.dp.rank :: mesh.dp.size]
-    for start in range(0, len(own), batch):
-        blocks = [(window, [(0, length)]) for window in own[start : start + batch]]
-        sums += _window_sums(model, teacher, collate(blocks).cut(mesh.cp).to(mesh.device), dtype)
+    assert edges[0] == 1 and edges[-1] == length and list(edges) == sorted(set(edges))
+    inner = torch.tensor(edges[1:-1], dtype=torch.int64, device=mesh.device)
+    sums = torch.zeros(len(edges) - 1, 4, dtype=torch.float64, device=mesh.device)
+    # every dp rank makes its own passes; within one, the cp and tp ranks act together
+    for rows in passes(len(windows_wl), length, mesh):
+        blocks = [(window, [(0, length)]) for window in windows_wl[rows]]
+        batch = collate(blocks).cut(mesh.cp).to(mesh.device)
+        sums += _window_sums(model, teacher, batch, inner, dtype)
+        advance(len(blocks) * length)
     all_reduce(sums, mesh.data)
+    whole, *apart = (_means(row, teacher) for row in (sums.sum(0), *sums))
+    return whole, apart
+
+
+def passes(count: int, length: int, mesh: Mesh) -> Iterator[list[int]]:
+    """The rows of ``count`` that this dp rank reads, a few at a time where they are short."""
+    own, batch = list(range(mesh.dp.rank, count, mesh.dp.size)), max(1, _TOKENS_A_PASS // length)
+    for start in range(0, len(own), batch):
+        yield own[start : start + batch]
+
+
+def _means(sums: torch.Tensor, teacher: Decoder | None) -> Measurement:
     loss, kl, same, count = sums.tolist()
     if teacher is None:
         return Measurement(loss / count)
     return Measurement(loss / count, kl / count, same / count)
 
 
-def _window_sums(
-    model: Decoder, teacher: Decoder | None, batch: Batch, dtype: torch.dtype
+def normed_hidden(
+    decoder: Decoder, batch: Batch, place: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """[loss, kl, agreements, tokens] summed over this rank's tokens of a pass."""
+    """What the head reads, for some of this rank's tokens: [len(place), hidden].
+
+    Args:
+        batch: this rank's share, of ``b * s`` tokens.
+        place: int64, indices of its flattened tokens; the same on all tp ranks.
+    """
+    x = decoder.ops.gather(decoder.model.norm(decoder(batch, dtype)))
+    return x.index_select(0, place)
+
+
+def _window_sums(
+    model: Decoder,
+    teacher: Decoder | None,
+    batch: Batch,
+    inner_edges: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[intervals, 4]: loss, kl, agreements, tokens summed over this rank's tokens of a pass."""
     axis, first = model.ops.axis, model.first_vocab_row
     target = batch.target_bs.flatten()
     place = (target >= 0).nonzero()[:, 0]
-
-    def hidden(decoder: Decoder) -> torch.Tensor:
-        x = decoder.ops.gather(decoder.model.norm(decoder(batch, dtype)))
-        return x.index_select(0, place)
-
     target = target.index_select(0, place)
-    h = hidden(model)
-    h_t = hidden(teacher) if teacher is not None else None
-    sums = torch.zeros(4, dtype=torch.float64, device=target.device)
+    position = (batch.place_s + 1).expand_as(batch.target_bs).flatten().index_select(0, place)
+    interval = torch.bucketize(position, inner_edges, right=True)
+    h = normed_hidden(model, batch, place, dtype)
+    h_t = normed_hidden(teacher, batch, place, dtype) if teacher is not None else None
+    sums = torch.zeros(len(inner_edges) + 1, 4, dtype=torch.float64, device=target.device)
+    # the logits of a few rows at a time: those of a long window would not fit
     for start in range(0, len(target), _ROWS):
         rows = slice(start, start + _ROWS)
         logits = F.linear(h[rows], model.head_weight.to(dtype)).float()
-        sums[0] += cross_entropy(logits, target[rows], first, axis).double().sum()
+        found = sums.new_zeros(len(logits), 4)
+        found[:, 0] = cross_entropy(logits, target[rows], first, axis)
+        found[:, 3] = 1
         if h_t is not None:
             logits_t = F.linear(h_t[rows], teacher.head_weight.to(dtype)).float()
-            sums[1] += kl_divergence(logits, logits_t, axis).double().sum()
-            sums[2] += (arg_max(logits, first, axis) == arg_max(logits_t, first, axis)).sum()
-    sums[3] = len(target)
+            found[:, 1] = kl_divergence(logits, logits_t, axis)
+            found[:, 2] = arg_max(logits, first, axis) == arg_max(logits_t, first, axis)
+        # a product and not index_add, whose order on a GPU changes from run to run
+        sums += F.one_hot(interval[rows], len(sums)).to(found).T @ found
     return sums
