@@ -27,12 +27,14 @@ class Measurement:
     """Means over the predicted tokens of all windows of one length (nats).
 
     ``kl`` is KL(teacher || model) and ``agreement`` the share of tokens on which both put the same
-    token first; None for lengths beyond the teacher's window.
+    token first; None for lengths beyond the teacher's window. ``accuracy`` is the share on which
+    the model puts the right token first; None in files of versions that did not measure it.
     """
 
     loss: float
     kl: float | None = None
     agreement: float | None = None
+    accuracy: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -123,7 +125,7 @@ def measure_by_position(
     length = windows_wl.shape[1]
     assert edges[0] == 1 and edges[-1] == length and list(edges) == sorted(set(edges))
     inner = torch.tensor(edges[1:-1], dtype=torch.int64, device=mesh.device)
-    sums = torch.zeros(len(edges) - 1, 4, dtype=torch.float64, device=mesh.device)
+    sums = torch.zeros(len(edges) - 1, 5, dtype=torch.float64, device=mesh.device)
     # every dp rank makes its own passes; within one, the cp and tp ranks act together
     for rows in passes(len(windows_wl), length, mesh):
         blocks = [(window, [(0, length)]) for window in windows_wl[rows]]
@@ -143,10 +145,10 @@ def passes(count: int, length: int, mesh: Mesh) -> Iterator[list[int]]:
 
 
 def _means(sums: torch.Tensor, teacher: Decoder | None) -> Measurement:
-    loss, kl, same, count = sums.tolist()
+    loss, kl, same, right, count = sums.tolist()
     if teacher is None:
-        return Measurement(loss / count)
-    return Measurement(loss / count, kl / count, same / count)
+        return Measurement(loss / count, accuracy=right / count)
+    return Measurement(loss / count, kl / count, same / count, right / count)
 
 
 def normed_hidden(
@@ -169,7 +171,7 @@ def _window_sums(
     inner_edges: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """[intervals, 4]: loss, kl, agreements, tokens summed over this rank's tokens of a pass."""
+    """[intervals, 5]: loss, kl, agreements, right, tokens, over this rank's tokens of a pass."""
     axis, first = model.ops.axis, model.first_vocab_row
     target = batch.target_bs.flatten()
     place = (target >= 0).nonzero()[:, 0]
@@ -178,18 +180,20 @@ def _window_sums(
     interval = torch.bucketize(position, inner_edges, right=True)
     h = normed_hidden(model, batch, place, dtype)
     h_t = normed_hidden(teacher, batch, place, dtype) if teacher is not None else None
-    sums = torch.zeros(len(inner_edges) + 1, 4, dtype=torch.float64, device=target.device)
+    sums = torch.zeros(len(inner_edges) + 1, 5, dtype=torch.float64, device=target.device)
     # the logits of a few rows at a time: those of a long window would not fit
     for start in range(0, len(target), _ROWS):
         rows = slice(start, start + _ROWS)
         logits = F.linear(h[rows], model.head_weight.to(dtype)).float()
-        found = sums.new_zeros(len(logits), 4)
+        chosen = arg_max(logits, first, axis)
+        found = sums.new_zeros(len(logits), 5)
         found[:, 0] = cross_entropy(logits, target[rows], first, axis)
-        found[:, 3] = 1
+        found[:, 3] = chosen == target[rows]
+        found[:, 4] = 1
         if h_t is not None:
             logits_t = F.linear(h_t[rows], teacher.head_weight.to(dtype)).float()
             found[:, 1] = kl_divergence(logits, logits_t, axis)
-            found[:, 2] = arg_max(logits, first, axis) == arg_max(logits_t, first, axis)
+            found[:, 2] = chosen == arg_max(logits_t, first, axis)
         # a product and not index_add, whose order on a GPU changes from run to run
         sums += F.one_hot(interval[rows], len(sums)).to(found).T @ found
     return sums

@@ -102,7 +102,7 @@ def read_json(path: Path) -> tuple[list[ModelResult], int, float]:
             model["name"],
             model["tokens"],
             {
-                int(length): Measurement(m["loss"], m["kl"], m["agreement"])
+                int(length): Measurement(m["loss"], m["kl"], m["agreement"], m.get("accuracy"))
                 for length, m in model["by_length"].items()
             },
         )

@@ -58,7 +58,8 @@ def expected(models):
     kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
     same = (student.argmax(-1) == teacher.argmax(-1)).double().mean()
     assert 0.02 < same < 0.98 and kl > 0.1, "the models are too alike to tell an error"
-    return float(-student.gather(2, target).mean()), float(kl), float(same)
+    right = (student.argmax(-1) == target[..., 0]).double().mean()
+    return float(-student.gather(2, target).mean()), float(kl), float(same), float(right)
 
 
 def measured(folder, mesh) -> Measurement:
@@ -68,7 +69,8 @@ def measured(folder, mesh) -> Measurement:
 
 def assert_measured(found: dict, expected: tuple) -> None:
     assert [found[key] for key in ("loss", "kl")] == pytest.approx(expected[:2], rel=TOLERANCE)
-    assert found["agreement"] == pytest.approx(expected[2], abs=1e-12)
+    shares = [found[key] for key in ("agreement", "accuracy")]
+    assert shares == pytest.approx(expected[2:], abs=1e-12)
 
 
 def test_loss_kl_and_agreement_are_transformers(models, expected):
@@ -105,7 +107,7 @@ def test_a_model_agrees_with_itself(models):
     found = measure(teacher, windows(), mesh, torch.float32, teacher)
     assert found.kl == 0 and found.agreement == 1
     alone = measure(teacher, windows(), mesh, torch.float32)
-    assert alone == Measurement(found.loss)
+    assert alone == Measurement(found.loss, accuracy=found.accuracy)
 
 
 def test_a_hopeless_loss_still_has_a_perplexity():
