@@ -31,6 +31,7 @@ SHARES = {"train": 0.88, "validation": 0.04, "test": 0.08}
 C_SUFFIXES = (".h", ".hpp", ".hh", ".hxx", ".cuh", ".inl", ".c", ".cc", ".cpp", ".cxx", ".cu")
 PROSE_SUFFIXES = (".rst", ".md", ".txt")
 PROSE_NAMES = ("readme", "news", "changelog", "changes", "history", "faq", "todo", "metadata")
+LICENCE_SUFFIXES = ("", ".lib", ".apache", ".mit", ".bsd", *PROSE_SUFFIXES)
 LICENCE_NAMES = ("license", "licence", "copying", "copyright", "notice", "unlicense")
 # lists and build records that look like prose by their names
 NOT_PROSE = re.compile(
@@ -94,7 +95,7 @@ def domain_of(name: str) -> str | None:
     """The domain of a file, from its name alone; None where it belongs to none."""
     lowered = name.lower().removesuffix(".gz")
     stem, suffix = os.path.splitext(lowered)
-    if stem.startswith(LICENCE_NAMES) and suffix in ("", *PROSE_SUFFIXES):
+    if stem.startswith(LICENCE_NAMES) and suffix in LICENCE_SUFFIXES:
         return "licences"
     if name.endswith(".gz") and not lowered.startswith(PROSE_NAMES):
         return None

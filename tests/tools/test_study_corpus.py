@@ -7,6 +7,7 @@ import json
 import sys
 import sysconfig
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ OPTIONS = ("--megabytes", 1, "--vocab", 600, "--native", 512, "--workers", 2)
         ("METADATA", "prose"),
         ("LICENSE.txt", "licences"),
         ("copyright", "licences"),
-        ("COPYING.LIB", None),
+        ("COPYING.LIB", "licences"),
+        ("license.py", "python"),
         ("requirements-dev.txt", None),
         ("top_level.txt", None),
         ("CMakeLists.txt", None),
@@ -147,8 +149,7 @@ def test_it_writes_a_tokenizer_and_stores(corpus):
 
 
 def documents_of(store: TokenStore) -> list[bytes]:
-    starts = store.documents
-    return [store.tokens[a:b].tobytes() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [store.tokens[a:b].tobytes() for a, b in pairwise(store.documents)]
 
 
 def test_mixed_is_every_train_document_in_another_order(corpus):
@@ -172,8 +173,7 @@ def test_synthetic_documents_are_of_the_tasks_and_fit_the_window(corpus):
     lengths = np.diff(store.documents) - 1
     assert lengths.max() <= 512 and lengths.min() < 300
     texts = [
-        tokenizer.decode(store.tokens[a:b].tolist())
-        for a, b in zip(store.documents[:40], store.documents[1:41], strict=True)
+        tokenizer.decode(store.tokens[a:b].tolist()) for a, b in pairwise(store.documents[:41])
     ]
     for words in ("pass key", "magic number", "VAR "):
         assert any(words in text for text in texts)
