@@ -18,36 +18,15 @@ from pathlib import Path
 import numpy as np
 import stdlib_text
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from byte_bpe import save_tokenizer, train_tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT_LENGTH = 256
 VOCAB_SIZE = 512
 ROPE_THETA = 10000.0
-END_OF_DOCUMENT = "<|endoftext|>"
 EVAL_LENGTHS = (64, 128, 256)
 # Above this the weights are saved in bfloat16, which keeps the folder under 4 MB.
 MAX_FP32_BYTES = 3_600_000
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``VOCAB_SIZE`` pieces whose piece 0 is the end-of-document token."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=END_OF_DOCUMENT,
-        model_max_length=CONTEXT_LENGTH,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
@@ -161,9 +140,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     dtype = torch.float32 if size <= MAX_FP32_BYTES else torch.bfloat16
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     model.to(device="cpu", dtype=dtype).save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save_tokenizer(tokenizer, output)
 
-    # transformers 4 reads the old spellings and knows no other tokenizer class.
+    # transformers 4 reads the old spellings.
     config = json.loads((output / "config.json").read_text())
     dtype_name = str(dtype).removeprefix("torch.")
     config.update(
@@ -174,9 +153,6 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
         torch_dtype=dtype_name,
     )
     (output / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    settings = json.loads((output / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def report(output: Path, heldout: torch.Tensor, device: str) -> None:
@@ -216,7 +192,7 @@ def main() -> int:
         split: [document["text"] for document in documents]
         for split, documents in stdlib_text.collect().items()
     }
-    tokenizer = train_tokenizer(texts["train"])
+    tokenizer = train_tokenizer(texts["train"], VOCAB_SIZE, CONTEXT_LENGTH)
     streams = {split: encode(tokenizer, documents) for split, documents in texts.items()}
     sizes = ", ".join(f"{split} {len(stream)}" for split, stream in streams.items())
     model = LlamaForCausalLM(model_config(tokenizer.eos_token_id)).to(device)

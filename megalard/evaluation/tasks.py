@@ -64,20 +64,22 @@ class Filler:
 
     Attributes:
         tokens: int64 [n].
-        line_start: bool [n], whether a line starts with this token.
+        line_end: bool [n], whether a line ends with this token.
+        newline: the tokens that end a line; none where the tokenizer makes spaces of line breaks.
     """
 
     tokens: np.ndarray
-    line_start: np.ndarray
+    line_end: np.ndarray
+    newline: tuple[int, ...]
 
     def take(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """``count`` tokens in a row, to the end of a line, and where in them lines start."""
-        end = rng.integers(len(self.tokens))
-        starts = np.flatnonzero(self.line_start)
-        if len(starts):
-            end = starts[np.searchsorted(starts, end) % len(starts)]
-        index = (end - count + np.arange(count)) % len(self.tokens)
-        return self.tokens[index], self.line_start[index]
+        """A copy of ``count`` tokens in a row, to the end of a line, and where in it lines end."""
+        last = rng.integers(len(self.tokens))
+        ends = np.flatnonzero(self.line_end)
+        if len(ends):
+            last = ends[np.searchsorted(ends, last) % len(ends)]
+        index = (last + 1 - count + np.arange(count)) % len(self.tokens)
+        return self.tokens[index], self.line_end[index]
 
 
 def text_filler(tokenizer: Tokenizer, tokens: np.ndarray) -> Filler:
@@ -86,8 +88,10 @@ def text_filler(tokenizer: Tokenizer, tokens: np.ndarray) -> Filler:
     Args:
         tokens: int64 [n]; a million are plenty.
     """
-    ends = [i for i in np.unique(tokens) if "\n" in tokenizer.decode([int(i)])]
-    return Filler(tokens, np.roll(np.isin(tokens, ends), 1))
+    letter, line = tokenizer.encode_batch(["a", "a\n"])
+    newline = line[len(letter) :] if line[: len(letter)] == letter else []
+    ends = [i for i in np.unique(tokens) if tokenizer.decode([int(i)]).endswith("\n")]
+    return Filler(tokens, np.isin(tokens, ends), tuple(newline))
 
 
 def sentence_filler(tokenizer: Tokenizer) -> Filler:
@@ -132,7 +136,10 @@ class _Draw:
         return self._new(lambda: str(self.rng.integers(10_000, 100_000)))
 
     def key(self) -> str:
-        return self._new(lambda: f"{self.rng.choice(ADJECTIVES)} {self.rng.choice(NOUNS)}")
+        return self._new(lambda: f"{self._one_of(ADJECTIVES)} {self._one_of(NOUNS)}")
+
+    def _one_of(self, words: Sequence[str]) -> str:
+        return words[self.rng.integers(len(words))]
 
     def variable(self) -> str:
         return self._new(lambda: "".join(map(chr, self.rng.integers(ord("A"), ord("Z") + 1, 5))))
@@ -347,22 +354,34 @@ def _compose(
     count = length - needed
     if count < 0:
         raise TooShort(task, length, needed)
-    text, line_start = filler.take(count, rng)
+    text, line_end = filler.take(count, rng)
     pieces, done = [opening], 0
     for (depth, _), line in zip(statements, lines, strict=True):
-        place = max(done, _near_line_start(line_start, round(depth * count)))
-        pieces += [text[done:place], line]
+        place = max(done, _near_line_end(line_end, round(depth * count)))
+        pieces += [_closed(text, line_end, done, place, filler.newline), line]
         done = place
-    pieces += [text[done:], *earlier, answered[:split]]
+    pieces += [_closed(text, line_end, done, count, filler.newline), *earlier, answered[:split]]
     prompt = np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])
     return prompt, np.asarray(answered[split:], dtype=np.int64)
 
 
-def _near_line_start(line_start: np.ndarray, place: int) -> int:
-    """The line break nearest to a place, if there is one near; the ends of the text are two."""
-    reach = max(_REACH_TOKENS, round(len(line_start) * _REACH))
-    low, high = max(0, place - reach), min(len(line_start), place + reach + 1)
-    near = low + np.flatnonzero(line_start[low:high])
-    if place in (0, len(line_start)) or not len(near):
+def _near_line_end(line_end: np.ndarray, place: int) -> int:
+    """The place behind a line's end that is nearest, if it is near; the text's ends stay."""
+    reach = max(_REACH_TOKENS, round(len(line_end) * _REACH))
+    low, high = max(0, place - 1 - reach), min(len(line_end), place + reach)
+    near = low + np.flatnonzero(line_end[low:high]) + 1
+    if place in (0, len(line_end)) or not len(near):
         return place
     return int(near[np.abs(near - place).argmin()])
+
+
+def _closed(
+    text: np.ndarray, line_end: np.ndarray, start: int, end: int, newline: tuple[int, ...]
+) -> np.ndarray:
+    """A part of the text that ends its line: its last tokens give way to a line break if need be.
+
+    What follows begins a line, and the length stays.
+    """
+    if len(newline) <= end - start and end and not line_end[end - 1]:
+        text[end - len(newline) : end] = newline
+    return text[start:end]

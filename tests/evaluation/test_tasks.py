@@ -174,21 +174,20 @@ def test_the_statement_stands_at_its_depth(task, tokenizer, filler):
             assert re.search(re.escape(nearest) + r" (The pass key|One of)", text)
 
 
-def test_statements_stand_between_the_lines_of_a_text(tokenizer):
-    lines = "".join(
-        f"line {i} of the text that is at hand, and it is a long one\n" for i in range(99)
-    )
-    (row,) = encode_lines(tokenizer, [lines])
+@pytest.mark.parametrize(
+    "line", ["line {} of the text at hand, a long one\n", "    x = f({})\n", "{} "]
+)
+def test_statements_and_questions_begin_lines(line, tokenizer):
+    """Also in text without any line break, and where a break and the next indent are one token."""
+    (row,) = encode_lines(tokenizer, ["".join(map(line.format, range(300)))])
     filler = text_filler(tokenizer, np.array(row))
-    if "\n" not in tokenizer.decode(row):
-        assert not filler.line_start.any()
-        return
-    sample = make_sample("passkey", tokenizer, 0, 4000, 0.4, filler)
-    text = tokenizer.decode(sample.prompt.tolist())
-    assert re.search(
-        r"long one\nThe pass key is \d+. Remember it. \d+ is the pass key.\nline", text
-    )
-    assert re.search(r"long one\nWhat is the pass key\?", text)
+    for seed in range(5):
+        sample = make_sample("multi_key", tokenizer, seed, 2500, 0.4, filler)
+        text = tokenizer.decode(sample.prompt.tolist())
+        assert len(sample.tokens) == 2500
+        if "\n" in tokenizer.decode(list(filler.newline)):
+            assert len(re.findall(r"^One of the .* is: \d{5}\.$", text, re.MULTILINE)) == 4
+            assert re.search(r"^Which number is it for", text, re.MULTILINE)
 
 
 def test_the_wording_of_training_is_the_test_s(tokenizer, filler):

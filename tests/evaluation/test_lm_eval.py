@@ -1,0 +1,88 @@
+"""lm-evaluation-harness on an exported student, as docs/evaluation.md says, without a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalard.checkpoint.compare import logits_of
+from megalard.checkpoint.source import open_model
+from megalard.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from megalard.parallel.mesh import build_mesh
+from tests.students import StudentCase, make_config, make_student, pretend_to_train
+
+CHECKOUT = Path(__file__).parents[2]
+HARNESS = CHECKOUT / "tests" / ".lm-eval"
+TASKS = CHECKOUT / "tests" / "evaluation" / "local_task"
+TEACHER = CHECKOUT / "launch" / "quickstart_teacher"
+
+needs_harness = pytest.mark.skipif(
+    not HARNESS.is_dir(), reason="needs lm-evaluation-harness in tests/.lm-eval (tests/run.sh)"
+)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    """The quickstart's teacher with scaled RoPE and LoRA pairs, exported as training does."""
+    folder = tmp_path_factory.mktemp("lm-eval")
+    case = StudentCase("llama", "lora", "linear")
+    made = make_student(make_config(case, TEACHER, folder / "none"), build_mesh("cpu", 1))
+    pretend_to_train(made.student)
+    files = (TEACHER / name for name in TOKENIZER_FILES)
+    made.save(folder / "student", tuple(file for file in files if file.is_file()))
+    return folder / "student"
+
+
+def log_likelihood(student: Path, text: str, choice: str) -> float:
+    """log p(choice | text) by the trainer's decoder."""
+    encode = load_tokenizer(student).encode_batch
+    given, whole = encode([text, f"{text} {choice}"])
+    model, tokens = open_model(student), torch.tensor(whole)
+    log_p = logits_of(model, tokens, torch.float32).double().log_softmax(-1)
+    return float(log_p[:-1].gather(1, tokens[1:, None])[len(given) - 1 :].sum())
+
+
+@needs_harness
+def test_the_harness_scores_the_student_as_the_trainer_does(student, tmp_path):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HARNESS),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "cache"),
+    }
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={student},dtype=float32", "--batch_size", "4"]
+    command += ["--include_path", TASKS, "--tasks", "python_next"]
+    command += ["--output_path", tmp_path / "results", "--log_samples"]
+    done = subprocess.run(
+        [str(word) for word in command],
+        env=environment,
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (results,) = tmp_path.glob("results/*/results_*.json")
+    (samples,) = tmp_path.glob("results/*/samples_python_next_*.jsonl")
+    found = {
+        sample["doc"]["text"]: [float(answer[0]) for answer in sample["filtered_resps"]]
+        for sample in map(json.loads, samples.read_text().splitlines())
+    }
+    right = []
+    for line in (TASKS / "python_next.jsonl").read_text().splitlines():
+        doc = json.loads(line)
+        ours = [log_likelihood(student, doc["text"], choice) for choice in doc["choices"]]
+        # the harness rounds to fp32 after each step; its batches are padded
+        assert found[doc["text"]] == pytest.approx(ours, abs=1e-3)
+        right.append(ours.index(max(ours)) == doc["answer"])
+    accuracy = json.loads(results.read_text())["results"]["python_next"]["acc,none"]
+    assert accuracy == pytest.approx(sum(right) / len(right))
+    assert 0.3 < accuracy < 1, "a score that tells nothing"
