@@ -107,7 +107,7 @@ def _check_stream(
     if rows % mesh.tp.size:
         raise UserError(
             f"a micro-batch gives each cp rank {rows} tokens, which parallel.tp {mesh.tp.size} "
-            f"does not divide: choose a {prefix}data.context_length that it divides"
+            f"does not divide: choose a context length that it divides (in {prefix}data)"
         )
     check_global_batch(stream.global_batch, mesh.dp.size, stream.micro_batch)
     reach_of(stream.objective, student.num_layers)

@@ -85,8 +85,9 @@ class Study:
 
     @cached_property
     def domains(self) -> list[str]:
-        """Every domain with test text."""
-        return sorted(path.parent.name for path in (self.folder / "corpus").glob("*/test"))
+        """Every domain of text; the synthetic one is measured by its tasks."""
+        found = {path.parent.name for path in (self.folder / "corpus").glob("*/test")}
+        return sorted(found - {"synthetic"})
 
     def windows(self, domain: str, split: str, lengths, tokens: int) -> dict[int, np.ndarray]:
         store = TokenStore.open(self.folder / "corpus" / domain / split)
