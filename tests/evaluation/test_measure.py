@@ -1,4 +1,4 @@
-"""Loss, KL and agreement against transformers in float64, whole and spread over ranks."""
+"""Loss, KL and agreement against transformers in float64 (over ranks: ``test_retrieval.py``)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,10 @@ from megalard.model.spec import read_spec
 from megalard.parallel.mesh import build_mesh
 from tests.logits import load
 from tests.models import copy_with_config, make_model
-from tests.ranks import run_ranks
 
 # fp32 logits against float64; observed at most 5e-7
 TOLERANCE = 1e-5
-# five windows: over two data-parallel ranks they come out uneven
-WINDOWS, LENGTH = 5, 22
-# so small that a token's number on one of two ranks is often another token's on the other
-VOCAB = 7
+WINDOWS, LENGTH, VOCAB = 5, 22, 7
 
 
 def windows() -> np.ndarray:
@@ -83,22 +79,6 @@ def test_passes_and_chunks_do_not_matter(models, expected, monkeypatch):
     monkeypatch.setattr(measure_module, "_ROWS", 8)
     monkeypatch.setattr(measure_module, "_TOKENS_A_PASS", 2 * LENGTH)
     assert_measured(asdict(measured(models, build_mesh("cpu", 1))), expected)
-
-
-def _measure_on_ranks(folder: str, results: str) -> None:
-    found = []
-    for tp in (1, 2):
-        mesh = build_mesh("cpu", tp)
-        found.append(asdict(measured(folder, mesh)))
-    if torch.distributed.get_rank() == 0:
-        torch.save(found, results)
-
-
-def test_two_ranks_measure_the_same(models, expected, tmp_path):
-    """Two data-parallel ranks, then two tensor-parallel ones."""
-    run_ranks(2, _measure_on_ranks, str(models), str(tmp_path / "found.pt"))
-    for found in torch.load(tmp_path / "found.pt"):
-        assert_measured(found, expected)
 
 
 def test_a_model_agrees_with_itself(models):
