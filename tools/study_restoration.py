@@ -95,9 +95,7 @@ def pretrain(options: argparse.Namespace) -> None:
         vocab_size=facts["vocab_size"], bos_token_id=None, eos_token_id=eos, **TEACHER
     )
     LlamaForCausalLM(config).save_pretrained(start)
-    for name in TOKENIZER_FILES:
-        if (corpus / "tokenizer" / name).exists():
-            shutil.copy(corpus / "tokenizer" / name, start / name)
+    _copy_tokenizer(corpus / "tokenizer", start)
     output = options.folder / "pretraining"
     train(
         [
@@ -110,7 +108,17 @@ def pretrain(options: argparse.Namespace) -> None:
             f"--run.output={output}",
         ]
     )
-    shutil.copytree(output / "student", options.folder / "teacher")
+    # in bf16, as the runs hold it, so that teacher and student start from the same numbers
+    teacher = options.folder / "teacher"
+    model = LlamaForCausalLM.from_pretrained(output / "student", dtype=torch.bfloat16)
+    model.save_pretrained(teacher, max_shard_size="15MB")
+    _copy_tokenizer(start, teacher)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
 
 
 def search(options: argparse.Namespace) -> None:

@@ -57,8 +57,14 @@ METHODS = {
     "qk-context": Method("QK + attention context", False, _LORA),
     "logits": Method("logits KL", False, _LORA),
     "linearard-long": Method("LinearARD + long text", False, _LORA),
-    **{n: Method(n, False, (3e-3, 1e-2, 3e-2)) for n in ("c-lora-sum", "c-lora-skip", "c-lora-long")},
-    **{n: Method(n, False, (3e-4, 1e-3, 3e-3)) for n in ("c-all-logits", "c-all-sum", "c-all-skip", "c-all-skip-long")},
+    **{
+        n: Method(n, False, (3e-3, 1e-2, 3e-2))
+        for n in ("c-lora-sum", "c-lora-skip", "c-lora-long")
+    },
+    **{
+        n: Method(n, False, (3e-4, 1e-3, 3e-3))
+        for n in ("c-all-logits", "c-all-sum", "c-all-skip", "c-all-skip-long")
+    },
     "cpt": Method("CPT", True, _ALL),
     "longred": Method("LongReD", True, _ALL),
 }
