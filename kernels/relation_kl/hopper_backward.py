@@ -477,4 +477,6 @@ def hopper_backward(
     if op.is_self:
         return grad, None
     grad_cols = buffer[:, :, :m].mul_(grad_scale)
-    return grad, (grad_cols if unit is None else grad_cols.mul_(unit[0, 0, 0])).to(out_dtype)
+    return grad, (grad_cols if unit is None else grad_cols.mul_(unit.as_strided((), ()))).to(
+        out_dtype
+    )

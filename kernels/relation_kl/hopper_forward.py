@@ -1,9 +1,10 @@
 """Warp-specialised forward of the relation KL for Hopper (Gluon): the same sums as `forward`.
 
 A block of 64 rows per consumer warpgroup meets the column tiles that a producer warp copies ahead
-(TMA). A warpgroup multiplies S = X_s Y_s^T and T = X_t Y_t^T on the tensor cores and then takes
-the exponentials; the warpgroups do so in turns, so that one's exponentials run under another's
-products (the ping-pong of FlashAttention-3, arXiv 2407.08608).
+(TMA). A warpgroup multiplies S = X_s Y_s^T and T = X_t Y_t^T on the tensor cores, takes the
+exponentials of S under the product T, and those of T under the products of the other warpgroup
+(FlashAttention-3, arXiv 2407.08608, overlaps in the same two ways). That the two take turns is
+left to the hardware: enforcing it with barriers measured slower.
 
 The online softmax is kept per thread: each of the four lanes that share a row has a maximum and
 sums over its own quarter of the columns, and the four merge once, at the end, as any partials do.
