@@ -26,39 +26,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from . import tiling
 from .backward import FP16_LOG2_GAIN, split_weight
 from .hopper_order import BLOCK, reduction_order
+from .hopper_reduce import STEP, TILE, flat, reduce_columns, step_start
 from .hopper_tiles import ROWS, descriptor, own_block, tile_range
 from .operands import Operands
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
-STEP: gl.constexpr = gl.constexpr(64)  # columns multiplied at a time
-TILE: gl.constexpr = gl.constexpr(128)  # columns between two turns
 SECTION_HEADS = 8  # that run side by side
 # 512 threads enter with 128 registers each.
 ROWS_REGISTERS: gl.constexpr = gl.constexpr(184)
 REDUCER_REGISTERS: gl.constexpr = gl.constexpr(120)
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
-
-
-@gluon.jit
-def _flat(x):
-    """[1, 1, rows, d] in shared memory as [rows, d]."""
-    return x.reshape([x.shape[2], x.shape[3]])
-
-
-@gluon.jit
-def _tile(index, span):
-    """The index-th tile of columns to visit: full tiles first, then those before and after them."""
-    first, full_first, full_last, last = span
-    full = full_last - full_first
-    edge = first + index - full
-    edge = gl.where(edge < full_first, edge, edge + full)
-    return gl.where(index < full, full_first + index, edge)
-
-
-@gluon.jit
-def _start(step, span):
-    """The first column of a step: each tile takes two, of 64 columns each."""
-    return _tile(step // 2, span) * TILE + (step & 1) * STEP
 
 
 @gluon.jit
@@ -75,7 +52,7 @@ def _produce(descs, smem, bars, place, span, STAGES: gl.constexpr):
         tma.async_copy_global_to_shared(rows_t, [ib, ih, start, 0], x_ready, x_t.index(group))
     for step in range(2 * (last - first)):
         stage = step % STAGES
-        start = _start(step, span)
+        start = step_start(step, span)
         mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
         ready = s_ready.index(stage)
         mbarrier.expect(ready, cols_s.block_type.nbytes)
@@ -111,14 +88,12 @@ def _step(
     stage = step % STAGES
     phase = step // STAGES & 1
     mbarrier.wait(s_ready.index(stage), phase)
-    y = _flat(y_s.index(stage))
-    s = warpgroup_mma(
-        _flat(x_s.index(GROUP)), y.permute((1, 0)), zero, use_acc=False, is_async=True
-    )
+    y = flat(y_s.index(stage))
+    s = warpgroup_mma(flat(x_s.index(GROUP)), y.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(t_ready.index(stage), phase)
     t = warpgroup_mma(
-        _flat(x_t.index(GROUP)),
-        _flat(y_t.index(stage)).permute((1, 0)),
+        flat(x_t.index(GROUP)),
+        flat(y_t.index(stage)).permute((1, 0)),
         zero,
         use_acc=False,
         is_async=True,
@@ -190,7 +165,7 @@ def _rows(
         )  # fmt: skip
     for step in range(full, 2 * (last - first)):
         acc = _step(
-            acc, smem, bars, rows, _start(step, span), step, (scale_s, scale_t),
+            acc, smem, bars, rows, step_start(step, span), step, (scale_s, scale_t),
             GROUP, STAGES, True, WEIGHTED,
         )  # fmt: skip
     grad = acc
@@ -208,109 +183,6 @@ def _rows(
         grad = grad * gl.load(unit)
     out += gl.cast(place[3], gl.int64) * grad_n
     gl.store(out + (r * grad_n + c), grad.to(out.dtype.element_ty), mask=inside)
-
-
-@gluon.jit
-def _turn(counter):
-    """How many blocks have added to a tile; what they added is visible afterwards."""
-    return gl.inline_asm_elementwise(
-        """{
-            .reg .b32 seen;
-            ld.acquire.gpu.global.u32 seen, [$1];
-            redux.sync.min.u32 $0, seen, 0xffffffff;
-        }""", "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _pass_turn(counter):
-    """One more block has added to a tile."""
-    gl.thread_barrier()
-    gl.atomic_add(counter, 1, sem="release", scope="gpu")
-
-
-@gluon.constexpr_function
-def chunk_layout():
-    """32 columns of an accumulator [64, d]."""
-    registers = [[0, 1], [8, 0], [0, 8], [0, 16]]
-    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, 32])
-
-
-@gluon.jit
-def _halves(x):
-    """The left and the right columns of an accumulator; no data moves."""
-    pairs = gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1))
-    return gl.split(pairs)
-
-
-@gluon.jit
-def _add(target, part, turn, column: gl.constexpr):
-    """Add 32 columns to the buffer; the first block to have its turn finds nothing there yet."""
-    base, offsets = target
-    part = gl.convert_layout(part, chunk_layout(), assert_trivial=True)
-    if turn == 0:
-        gl.store(base + column + offsets, part)
-    else:
-        gl.atomic_add(base + column + offsets, part, sem="relaxed", scope="gpu")
-
-
-@gluon.jit
-def _reduce(smem, bars, place, span, buffer, turns, last_rows, group):
-    """D^T X_I of every tile, added to the buffer when it is this block's turn."""
-    x_s, x_t, y_s, y_t, d = smem
-    x_ready, s_ready, t_ready, free, d_ready, d_free, reduced = bars
-    first, full_first, full_last, last = span
-    D_S: gl.constexpr = y_s.shape[4]
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_S, 16])
-    zero = gl.zeros([STEP, D_S], gl.float32, wide)
-    chunk: gl.constexpr = chunk_layout()
-    r = gl.expand_dims(gl.arange(0, STEP, gl.SliceLayout(1, chunk)), 1)
-    offsets = r * D_S + gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, chunk)), 0)
-    block = place[3] // (2 * ROWS)
-    mbarrier.wait(x_ready, 0)
-    counter = turns
-    turn = 0
-    for step in range(2 * (last - first)):
-        slot = step & 1
-        tile = _tile(step // 2, span)
-        target = (buffer + gl.cast(_start(step, span), gl.int64) * D_S, offsets)
-        mbarrier.wait(d_ready.index(slot), step // 2 & 1)
-        part = warpgroup_mma(
-            d.index(slot * 2).permute((1, 0)), _flat(x_s.index(0)), zero,
-            use_acc=False, is_async=True,
-        )  # fmt: skip
-        part = warpgroup_mma(
-            d.index(slot * 2 + 1).permute((1, 0)), _flat(x_s.index(1)), part, is_async=True
-        )
-        # Under these products: the last tile's additions have landed by now, so pass it on, and
-        # wait for this tile's turn.
-        if slot == 0:
-            if step > 0:
-                _pass_turn(counter)
-            counter = turns + tile
-            turn = (gl.load(last_rows + tile) - block) * group + place[1] % group
-            seen = _turn(counter)
-            while seen < turn:
-                seen = _turn(counter)
-        part = warpgroup_mma_wait(0, deps=[part])
-        mbarrier.arrive(d_free.index(slot))
-        # In chunks of columns, which share one set of addresses.
-        left, right = _halves(part)
-        if D_S == 64:
-            _add(target, left, turn, 0)
-            _add(target, right, turn, 32)
-        else:
-            one, two = _halves(left)
-            three, four = _halves(right)
-            _add(target, one, turn, 0)
-            _add(target, two, turn, 32)
-            _add(target, three, turn, 64)
-            _add(target, four, turn, 96)
-    if last > first:
-        _pass_turn(counter)
-    gl.thread_barrier()
-    mbarrier.arrive(reduced)
 
 
 @gluon.jit(do_not_specialize=["b", "heads", "n", "m", "section"])
@@ -414,7 +286,7 @@ def _backward_kernel(
         [
             (_rows, (common, 0, STAGES, SELF, WEIGHTED, HAS_UNIT, LOG2_GAIN)),
             (_rows, (common, 1, STAGES, SELF, WEIGHTED, HAS_UNIT, LOG2_GAIN)),
-            (_reduce, (smem, bars, place, span, buffer, turns, last_rows, group)),
+            (reduce_columns, (smem, bars, place, span, buffer, turns, last_rows, group)),
             (_produce, ((rows_s, rows_t, cols_s, cols_t), smem, bars, place, span, STAGES)),
         ],
         [4, 4, 1],

@@ -21,6 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import tiling
+from .hopper_sums import (
+    by_lane,
+    quad_layout,
+    share_maximum,
+    spread,
+    sum_columns,
+    sweep_student,
+    sweep_teacher,
+)
 from .hopper_tiles import ROWS, descriptor, own_block, tile_range
 from .operands import Operands
 from .statistics import Partials, RelationStatistics
@@ -35,71 +44,6 @@ BLOCK_ROWS, BLOCK_COLUMNS = 128, 128
 # 384 threads enter with 168 registers each; the producer hands most of its own to the consumers.
 CONSUMER_REGISTERS: gl.constexpr = gl.constexpr(240)
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
-
-
-@gluon.constexpr_function
-def quad_layout(BLOCK_N):
-    """The accumulator layout of [64, BLOCK_N] seen as [64, BLOCK_N / 8, 4, 2].
-
-    Axis 2 is the lane of the quad that shares a row; axes 1 and 3 are registers of one thread.
-    """
-    step, registers = 1, [[0, 0, 0, 1], [8, 0, 0, 0]]
-    while step < BLOCK_N // 8:
-        registers.append([0, step, 0, 0])
-        step *= 2
-    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
-    warps = [[16, 0, 0, 0], [32, 0, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64, BLOCK_N // 8, 4, 2])
-
-
-@gluon.jit
-def _spread(x):
-    """[64, 4] -> [64, 1, 4, 1]"""
-    return gl.expand_dims(gl.expand_dims(x, 1), 3)
-
-
-@gluon.jit
-def _by_lane(x, BLOCK_N: gl.constexpr):
-    """[64, BLOCK_N] -> [64, BLOCK_N / 8, 4, 2], the same registers."""
-    layout: gl.constexpr = quad_layout(BLOCK_N)
-    return gl.convert_layout(x.reshape([64, BLOCK_N // 8, 4, 2]), layout, assert_trivial=True)
-
-
-@gluon.jit
-def _top(x):
-    return gl.max(gl.max(x, 3), 1)
-
-
-@gluon.jit
-def _sum(x):
-    return gl.sum(gl.sum(x, 3), 1)
-
-
-@gluon.jit
-def _sweep_student(m, total, s, scale):
-    """Add raw products s to a thread's sum; returns also v = scaled s - shift."""
-    top = gl.maximum(m, _top(s))
-    shift = top * scale
-    v = s * scale - _spread(shift)
-    total = total * gl.exp2(m * scale - shift) + _sum(gl.exp2(v))
-    return top, total, v, shift
-
-
-@gluon.jit
-def _sweep_teacher(m, total, a, t, scale, v_s, shift_s):
-    """Add raw products t to a thread's sums.
-
-    ``a`` is in units of log2: sum 2^v_t (v_t - v_s) plus the gap of the maxima, as in `forward`.
-    """
-    top = gl.maximum(m, _top(t))
-    shift = top * scale
-    v = t * scale - _spread(shift)
-    p = gl.exp2(v)
-    shrink = gl.exp2(m * scale - shift)
-    sum_t = _sum(p)
-    total = total * shrink + sum_t
-    a = a * shrink + (_sum(p * (v - v_s)) + sum_t * (shift - shift_s))
-    return top, total, a
 
 
 @gluon.jit
@@ -202,32 +146,25 @@ def _step(
     if EXACT:
         j = gl.expand_dims(start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma)), 0)
         allowed = (j >= gl.expand_dims(lo, 1)) & (j < gl.expand_dims(hi, 1))
-        s = _by_lane(gl.where(allowed, s, HIDDEN), BLOCK_N)
-        m_s, l_s, v_s, shift_s = _sweep_student(m_s, l_s, s, scale_s)
+        s = by_lane(gl.where(allowed, s, HIDDEN), BLOCK_N)
+        m_s, l_s, v_s, shift_s = sweep_student(m_s, l_s, s, scale_s)
     else:
-        v_s = _by_lane(s, BLOCK_N) * scale_s - _spread(shift_s)
-        l_s += _sum(gl.exp2(v_s))
+        v_s = by_lane(s, BLOCK_N) * scale_s - spread(shift_s)
+        l_s += sum_columns(gl.exp2(v_s))
         # Long passed. Without a branch here the assembler takes the wait for t first, and the
         # tensor cores' second product runs under nothing.
         mbarrier.wait(s_ready.index(stage), phase)
     t = warpgroup_mma_wait(0, deps=[t])
     mbarrier.arrive(free.index(stage))
     if EXACT:
-        t = _by_lane(gl.where(allowed, t, HIDDEN), BLOCK_N)
-        m_t, l_t, a = _sweep_teacher(m_t, l_t, a, t, scale_t, v_s, shift_s)
+        t = by_lane(gl.where(allowed, t, HIDDEN), BLOCK_N)
+        m_t, l_t, a = sweep_teacher(m_t, l_t, a, t, scale_t, v_s, shift_s)
     else:
-        v_t = _by_lane(t, BLOCK_N) * scale_t - _spread(shift_t)
+        v_t = by_lane(t, BLOCK_N) * scale_t - spread(shift_t)
         p_t = gl.exp2(v_t)
-        l_t += _sum(p_t)
-        a += _sum(p_t * (v_t - v_s))
+        l_t += sum_columns(p_t)
+        a += sum_columns(p_t * (v_t - v_s))
     return m_s, l_s, m_t, l_t, a
-
-
-@gluon.jit
-def _share(m, scale):
-    """The maximum over the four lanes of a row, and each lane's factor towards it."""
-    top = gl.expand_dims(gl.max(m, 1), 1) + gl.zeros_like(m)
-    return top, gl.exp2((m - top) * scale)
 
 
 @gluon.jit
@@ -278,8 +215,8 @@ def _consume(
                 GROUP, STAGES, True,
             )  # fmt: skip
         m_s, l_s, m_t, l_t, a = state
-        m_s, shrink_s = _share(m_s, scale_s)
-        m_t, shrink_t = _share(m_t, scale_t)
+        m_s, shrink_s = share_maximum(m_s, scale_s)
+        m_t, shrink_t = share_maximum(m_t, scale_t)
         shift_s = m_s * scale_s
         shift_t = m_t * scale_t
         l_s = l_s * shrink_s
