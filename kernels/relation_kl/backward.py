@@ -255,7 +255,7 @@ def triton_backward(
 
     In ``out_dtype``, or fp32 under the interpreter.
     """
-    weight, unit = _split_weight(row_weight, op.rows_s.dtype)
+    weight, unit = split_weight(row_weight, op.rows_s.dtype)
     stats = (lse_s.contiguous(), lse_t.contiguous(), weight, unit)
     rows, cols = (op.rows_s, op.rows_t), (op.cols_s, op.cols_t)
     if op.is_self:
@@ -266,7 +266,7 @@ def triton_backward(
     )
 
 
-def _split_weight(
+def split_weight(
     row_weight: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """(per-row weights or None for 1, a one-element factor of the whole gradient or None for 1).

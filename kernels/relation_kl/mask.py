@@ -5,7 +5,7 @@ of columns and each column an interval of rows, so that is the only mask the ker
 memory is linear in the sequence.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ class IntervalMask:
 
     ``col_*_bn`` are [b, n] and ``row_*_bm`` [b, m], all int32 on one device. The two sides describe
     the same set of pairs; an empty interval has lo >= hi (the constructors below write 0, 0).
+    ``causal`` promises that no row sees a column of a larger index, so that kernels may rely on it
+    without reading the intervals; it restricts nothing. The tensors are not to be changed in place.
     Raises ValueError for other shapes, dtypes or mixed devices.
     """
 
@@ -24,9 +26,10 @@ class IntervalMask:
     col_hi_bn: Tensor
     row_lo_bm: Tensor
     row_hi_bm: Tensor
+    causal: bool = False
 
     def __post_init__(self):
-        tensors = [getattr(self, field.name) for field in fields(self)]
+        tensors = self._tensors()
         if any(x.dtype != torch.int32 or x.ndim != 2 for x in tensors):
             raise ValueError("mask intervals must be int32 tensors of two dimensions")
         if len({x.device for x in tensors}) > 1:
@@ -56,7 +59,10 @@ class IntervalMask:
 
     def to(self, device: torch.device | str) -> "IntervalMask":
         """The same mask on another device."""
-        return IntervalMask(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return IntervalMask(*(x.to(device) for x in self._tensors()), causal=self.causal)
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.col_lo_bn, self.col_hi_bn, self.row_lo_bm, self.row_hi_bm]
 
 
 def full_mask(b: int, n: int, m: int, device: torch.device | str = "cpu") -> IntervalMask:
@@ -128,7 +134,9 @@ def chunk_mask(
 
     rows, cols = slice(row_offset, row_offset + n), slice(col_offset, col_offset + m)
     return IntervalMask(
-        *visible(doc_start_bs, last_bs, rows, cols), *visible(first_bs, doc_end_bs, cols, rows)
+        *visible(doc_start_bs, last_bs, rows, cols),
+        *visible(first_bs, doc_end_bs, cols, rows),
+        causal=causal and row_offset == col_offset,
     )
 
 

@@ -11,9 +11,9 @@ from .reference import torch_backward, torch_partials
 from .statistics import Partials, RelationStatistics, finish
 
 try:
-    from . import backward, forward, tiling
+    from . import backward, forward, hopper, tiling
 except ImportError:  # CPU-only platforms have no Triton; plain torch serves them
-    backward = forward = tiling = None
+    backward = forward = hopper = tiling = None
 
 
 def relation_kl(
@@ -60,7 +60,7 @@ def relation_forward(
     """(lse_s, lse_t, kl), each [b, Ha, n] fp32, without autograd; arguments as `relation_kl`."""
     op = check_operands(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t)
     if use_triton(op, backend):
-        return forward.triton_forward(_unit_stride(op), partial=False)
+        return _triton_forward(op, partial=False)
     return finish(torch_partials(op))
 
 
@@ -79,7 +79,7 @@ def relation_partials(
     """The mergeable sums over the given columns only; arguments as `relation_kl`."""
     op = check_operands(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t)
     if use_triton(op, backend):
-        return forward.triton_forward(_unit_stride(op), partial=True)
+        return _triton_forward(op, partial=True)
     return torch_partials(op)
 
 
@@ -128,7 +128,9 @@ def relation_backward(
             ) from None
     out_dtype = out_dtype or rows_s.dtype
     if use_triton(op, backend):
-        grads = backward.triton_backward(_unit_stride(op), lse_s, lse_t, row_weight, out_dtype)
+        op = _unit_stride(op)
+        run = hopper.hopper_backward if hopper.serves_backward(op) else backward.triton_backward
+        grads = run(op, lse_s, lse_t, row_weight, out_dtype)
     else:
         grads = torch_backward(op, lse_s, lse_t, row_weight)
     grads = tuple(None if grad is None else grad.to(out_dtype) for grad in grads)
@@ -150,6 +152,14 @@ def use_triton(op: Operands, backend: str | None) -> bool:
         if not cuda and not tiling.INTERPRETED:
             raise ValueError("backend 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set early")
     return backend == "triton"
+
+
+def _triton_forward(op: Operands, partial: bool) -> RelationStatistics | Partials:
+    """The fastest kernel that serves the operands."""
+    op = _unit_stride(op)
+    if hopper.serves(op):
+        return hopper.hopper_forward(op, partial)
+    return forward.triton_forward(op, partial)
 
 
 def _unit_stride(op: Operands) -> Operands:

@@ -7,6 +7,9 @@ A row whose columns are spread over tiles or ranks is described by five sums tha
     a   = sum_j exp(T_ij - m_t) (T_ij - S_ij)
     KL_i = a / l_t + lse_s - lse_t,    lse = m + log l
 
+Any m near the maximum serves as well (the Hopper forward's may lie below it, by less than 60 bits
+of the exponentials): what counts is that l and a are relative to it.
+
 Ranks take the maximum of their m, `rescale` to it, add their sums, and `finish`.
 """
 
@@ -29,6 +32,8 @@ class RelationStatistics(NamedTuple):
 
 class Partials(NamedTuple):
     """The five sums over some of a row's columns, each [b, H, n] fp32, scores in nats.
+
+    m_s, m_t are the maxima or near them.
 
     Rows that see none of these columns have m = -inf and sums 0.
     """

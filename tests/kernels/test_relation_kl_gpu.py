@@ -1,16 +1,26 @@
 """The Triton relation KL on a CUDA device: the CPU suite's promises, longer and in every dtype."""
 
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 import torch
 
 from megalard.kernels.relation_kl import (
+    IntervalMask,
+    backward,
     causal_mask,
+    finish,
+    forward,
+    full_mask,
+    hopper,
+    merge,
     relation_backward,
     relation_forward,
     relation_kl,
+    relation_partials,
 )
+from megalard.kernels.relation_kl.operands import check_operands
 from tests.kernels.oracle import Case, make_problem, relative_error
 from tests.kernels.test_relation_kl import (
     CASES,
@@ -103,6 +113,90 @@ def test_two_runs_are_bit_identical():
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
+def hopper_relation(case: Case):
+    """The problem and its operands, checked to be served by the Hopper kernels."""
+    if not (hopper.AVAILABLE and torch.cuda.get_device_capability()[0] == 9):
+        pytest.skip("needs a Hopper GPU and the version of triton the kernels are written for")
+    problem = make_problem(case, "cuda")
+    op = check_operands(*problem.operands, problem.mask, None, None)
+    assert hopper.serves_backward(op)
+    return problem, op
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(40, 64, 64, dtype=torch.bfloat16),
+        Case(1000, 128, 128, dtype=torch.bfloat16, layout="packed_pad"),
+        Case(1000, 64, 128, dtype=torch.float16, layout="left_pad"),
+        Case(700, 128, 64, m=1300, heads=6, cols_heads=2, row_offset=600, dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_hopper_writes_all_and_agrees_with_plain_triton(case, monkeypatch):
+    """Outputs poisoned with NaN; the gradient is no further from float64 than plain Triton's."""
+    problem, op = hopper_relation(case)
+    weight = problem.row_weight
+    plain = forward.triton_forward(op, partial=False)
+    plain_grads = backward.triton_backward(op, *plain[:2], weight, torch.float32)
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+
+        def poisoned(*args, allocate=allocate, **kwargs):
+            out = allocate(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        monkeypatch.setattr(torch, name, poisoned)
+    runs = []
+    for _ in range(2):
+        stats = hopper.hopper_forward(op, partial=False)
+        runs.append((*stats, *hopper.hopper_backward(op, *stats[:2], weight, torch.float32)))
+    monkeypatch.undo()
+    for x, again in zip(*runs, strict=True):
+        assert x is again or torch.equal(x, again)  # None for the columns of a self relation
+    for x, y in zip(runs[0][:3], plain, strict=True):
+        torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-5)
+    for x, y, exact in zip(runs[0][3:], plain_grads, problem.grads, strict=False):
+        error = relative_error(x, exact, floor=0.1)
+        assert error < 1.1 * relative_error(y, exact, floor=0.1) + 1e-5
+
+
+@pytest.mark.parametrize("layout", ["single", "packed_pad"])
+def test_hopper_partials_merge_to_the_whole(layout):
+    case = Case(900, 128, 128, m=900, heads=4, cols_heads=2, dtype=torch.bfloat16, layout=layout)
+    problem, _ = hopper_relation(case)
+    rows_s, rows_t, cols_s, cols_t = problem.operands
+    mask, parts = problem.mask, []
+    for start, stop in ((0, 130), (130, 131), (131, 900)):
+        chunk = IntervalMask(
+            (mask.col_lo_bn - start).clamp(0, stop - start),
+            (mask.col_hi_bn - start).clamp(0, stop - start),
+            mask.row_lo_bm[:, start:stop],
+            mask.row_hi_bm[:, start:stop],
+        )
+        operands = (rows_s, rows_t, cols_s[:, :, start:stop], cols_t[:, :, start:stop])
+        parts.append(relation_partials(*operands, mask=chunk))
+    lse_s, lse_t, kl = finish(reduce(merge, parts))
+    for x, expected in ((lse_s, problem.lse_s), (lse_t, problem.lse_t), (kl, problem.kl)):
+        torch.testing.assert_close(x.cpu().double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_hopper_sweeps_again_where_scores_grow_along_the_row():
+    """Late columns exceed the first ones by hundreds, beyond what a fixed shift can hold."""
+    problem, _ = hopper_relation(Case(1500, 128, 128, b=1, dtype=torch.bfloat16))
+    growth = torch.linspace(0.1, 8, 1500, device="cuda", dtype=torch.bfloat16)[:, None]
+    # rows that see all columns: in a causal relation a row's own score is its largest
+    rows = [x * growth.flip(0) for x in (problem.student[0], problem.teacher[0])]
+    cols = [x * growth for x in (problem.student[0], problem.teacher[0])]
+    mask = full_mask(1, 1500, 1500, "cuda")
+    stats = relation_forward(*rows, *cols, mask=mask)
+    exact = relation_forward(*(x.double() for x in (*rows, *cols)), mask=mask)
+    largest = exact.lse_s.abs().max().item()
+    assert largest > 100
+    for x, expected in zip(stats, exact, strict=True):
+        torch.testing.assert_close(x.double(), expected, atol=4e-7 * largest + 2e-5, rtol=1e-5)
+
+
 def test_memory_is_linear_in_the_sequence():
     n, heads, d = 32768, 2, 128
     rows, teacher = (
@@ -116,7 +210,9 @@ def test_memory_is_linear_in_the_sequence():
     grad = relation_backward(rows, teacher, None, None, *stats[:2], mask=mask)
     extra = torch.cuda.max_memory_allocated() - before
     assert grad.isfinite().all()
-    assert extra < 2 * (grad.numel() * 2 + 3 * heads * n * 4)
+    # The gradient, on Hopper an fp32 buffer of its shape, and the statistics; an n x n matrix of
+    # bits would take as much as 8 times the bound.
+    assert extra < 2 * (grad.numel() * (2 + 4) + 3 * heads * n * 4)
 
 
 @pytest.mark.parametrize("side", ["n", "h"])

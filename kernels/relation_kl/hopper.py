@@ -1,0 +1,59 @@
+"""Which relations the Hopper kernels serve.
+
+The kernels are written in Gluon, whose interface changes between versions of triton, and use
+instructions that only compute capability 9.x has. Everything else takes the plain Triton kernels.
+"""
+
+import torch
+from torch import Tensor
+
+from . import tiling
+from .operands import Operands
+
+try:
+    import triton
+
+    from .hopper_backward import hopper_backward
+    from .hopper_forward import hopper_forward
+
+    AVAILABLE = triton.__version__.startswith("3.6.")  # the version they were checked with
+except ImportError:
+    hopper_forward = hopper_backward = None
+    AVAILABLE = False
+
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128)
+
+
+def serves(op: Operands) -> bool:
+    """Whether the Hopper kernels can take these operands as they are."""
+    operands = (op.rows_s, op.rows_t, op.cols_s, op.cols_t)
+    return (
+        AVAILABLE
+        and not tiling.INTERPRETED
+        and op.rows_s.is_cuda
+        and torch.cuda.get_device_capability(op.rows_s.device)[0] == 9
+        and all(x.dtype in DTYPES and x.shape[3] in HEAD_DIMS and tma_accepts(x) for x in operands)
+    )
+
+
+def serves_backward(op: Operands) -> bool:
+    """A self relation must be causal: blocks of rows add to their own columns last."""
+    return serves(op) and (op.mask.causal or not op.is_self)
+
+
+def tma_accepts(x: Tensor) -> bool:
+    """Whether the copy engine can read [b, heads, length, d] with these strides and this address.
+
+    It wants multiples of 16 bytes, below 2^40 bytes, and sizes below 2^32.
+    """
+    steps = [
+        stride * x.element_size()
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+        if size > 1
+    ]
+    return (
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(0 < step < 1 << 40 and step % 16 == 0 for step in steps)
+    )

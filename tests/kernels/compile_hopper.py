@@ -1,0 +1,48 @@
+"""Compiles the Hopper kernels for sm_90 without a GPU, and checks what they use of the chip."""
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from megalard.kernels.relation_kl import hopper_backward, hopper_forward
+from megalard.kernels.relation_kl.hopper_tiles import descriptor
+
+
+class Target:
+    """As much of a driver as compilation asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Target())
+    x = torch.empty(2, 4, 512, 128, dtype=torch.bfloat16)
+    interval, stats = torch.empty(2, 512, dtype=torch.int32), torch.empty(5, 2, 4, 512)
+    rows, wide = descriptor(x, 64), descriptor(x, 128)
+    forward = hopper_forward._forward_kernel.warmup(
+        rows, rows, wide, wide, interval, interval, stats, 2, 4, 1, 512, 8, 0.1, 0.1,
+        STAGES=2, PARTIAL=False, grid=(1,), num_warps=4, maxnreg=168,
+    )  # fmt: skip
+    backward = hopper_backward._backward_kernel.warmup(
+        rows, rows, rows, rows, stats, stats, stats, stats, interval, interval, interval, interval,
+        x, stats, interval, *x.stride()[:3], 2, 4, 1, 512, 512, 8, 0.1, 0.1, 0.1,
+        STAGES=3, SELF=True, WEIGHTED=False, HAS_UNIT=True, LOG2_GAIN=0,
+        grid=(1,), num_warps=4, maxnreg=128,
+    )  # fmt: skip
+    for name, kernel in (("forward", forward), ("backward", backward)):
+        shared = kernel.metadata.shared
+        ptx = kernel.asm["ptx"]
+        print(name, shared, "bytes of shared memory")
+        assert shared <= 227 << 10
+        assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
+
+
+if __name__ == "__main__":
+    main()

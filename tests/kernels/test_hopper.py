@@ -1,0 +1,169 @@
+"""The Hopper kernels' choice, schedule and compilation, as far as a CPU can see them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megalard.kernels.relation_kl import causal_mask, chunk_mask, full_mask, segment_bounds
+from tests.kernels.oracle import segment_ids
+
+hopper = pytest.importorskip("megalard.kernels.relation_kl.hopper")
+order = pytest.importorskip("megalard.kernels.relation_kl.hopper_order")
+
+
+def fake_tensor(shape=(1, 4, 300, 128), stride=None, dtype=torch.bfloat16, address=1 << 20):
+    """What the choice reads of a CUDA tensor."""
+    real = torch.empty(shape, dtype=dtype, device="meta")
+    stride = stride or real.stride()
+    return SimpleNamespace(
+        shape=real.shape,
+        dtype=dtype,
+        device=torch.device("cuda:0"),
+        is_cuda=True,
+        stride=lambda dim=None: stride if dim is None else stride[dim],
+        element_size=real.element_size,
+        data_ptr=lambda: address,
+    )
+
+
+def fake_relation(cols=None, causal=True, **of_rows):
+    rows = fake_tensor(**of_rows)
+    return SimpleNamespace(
+        rows_s=rows, rows_t=rows, cols_s=cols or rows, cols_t=cols or rows,
+        is_self=cols is None, mask=SimpleNamespace(causal=causal),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(hopper, "AVAILABLE", True)
+    monkeypatch.setattr(hopper.tiling, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+@pytest.mark.parametrize(
+    "relation",
+    [
+        {},
+        {"dtype": torch.float16, "shape": (2, 8, 33, 64)},
+        {"stride": (4 * 300 * 128, 128, 4 * 128, 1)},  # [b, n, heads, d] storage
+        {"stride": (7, 300 * 128, 128, 1)},  # the stride of a dimension of size 1 is never used
+        {"cols": fake_tensor((1, 1, 700, 128))},
+    ],
+    ids=str,
+)
+def test_training_shapes_take_the_hopper_kernels(relation, on_hopper):
+    assert hopper.serves(fake_relation(**relation))
+    assert hopper.serves_backward(fake_relation(**relation))
+
+
+@pytest.mark.parametrize(
+    "relation",
+    [
+        {"dtype": torch.float32},
+        {"shape": (1, 4, 300, 80)},
+        {"shape": (1, 4, 300, 256)},
+        {"stride": (4 * 300 * 132, 300 * 132, 132, 1)},  # 264 bytes from vector to vector
+        {"stride": (0, 0, 128, 1)},
+        {"address": (1 << 20) + 8},
+        {"cols": fake_tensor((1, 1, 700, 128), stride=(1, 1, 1, 700))},
+    ],
+    ids=str,
+)
+def test_other_operands_take_plain_triton(relation, on_hopper):
+    assert not hopper.serves(fake_relation(**relation))
+    assert not hopper.serves_backward(fake_relation(**relation))
+
+
+def test_other_devices_and_versions_take_plain_triton(on_hopper, monkeypatch):
+    relation = fake_relation()
+    for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert not hopper.serves(relation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(hopper, "AVAILABLE", False)
+    assert not hopper.serves(relation)
+    monkeypatch.setattr(hopper, "AVAILABLE", True)
+    monkeypatch.setattr(hopper.tiling, "INTERPRETED", True)
+    assert not hopper.serves(relation)
+
+
+def test_a_self_relation_that_sees_the_future_takes_the_plain_backward(on_hopper):
+    relation = fake_relation(causal=False)
+    assert hopper.serves(relation) and not hopper.serves_backward(relation)
+    pair = fake_relation(cols=fake_tensor(), causal=False)
+    assert hopper.serves_backward(pair)
+
+
+def masks():
+    """(name, mask, self relation) of every kind, over several blocks and with ragged ends."""
+    for layout in ("single", "left_pad", "both_pad", "all_pad", "packed", "packed_pad"):
+        for s in (100, 1000, 2100):
+            bounds = segment_bounds(segment_ids(layout, 2, s))
+            for name, row, n, col, m in (
+                ("self", 0, s, 0, s),
+                ("late rows", s // 2, s - s // 2, 0, s),
+                ("late columns", 0, s, s // 3, s // 2),
+                ("past", s // 2, s // 4, 0, s // 2),
+                ("future", 0, s // 2, s // 2, s // 3),
+            ):
+                for causal in (True, False):
+                    mask = chunk_mask(
+                        *bounds, row_offset=row, n=n, col_offset=col, m=m, causal=causal
+                    )
+                    yield f"{layout}-{s}-{name}-{causal}", mask, False
+                    if name == "self" and causal:
+                        yield f"{layout}-{s}-itself", mask, True
+    yield "full", full_mask(1, 700, 1300), False
+
+
+@pytest.mark.parametrize(("mask", "is_self"), [pytest.param(*x[1:], id=x[0]) for x in masks()])
+def test_each_tile_is_added_to_in_turns_without_gaps(mask, is_self):
+    """Every pair is visited; who visits a tile is consecutive, and the last of them is known."""
+    block = order.BLOCK
+    (first, last), last_rows = order.reduction_order(mask, is_self)
+    for i in range(mask.b):
+        for j in range(last_rows.shape[1]):
+            visitors = [k for k in range(first.shape[1]) if first[i, k] <= j < last[i, k]]
+            if visitors:
+                assert visitors == list(range(visitors[0], int(last_rows[i, j]) + 1))
+            seen = (mask.col_lo_bn[i] < (j + 1) * block) & (mask.col_hi_bn[i] > j * block)
+            seen &= mask.col_lo_bn[i] < mask.col_hi_bn[i]
+            assert set((seen.nonzero()[:, 0] // block).tolist()) <= set(visitors)
+            if is_self:  # the block itself is the last to add to its own columns
+                assert visitors[0] == j
+
+
+def test_the_schedule_is_made_once_for_a_mask():
+    mask = causal_mask(1, 500)
+    assert order.reduction_order(mask, True) is order.reduction_order(mask, True)
+
+
+def test_masks_know_whether_they_are_causal():
+    bounds = segment_bounds(segment_ids("packed_pad", 2, 60))
+    chunk = dict(n=20, m=30)
+    assert causal_mask(1, 5).causal and causal_mask(1, 5).to("cpu").causal
+    assert chunk_mask(*bounds, row_offset=7, col_offset=7, **chunk).causal
+    assert not chunk_mask(*bounds, row_offset=7, col_offset=7, **chunk, causal=False).causal
+    assert not chunk_mask(*bounds, row_offset=20, col_offset=7, **chunk).causal
+    assert not full_mask(1, 5, 5).causal
+
+
+@pytest.mark.skipif(not hopper.AVAILABLE, reason="needs the version of triton they are written for")
+def test_both_kernels_compile_for_hopper():
+    """For a target without a device, in a process of its own since this one may interpret."""
+    script = Path(__file__).with_name("compile_hopper.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = str(script.parents[2])
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
