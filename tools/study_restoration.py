@@ -20,12 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megalard.data.tokenizer import TOKENIZER_FILES
@@ -67,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ropes", nargs="+", default=list(ROPES), choices=list(ROPES))
     parser.add_argument("--seeds", type=int, default=3, help="of the final runs (default: 3)")
-    parser.add_argument("--workers", type=int, default=1, help="runs at once on one device")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once, on the GPUs in turn")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--steps", type=int, default=3000, help="of pre-training (default: 3000)")
     parser.add_argument(
@@ -82,7 +84,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def pretrain(options: argparse.Namespace) -> None:
     """The teacher: random start, then megalard's own language modelling."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     corpus, start = options.folder / "corpus", options.folder / "start"
@@ -122,22 +123,22 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def search(options: argparse.Namespace) -> None:
-    """Every learning rate of every method, and the untrained baselines."""
-    baselines = [Run("baseline", "teacher", options.ropes[0])]
-    baselines += [Run("baseline", "scaled", rope) for rope in options.ropes]
-    tries = [
+    """Every learning rate of every method."""
+    runs = [
         Run("search", name, rope, rate)
         for name in options.methods
         for rope in options.ropes
         for rate in METHODS[name].rates
     ]
-    run_all(options, baselines + tries)
+    run_all(options, runs)
 
 
 def final(options: argparse.Namespace) -> None:
-    """Every method at its best rate, for every RoPE and seed."""
+    """Every method at its best rate, for every RoPE and seed; and the untrained baselines."""
     results = read_results(options.folder)
-    runs = [
+    runs = [Run("baseline", "teacher", options.ropes[0])]
+    runs += [Run("baseline", "scaled", rope) for rope in options.ropes]
+    runs += [
         Run("final", name, rope, best_rate(results, name, rope), seed)
         for seed in range(1, options.seeds + 1)
         for rope in options.ropes
@@ -147,11 +148,11 @@ def final(options: argparse.Namespace) -> None:
 
 
 def timing(options: argparse.Namespace) -> None:
-    """A few steps of each method, one at a time."""
+    """A few steps of each method, one at a time on a GPU."""
     results = read_results(options.folder)
     rope = options.ropes[0]
     runs = [Run("timing", m, rope, best_rate(results, m, rope)) for m in options.methods]
-    options.workers = 1
+    options.workers = max(1, torch.cuda.device_count())
     run_all(options, runs)
 
 
@@ -189,16 +190,18 @@ def run_all(options: argparse.Namespace, runs: list[Run]) -> None:
         raise UserError(f"{options.folder} holds no teacher: run the stage pretrain first")
     known = {found["key"] for found in read_results(options.folder)}
     todo = [run for run in runs if run.key not in known]
-    # the longest first, so that none is left alone at the end
-    todo.sort(key=lambda run: run.method in METHODS and METHODS[run.method].long, reverse=True)
+    # seed by seed, so that methods lack the same ones where time runs out; of a seed the longest
+    # first, so that none is left alone at the end
+    todo.sort(key=lambda run: (run.seed, not (run.method in METHODS and METHODS[run.method].long)))
     study = (options.folder, options.domain, options.device, options.shrink)
     start, failed = time.monotonic(), 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     context = multiprocessing.get_context("spawn")
+    number = context.Value("i", 0)
     with (
         Progress(*columns, TimeElapsedColumn()) as bar,
         open(options.folder / RESULTS, "a", buffering=1) as file,
-        ProcessPoolExecutor(options.workers, context, _start, (study,)) as pool,
+        ProcessPoolExecutor(options.workers, context, _start, (study, number)) as pool,
     ):
         task = bar.add_task(options.stage, total=len(todo))
         futures = {pool.submit(_work, run, start + options.seconds): run for run in todo}
@@ -220,8 +223,13 @@ def run_all(options: argparse.Namespace, runs: list[Run]) -> None:
 _study: Study
 
 
-def _start(study: tuple) -> None:
+def _start(study: tuple, number) -> None:
+    """Make ready a worker; workers take the GPUs in turn."""
     global _study
+    with number.get_lock():
+        own, number.value = number.value, number.value + 1
+    if torch.cuda.device_count() > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(own % torch.cuda.device_count())
     _study = Study(*study)
 
 

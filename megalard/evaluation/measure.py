@@ -19,7 +19,7 @@ from megalard.parallel.mesh import Mesh
 from megalard.parallel.vocab import arg_max, cross_entropy, kl_divergence
 
 _ROWS = 1024
-_TOKENS_A_PASS = 8192
+_TOKENS_A_PASS = 16384
 
 
 @dataclass(frozen=True)

@@ -46,25 +46,19 @@ class Method:
 
     def milestones(self) -> list[int]:
         """Tokens after which short text is measured: halvings of the whole."""
-        return sorted({self.compared_at, *(self.tokens >> i for i in range(8))})
+        return sorted({self.compared_at, *(self.tokens >> i for i in range(7))})
 
 
 _LORA = (1e-3, 3e-3, 1e-2, 3e-2)
-_ALL = (1e-4, 3e-4, 1e-3, 2e-3)
+_ALL = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
 METHODS = {
     "linearard": Method("LinearARD (published)", False, _LORA),
     "linearard-qk": Method("LinearARD + QK", False, _LORA),
     "qk-context": Method("QK + attention context", False, _LORA),
     "logits": Method("logits KL", False, _LORA),
     "linearard-long": Method("LinearARD + long text", False, _LORA),
-    **{
-        n: Method(n, False, (3e-3, 1e-2, 3e-2))
-        for n in ("c-lora-sum", "c-lora-skip", "c-lora-long")
-    },
-    **{
-        n: Method(n, False, (3e-4, 1e-3, 3e-3))
-        for n in ("c-all-logits", "c-all-sum", "c-all-skip", "c-all-skip-long")
-    },
+    "ours": Method("ours", False, (3e-3, 6e-3)),
+    **{f"o{i}": Method(f"o{i}", False, (3e-3, 6e-3)) for i in range(1, 7)},
     "cpt": Method("CPT", True, _ALL),
     "longred": Method("LongReD", True, _ALL),
 }

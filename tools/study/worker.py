@@ -40,7 +40,7 @@ class Sizes:
     milestone: int = 16_384
     short: int = 65_536
     long: int = 131_072
-    samples: int = 10
+    samples: int = 8
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def execute(study: Study, run: Run) -> dict:
     tokens = {
         "search": method and method.search_tokens,
         "final": method and method.tokens,
-        "timing": 25 * per_step * study.shrink,
+        "timing": 15 * per_step * study.shrink,
     }.get(run.kind, 0)
     steps = round(tokens / study.shrink / per_step) if tokens else 0
     config = study.config(run, max(1, steps))
@@ -180,8 +180,6 @@ def execute(study: Study, run: Run) -> dict:
         result["validation"] = measure("validation", (*SHORT, WINDOW), study.sizes.validation, own)
     elif run.kind == "baseline":
         result["compared"] = _full(study, model, teacher, dtype)
-    elif run.kind == "final" and method.tokens > method.compared_at:
-        result["in_all"] = _full(study, model, teacher, dtype)
     return result
 
 
