@@ -21,25 +21,43 @@ except ImportError:
     hopper_forward = hopper_backward = None
     AVAILABLE = False
 
-DTYPES = (torch.bfloat16, torch.float16)
-HEAD_DIMS = (64, 128)
+# What the kernels are written for, and what of it is taken: what has passed its tests on such a GPU.
+DTYPES, HEAD_DIMS = (torch.bfloat16, torch.float16), (64, 128)
+CHECKED_DTYPES, CHECKED_HEAD_DIMS = (torch.bfloat16,), (128,)
 
 
 def serves(op: Operands) -> bool:
-    """Whether the Hopper kernels can take these operands as they are."""
-    operands = (op.rows_s, op.rows_t, op.cols_s, op.cols_t)
+    """Whether the Hopper kernels take these operands."""
+    return can_serve(op) and all(
+        x.dtype in CHECKED_DTYPES and x.shape[3] in CHECKED_HEAD_DIMS for x in _operands(op)
+    )
+
+
+def serves_backward(op: Operands) -> bool:
+    """Whether they take the backward pass too; of two operands it has not been checked yet."""
+    return serves(op) and op.is_self and can_serve_backward(op)
+
+
+def can_serve(op: Operands) -> bool:
+    """Whether the Hopper kernels are written for these operands, as they are."""
     return (
         AVAILABLE
         and not tiling.INTERPRETED
         and op.rows_s.is_cuda
         and torch.cuda.get_device_capability(op.rows_s.device)[0] == 9
-        and all(x.dtype in DTYPES and x.shape[3] in HEAD_DIMS and tma_accepts(x) for x in operands)
+        and all(
+            x.dtype in DTYPES and x.shape[3] in HEAD_DIMS and tma_accepts(x) for x in _operands(op)
+        )
     )
 
 
-def serves_backward(op: Operands) -> bool:
+def can_serve_backward(op: Operands) -> bool:
     """A self relation must be causal: blocks of rows add to their own columns last."""
-    return serves(op) and (op.mask.causal or not op.is_self)
+    return can_serve(op) and (op.mask.causal or not op.is_self)
+
+
+def _operands(op: Operands) -> tuple[Tensor, ...]:
+    return op.rows_s, op.rows_t, op.cols_s, op.cols_t
 
 
 def tma_accepts(x: Tensor) -> bool:

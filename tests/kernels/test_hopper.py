@@ -57,9 +57,18 @@ def on_hopper(monkeypatch):
     ],
     ids=str,
 )
-def test_training_shapes_take_the_hopper_kernels(relation, on_hopper):
-    assert hopper.serves(fake_relation(**relation))
-    assert hopper.serves_backward(fake_relation(**relation))
+def test_the_hopper_kernels_are_written_for_training_shapes(relation, on_hopper):
+    assert hopper.can_serve(fake_relation(**relation))
+    assert hopper.can_serve_backward(fake_relation(**relation))
+
+
+def test_what_was_checked_on_a_gpu_takes_the_hopper_kernels(on_hopper):
+    assert hopper.serves(fake_relation()) and hopper.serves_backward(fake_relation())
+    two_operands = fake_relation(cols=fake_tensor((1, 1, 700, 128)))
+    assert hopper.serves(two_operands) and not hopper.serves_backward(two_operands)
+    for other in ({"dtype": torch.float16}, {"shape": (2, 8, 33, 64)}):
+        assert not hopper.serves(fake_relation(**other))
+        assert not hopper.serves_backward(fake_relation(**other))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +106,7 @@ def test_a_self_relation_that_sees_the_future_takes_the_plain_backward(on_hopper
     relation = fake_relation(causal=False)
     assert hopper.serves(relation) and not hopper.serves_backward(relation)
     pair = fake_relation(cols=fake_tensor(), causal=False)
-    assert hopper.serves_backward(pair)
+    assert hopper.can_serve_backward(pair)
 
 
 def masks():

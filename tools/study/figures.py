@@ -45,10 +45,13 @@ class Results:
         self.domain = domain
         self.finals = [found for found in results if found["kind"] == "final"]
         self.timings = {found["method"]: found for found in results if found["kind"] == "timing"}
+        baselines = [found for found in results if found["kind"] == "baseline"]
         self.baselines = {
-            (found["method"], found["rope"]): found["compared"]
-            for found in results
-            if found["kind"] == "baseline"
+            (found["method"], found["rope"]): found["compared"] for found in baselines
+        }
+        # on the text that curves are measured on, which is less
+        self._curve_baselines = {
+            (found["method"], found["rope"]): found["curve"][0] for found in baselines
         }
 
     @property
@@ -101,9 +104,11 @@ class Results:
 
     def restored(self, measured: dict, rope: str, where: str) -> float:
         """(L_scaled - L) / (L_scaled - L_teacher) on short text."""
-        scaled = self.short(self.scaled(rope), where)
-        teacher = self.short(self.teacher, where)
-        return (scaled - self.short(measured, where)) / (scaled - teacher)
+        return self._share(measured, self.scaled(rope), self.teacher, where)
+
+    def _share(self, measured: dict, scaled: dict, teacher: dict, where: str) -> float:
+        own, worst, best = (self.short(found, where) for found in (measured, scaled, teacher))
+        return (worst - own) / (worst - best)
 
     def score_kept(self, measured: dict, where: str) -> float:
         """Next-token accuracy on short text over the teacher's."""
@@ -120,8 +125,10 @@ class Results:
         """Share of the gap restored against training tokens, over seeds."""
         runs = self.runs(method, rope)
         tokens = [point["tokens"] for point in runs[0]["curve"]]
+        scaled = self._curve_baselines["scaled", rope]
+        teacher = next(found for (n, _), found in self._curve_baselines.items() if n == "teacher")
         shares = [
-            spread(self.restored(run["curve"][i], rope, where) for run in runs)
+            spread(self._share(run["curve"][i], scaled, teacher, where) for run in runs)
             for i in range(len(tokens))
         ]
         return tokens, shares

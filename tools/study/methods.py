@@ -58,7 +58,6 @@ METHODS = {
     "logits": Method("logits KL", False, _LORA),
     "linearard-long": Method("LinearARD + long text", False, _LORA),
     "ours": Method("ours", False, (3e-3, 6e-3)),
-    **{f"o{i}": Method(f"o{i}", False, (3e-3, 6e-3)) for i in range(1, 7)},
     "cpt": Method("CPT", True, _ALL),
     "longred": Method("LongReD", True, _ALL),
 }

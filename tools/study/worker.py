@@ -179,6 +179,8 @@ def execute(study: Study, run: Run) -> dict:
         own = [study.domain]
         result["validation"] = measure("validation", (*SHORT, WINDOW), study.sizes.validation, own)
     elif run.kind == "baseline":
+        domains = measure("test", SHORT, study.sizes.milestone, study.domains)
+        result["curve"].append({"tokens": 0, "domains": domains})
         result["compared"] = _full(study, model, teacher, dtype)
     return result
 
