@@ -17,11 +17,12 @@ try:
     from .hopper_forward import hopper_forward
 
     AVAILABLE = triton.__version__.startswith("3.6.")  # the version they were checked with
-except ImportError:
+    REASON = "" if AVAILABLE else f"they were checked with triton 3.6, this is {triton.__version__}"
+except ImportError as error:
     hopper_forward = hopper_backward = None
-    AVAILABLE = False
+    AVAILABLE, REASON = False, f"they cannot be imported: {error}"
 
-# What the kernels are written for, and what of it is taken: what has passed its tests on such a GPU.
+# What the kernels are written for, and what of it is taken: what was checked on such a GPU.
 DTYPES, HEAD_DIMS = (torch.bfloat16, torch.float16), (64, 128)
 CHECKED_DTYPES, CHECKED_HEAD_DIMS = (torch.bfloat16,), (128,)
 

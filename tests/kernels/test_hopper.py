@@ -104,7 +104,7 @@ def test_other_devices_and_versions_take_plain_triton(on_hopper, monkeypatch):
 
 def test_a_self_relation_that_sees_the_future_takes_the_plain_backward(on_hopper):
     relation = fake_relation(causal=False)
-    assert hopper.serves(relation) and not hopper.serves_backward(relation)
+    assert hopper.serves(relation) and not hopper.can_serve_backward(relation)
     pair = fake_relation(cols=fake_tensor(), causal=False)
     assert hopper.can_serve_backward(pair)
 
