@@ -134,7 +134,8 @@ def _packing(spans: tuple, batch: int, queries: int, keys: int, device: torch.de
     """Made once for all layers, and for teacher and student."""
 
     def places(ranges: list[tuple[int, int]], rows: int) -> torch.Tensor | None:
-        if list(itertools.chain.from_iterable(itertools.starmap(range, ranges))) == [*range(rows)]:
+        edges = [0, *itertools.chain.from_iterable(ranges), rows]
+        if all(end == start for end, start in zip(edges[::2], edges[1::2], strict=True)):
             return None
         return torch.cat([torch.arange(*pair) for pair in ranges]).to(device)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megalard.model.attention import attend
+from megalard.model import attention
 from megalard.parallel.context import SequenceShard
 from megalard.parallel.mesh import Axis
 
@@ -49,7 +49,7 @@ def check(device, dtype, tolerance, kind, heads, window, ranks):
         upstream = torch.randn(2, len(places), 4, 16, device=device, dtype=dtype)
         results = []
         for function in (
-            lambda q, k, v, shard=shard: attend(q, k, v, shard.spans(flat), window),
+            lambda q, k, v, shard=shard: attention.attend(q, k, v, shard.spans(flat), window),
             lambda q, k, v, places=places: dense(q, k, v, documents, places, window),
         ):
             leaves = [x.clone().requires_grad_() for x in made]
@@ -70,6 +70,28 @@ CASES = pytest.mark.parametrize(
         for ranks in (1, 2)
     ],
 )
+
+
+def one_document_at_a_time(q, k, v, pack, sides):
+    """What a variable-length kernel computes, from its arguments."""
+    window = None if sides[0] < 0 else sides[0] + 1
+    found = []
+    for i in range(len(pack.ends_q) - 1):
+        rows, columns = (slice(*ends[i : i + 2].tolist()) for ends in (pack.ends_q, pack.ends_k))
+        assert rows.stop - rows.start <= pack.longest_q
+        assert columns.stop - columns.start <= pack.longest_k
+        parts = (x.transpose(0, 1)[None] for x in (q[rows], k[columns], v[columns]))
+        found.append(attention._causal(*parts, window)[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+@CASES
+def test_packing_for_a_variable_length_kernel_is_exact(kind, heads, window, ranks, monkeypatch):
+    def attend(q, k, v, spans, window):
+        return attention._variable_length(one_document_at_a_time, q, k, v, spans, window)
+
+    monkeypatch.setattr(attention, "attend", attend)
+    check("cpu", torch.float32, 1e-5, kind, heads, window, ranks)
 
 
 @CASES
