@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,19 +134,35 @@ def test_inspect_tells_what_is_in_it(folder, capsys):
 
 
 def test_inspect_finds_damage(folder, tmp_path, capsys):
-    import shutil
-
-    copy = shutil.copytree(folder / "sharded", tmp_path / "copy")
-    shard = copy / "weights-00001-000.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-9] ^= 4
-    shard.write_bytes(content)
+    copy = tmp_path / "copy"
+    shard = damaged(folder, copy)
     assert inspect(copy) == 1
     assert f"{shard} is damaged" in capsys.readouterr().out
     shard.unlink()
     assert inspect(copy) == 1
     assert "NOT USABLE" in capsys.readouterr().out
     assert inspect(folder / "hf") == 1
+
+
+def damaged(folder: Path, copy: Path) -> Path:
+    """The sharded model with one bit of a tensor changed; gives the file that has it."""
+    shutil.copytree(folder / "sharded", copy)
+    shard = copy / "weights-00001-000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 4
+    shard.write_bytes(content)
+    return shard
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_damaged_checkpoint_is_not_converted(command, folder, tmp_path, capsys):
+    """New checksums would vouch for what the old ones deny."""
+    shard = damaged(folder, tmp_path / "copy")
+    assert convert(command, tmp_path / "copy", tmp_path / "out") == 1
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if "error" in line]
+    assert f"{shard} is damaged or of another model" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 @pytest.mark.parametrize("name", ["convert_hf", "verify_checkpoint", "inspect_checkpoint"])
