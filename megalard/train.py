@@ -53,18 +53,19 @@ def train(config: Config) -> None:
             tokens = assemble.open_streams(config, output.directory, plan, mesh)
             loaders = assemble.make_loaders(config, tokens, plan, mesh)
             evaluator = Evaluator(config, plan, output.directory, mesh)
-            teacher, student, source = assemble.load_models(config, plan, mesh)
+            teacher, student, origins = assemble.load_models(config, plan, mesh)
         distiller = Distiller(teacher, student, config, mesh)
         evaluator.before(teacher, student.decoder)
         axis = checkpoint_axis(mesh)
-        done, base = resume(output, distiller, source, tokens, axis)
+        done, known = resume(output, distiller, origins, tokens, axis)
         steps, tokens_a_step = config.optimizer.steps, config.tokens_a_step
         first = mesh.world.rank == 0
         monitor = Monitor(output.directory, steps, tokens_a_step, config.run.log_every, first, done)
         describe = partial(describe_run, distiller, plan.student_config, tokens, loaders)
+        source = origins.base
         files = assemble.companions(plan, source)
         saver = Saver(
-            output.checkpoints, distiller, source, describe, files, config.checkpoint, axis, base
+            output.checkpoints, distiller, origins, describe, files, config.checkpoint, axis, known
         )
 
         def export(name: str) -> None:

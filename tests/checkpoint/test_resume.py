@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from megalard.checkpoint import saver
+from megalard.checkpoint.manifest import read_manifest
 from megalard.checkpoint.run_folder import checkpoint_path
 from megalard.checkpoint.sharded import ShardedWeights
 from megalard.train import main
@@ -229,6 +230,50 @@ def test_another_base_model_is_refused_and_a_moved_one_is_not(job, tmp_path, cap
     weights.write_bytes(content)
     main(arguments(job, output, *SAVE, f"model.teacher={model}"))
     assert (output / "student" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def models(job, tmp_path_factory):
+    """A run with a student of its own, that student, and a copy of the teacher, changed."""
+    folder = tmp_path_factory.mktemp("models")
+    student = shutil.copytree(job / "model", folder / "student")
+    flip(student / "model.safetensors")
+    main(arguments(job, folder / "whole", *SAVE, f"model.student={student}"))
+    changed = shutil.copytree(job / "model", folder / "changed")
+    flip(changed / "model.safetensors")
+    return folder
+
+
+def flip(path: Path) -> None:
+    """Change the lowest bit of the last value."""
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+def test_another_teacher_is_refused_and_a_moved_one_is_not(job, models, tmp_path, capsys):
+    output = interrupted(models, "whole", tmp_path / "output")
+    own = f"model.student={models / 'student'}"
+    line = refusal(capsys, job, output, *SAVE, own, f"model.teacher={models / 'changed'}")
+    assert f"{models / 'changed' / 'model.safetensors'} is damaged or of another model" in line
+    assert "the checkpoint's note of its teacher" in line
+    moved = shutil.copytree(job / "model", tmp_path / "moved")
+    main(arguments(job, output, *SAVE, own, f"model.teacher={moved}"))
+    assert losses(output) == losses(models / "whole")
+    # and the checkpoints it wrote say where both are now
+    noted = read_manifest(checkpoint_path(output / "checkpoints", STEPS))
+    assert (noted.base["path"], noted.teacher["path"]) == (str(models / "student"), str(moved))
+    assert (
+        noted.teacher["files"]
+        == read_manifest(checkpoint_path(models / "whole" / "checkpoints", STEPS)).teacher["files"]
+    )
+
+
+def test_a_student_of_its_own_does_not_hide_a_changed_teacher(job, models, tmp_path, capsys):
+    """The run's student started from its teacher; the same files now come as model.student."""
+    output = interrupted(job, "one", tmp_path / "output")
+    options = (f"model.student={job / 'model'}", f"model.teacher={models / 'changed'}")
+    assert "note of its teacher" in refusal(capsys, job, output, *SAVE, *options)
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(job, tmp_path, capsys):
