@@ -29,6 +29,7 @@ _MAY_DIFFER = (
     "evaluation.",
     "run.output",
     "run.device",
+    "run.deterministic",
     "run.log_every",
     "run.non_finite",
     "data.paths",

@@ -43,8 +43,18 @@ Every key of the configuration can be overridden on the command line.
 """
 
 
+def choose_kernels(deterministic: bool) -> None:
+    """Allow only kernels whose sums have one order, or any; before anything uses the GPU."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # what is left uninitialized here is written before it is read
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def train(config: Config) -> None:
     """Run the whole job. Every rank calls it; rank 0 writes and reports."""
+    choose_kernels(config.run.deterministic)
     mesh = build_mesh(config.run.device, config.parallel.tp, config.parallel.cp)
     with StopSignals(mesh) as stop:
         plan = assemble.make_plan(config, mesh)
@@ -94,6 +104,7 @@ def train(config: Config) -> None:
 
 def check(config: Config) -> None:
     """``--preflight``: everything a run does before it is paid for, without writing."""
+    choose_kernels(config.run.deterministic)
     mesh = build_mesh(config.run.device, config.parallel.tp, config.parallel.cp)
     plan = assemble.make_plan(config, mesh)
     find_output(config, mesh)
