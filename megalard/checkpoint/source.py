@@ -158,8 +158,11 @@ def describe(manifest: Manifest) -> dict:
         "trained": "nothing" if trained is None else _trained(trained),
         "step": "none" if training is None else _position(training),
         "base": "none" if manifest.base is None else manifest.base["path"],
+        "teacher": "the base" if manifest.teacher is None else manifest.teacher["path"],
         "complete": "yes",
     }
+    if manifest.training is None:
+        del facts["teacher"]
     return facts
 
 
