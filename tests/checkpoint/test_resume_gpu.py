@@ -31,7 +31,7 @@ COMMON = (
     "checkpoint.save_every=2",
     "checkpoint.keep_last=9",
 )
-BF16, TP2 = "model.compute_dtype=bfloat16", "parallel.tp=2"
+BF16, TP2, CP2 = "model.compute_dtype=bfloat16", "parallel.tp=2", "parallel.cp=2"
 # summation order alone differs between topologies: fp32 rounding through the steps that are left
 TOLERANCE = 1e-4
 
@@ -77,8 +77,8 @@ def one(job):
 
 @pytest.fixture(scope="module")
 def two(job):
-    """Uninterrupted on two GPUs: ``tp2`` and ``dp2``."""
-    run_ranks(2, _run_all, str(job), [("tp2", (TP2,)), ("dp2", ())])
+    """Uninterrupted on two GPUs: ``tp2``, ``dp2`` and ``cp2``."""
+    run_ranks(2, _run_all, str(job), [("tp2", (TP2,)), ("dp2", ()), ("cp2", (CP2,))])
     return job
 
 
@@ -140,14 +140,16 @@ def test_one_gpu_goes_on_bit_for_bit_in_bf16(job, tmp_path):
 
 @two_gpus
 def test_two_gpus_go_on_bit_for_bit_and_from_one(job, one, two):
-    """One start of two ranks for all three."""
+    """One start of two ranks for all four."""
     interrupted(two / "tp2", job / "tp2-again")
     interrupted(two / "dp2", job / "dp2-again")
+    interrupted(two / "cp2", job / "cp2-again")
     interrupted(one, job / "one-on-tp2")
-    runs = [("tp2-again", (TP2,)), ("dp2-again", ()), ("one-on-tp2", (TP2,))]
+    runs = [("tp2-again", (TP2,)), ("dp2-again", ()), ("cp2-again", (CP2,)), ("one-on-tp2", (TP2,))]
     run_ranks(2, _run_all, str(job), runs)
     assert_same_bits(job / "tp2-again", two / "tp2")
     assert_same_bits(job / "dp2-again", two / "dp2")
+    assert_same_bits(job / "cp2-again", two / "cp2")
     assert_same_within_rounding(job / "one-on-tp2", one)
 
 

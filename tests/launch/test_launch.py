@@ -154,14 +154,6 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_two_nodes_are_one_node_of_two_ranks(job, one):
-    logs = [job / "plain-0.log", job / "plain-1.log"]
-    _, *nodes = start_nodes(job, job / "plain", logs, Network())
-    for node, log in zip(nodes, logs, strict=True):
-        finish(node, log)
-    assert_same_run(job / "plain", one)
-
-
 @pytest.fixture(scope="module", params=["namespaces", "loopback"])
 def network(request):
     """One of the two is skipped: namespaces show all that the loopback device does."""
@@ -178,7 +170,8 @@ def network(request):
         yield found
 
 
-def test_a_lost_node_starts_again_and_the_run_goes_on_from_the_last_checkpoint(job, one, network):
+def test_two_nodes_are_one_of_two_ranks_though_one_is_lost_and_starts_again(job, one, network):
+    """The run goes on from the last checkpoint, and to the same end."""
     output, logs = job / "lost", [job / "lost-0.log", job / "lost-1.log"]
     start_node, first, second = start_nodes(job, output, logs, network, "--max-restarts", "1")
     wait_for(has(output / "metrics.jsonl", r'"step": 12,'), first, logs[0])
