@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megalard.checkpoint.base import Origins
 from megalard.checkpoint.load import load_decoder
 from megalard.checkpoint.merged import Weights
-from megalard.checkpoint.source import open_weights
+from megalard.checkpoint.source import check_recorded_sums, open_weights
 from megalard.config import Config, StreamConfig, to_dict
 from megalard.data.blocks import Blocks, DocumentBlocks, PackedBlocks
 from megalard.data.loader import BatchLoader, StreamLoaders
@@ -31,7 +32,7 @@ from megalard.errors import UserError
 from megalard.model.decoder import Decoder
 from megalard.model.rope import rope_table, scaled_config, write_rope
 from megalard.model.spec import ModelSpec, read_spec, spec_from_config
-from megalard.parallel.agreement import checked_on_all_ranks, gather_objects
+from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks, gather_objects
 from megalard.parallel.context import SequenceShard
 from megalard.parallel.layout import check_divisible
 from megalard.parallel.mesh import Mesh
@@ -148,24 +149,36 @@ def undone_on_error(output: Output, mesh: Mesh) -> Iterator[None]:
         raise
 
 
-def load_models(config: Config, plan: Plan, mesh: Mesh) -> tuple[Decoder | None, Student, Weights]:
-    """The frozen teacher, the student, and the files the student started from.
+def load_models(config: Config, plan: Plan, mesh: Mesh) -> tuple[Decoder | None, Student, Origins]:
+    """The frozen teacher, the student, and the files they are from; a collective call.
 
-    The teacher is None where nothing compares with it: neither a stream nor the evaluation.
+    The teacher is None where nothing compares with it: neither a stream nor the evaluation. Where
+    the files' checksums are recorded (a sharded checkpoint, a run's) they are compared meanwhile.
+
+    Raises:
+        UserError: on every rank, when a tensor is missing or of another shape, or a file damaged.
     """
     dtype = getattr(torch, config.model.compute_dtype)
-    with checked_on_all_ranks(mesh.world):
-        weights = open_weights(config.model.teacher)
-        rope = rope_table(plan.teacher)
-        teacher = load_decoder(plan.teacher, rope, mesh.tp, weights, mesh.device, dtype)
-        own = open_weights(config.model.student) if config.model.student else None
-        rope = rope_table(plan.student)
-        student = build_student(
-            teacher, plan.student, rope, config, mesh.tp, own, masters=own or weights
-        )
+
+    def check() -> None:
+        for directory in filter(None, (config.model.teacher, config.model.student)):
+            check_recorded_sums(directory, mesh.world)
+
+    with checked_meanwhile(check, mesh.world) as wait_for_checksums:
+        with checked_on_all_ranks(mesh.world):
+            weights = open_weights(config.model.teacher)
+            rope = rope_table(plan.teacher)
+            teacher = load_decoder(plan.teacher, rope, mesh.tp, weights, mesh.device, dtype)
+            own = open_weights(config.model.student) if config.model.student else None
+            rope = rope_table(plan.student)
+            student = build_student(
+                teacher, plan.student, rope, config, mesh.tp, own, masters=own or weights
+            )
+        wait_for_checksums()
     compared = any(stream.objective.needs_teacher for stream in config.all_streams().values())
     needed = compared or config.evaluation.paths
-    return teacher if needed else None, student, own or weights
+    origins = Origins(own, teacher=weights) if own else Origins(weights)
+    return teacher if needed else None, student, origins
 
 
 def open_streams(

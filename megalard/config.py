@@ -229,6 +229,9 @@ class RunConfig:
     """auto (a GPU where there is one), cpu or cuda."""
     seed: int = 0
     """Of the order of the data, LoRA's start and dropout."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time, also where that is slower (on GPUs, the
+    backward pass of attention): a resumed run is then bit for bit the uninterrupted one."""
     log_every: int = 1
     """Steps between reports."""
     non_finite: str = "stop"

@@ -8,9 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalard.checkpoint.base import check_base
+from megalard.checkpoint.base import Origins
 from megalard.checkpoint.manifest import Manifest, read_manifest, written_by
-from megalard.checkpoint.merged import Weights
 from megalard.checkpoint.run_folder import checkpoints, unfinished
 from megalard.checkpoint.sharded import ShardedWeights
 from megalard.checkpoint.state import optimizer_settings, restore_state
@@ -30,6 +29,7 @@ _MAY_DIFFER = (
     "evaluation.",
     "run.output",
     "run.device",
+    "run.deterministic",
     "run.log_every",
     "run.non_finite",
     "data.paths",
@@ -136,18 +136,18 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 def resume(
     output: Output,
     distiller: Distiller,
-    base: Weights,
+    origins: Origins,
     stores: dict[str, TokenStore],
     axis: Axis,
 ) -> tuple[int, dict | None]:
     """Bring a new run to where the output's checkpoint stopped; a collective call.
 
     Returns:
-        The steps done (0 for a new run), and what the checkpoint notes of its base.
+        The steps done (0 for a new run), and what the next checkpoint will note of the models.
 
     Raises:
-        UserError: on every rank, when the checkpoint, the base model or the text is damaged or
-            not what it was.
+        UserError: on every rank, when the checkpoint, the base model, the teacher or the text is
+            damaged or not what it was.
     """
     leftovers = unfinished(output.checkpoints) if axis.rank == 0 else []
     for path in leftovers:
@@ -165,7 +165,7 @@ def resume(
 
     def check() -> None:
         weights.check_sums(axis)
-        check_base(manifest.base, base.directory, axis)
+        origins.check(manifest, axis)
 
     with checked_meanwhile(check, axis) as wait_for_checksums:
         restore_state(distiller, weights, axis)
@@ -173,7 +173,7 @@ def resume(
     step = manifest.training["step"]
     if axis.rank == 0:
         print(f"resuming from {output.checkpoint} after step {step}", flush=True)
-    return step, {**manifest.base, "path": str(base.directory.absolute())}
+    return step, origins.describe_checked(manifest)
 
 
 def _check_student(manifest: Manifest, config: dict) -> None:
@@ -214,7 +214,7 @@ def describe_run(
     loaders: StreamLoaders,
     step: int,
 ) -> dict:
-    """The manifest's sections after ``step`` steps, but for the base's."""
+    """The manifest's sections after ``step`` steps, but for the models'."""
     config, layouts = distiller.config, distiller.student.decoder.layouts
     trainable = config.trainable
     lora = {

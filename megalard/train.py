@@ -43,8 +43,18 @@ Every key of the configuration can be overridden on the command line.
 """
 
 
+def choose_kernels(deterministic: bool) -> None:
+    """Allow only kernels whose sums have one order, or any; before anything uses the GPU."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # what is left uninitialized here is written before it is read
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def train(config: Config) -> None:
     """Run the whole job. Every rank calls it; rank 0 writes and reports."""
+    choose_kernels(config.run.deterministic)
     mesh = build_mesh(config.run.device, config.parallel.tp, config.parallel.cp)
     with StopSignals(mesh) as stop:
         plan = assemble.make_plan(config, mesh)
@@ -53,18 +63,19 @@ def train(config: Config) -> None:
             tokens = assemble.open_streams(config, output.directory, plan, mesh)
             loaders = assemble.make_loaders(config, tokens, plan, mesh)
             evaluator = Evaluator(config, plan, output.directory, mesh)
-            teacher, student, source = assemble.load_models(config, plan, mesh)
+            teacher, student, origins = assemble.load_models(config, plan, mesh)
         distiller = Distiller(teacher, student, config, mesh)
         evaluator.before(teacher, student.decoder)
         axis = checkpoint_axis(mesh)
-        done, base = resume(output, distiller, source, tokens, axis)
+        done, known = resume(output, distiller, origins, tokens, axis)
         steps, tokens_a_step = config.optimizer.steps, config.tokens_a_step
         first = mesh.world.rank == 0
         monitor = Monitor(output.directory, steps, tokens_a_step, config.run.log_every, first, done)
         describe = partial(describe_run, distiller, plan.student_config, tokens, loaders)
+        source = origins.base
         files = assemble.companions(plan, source)
         saver = Saver(
-            output.checkpoints, distiller, source, describe, files, config.checkpoint, axis, base
+            output.checkpoints, distiller, origins, describe, files, config.checkpoint, axis, known
         )
 
         def export(name: str) -> None:
@@ -93,6 +104,7 @@ def train(config: Config) -> None:
 
 def check(config: Config) -> None:
     """``--preflight``: everything a run does before it is paid for, without writing."""
+    choose_kernels(config.run.deterministic)
     mesh = build_mesh(config.run.device, config.parallel.tp, config.parallel.cp)
     plan = assemble.make_plan(config, mesh)
     find_output(config, mesh)

@@ -1,8 +1,11 @@
-"""Without a GPU Triton kernels run in the interpreter, chosen before anything imports Triton."""
+"""Settings that have to stand before anything imports Triton or uses the GPU."""
 
 import os
 
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # read at the first product only, and needed by the tests with run.deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")

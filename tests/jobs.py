@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -57,6 +58,26 @@ def arguments(job: Path, output: Path | str, *overrides: str) -> list[str]:
     }
     settings |= dict(override.split("=", 1) for override in overrides)
     return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def interrupted(whole: Path, target: Path, step: int = 4) -> Path:
+    """The output directory of a run as it was shortly after its checkpoint of ``step``."""
+    shutil.copytree(whole, target)
+    shutil.rmtree(target / "student")
+    for path in (target / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    lines = (target / "metrics.jsonl").read_text().splitlines()
+    # the steps after the checkpoint were reported, and the last line only in part
+    (target / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
+    return target
+
+
+def losses(output: Path) -> list[float]:
+    """The loss of every step, none of them missing or told twice."""
+    lines = metrics(output)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
 
 
 def metrics(output: Path) -> list[dict]:

@@ -67,8 +67,8 @@ def make_student(config: Config, mesh: Mesh) -> MadeStudent:
     teacher = read_spec(config.model.teacher)
     scaled = scaled_config(teacher, config.rope, NATIVE)
     plan = Plan(teacher, spec_from_config(scaled, "student"), scaled, NATIVE, tokenizer=None)
-    _, student, source = load_models(config, plan, mesh)
-    return MadeStudent(student, source, scaled, mesh)
+    _, student, origins = load_models(config, plan, mesh)
+    return MadeStudent(student, origins.base, scaled, mesh)
 
 
 def shift(name: str, shape: tuple[int, ...]) -> torch.Tensor:

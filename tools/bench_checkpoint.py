@@ -214,6 +214,7 @@ def stall(options: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from megalard import config as settings
+    from megalard.checkpoint.base import Origins
     from megalard.checkpoint.load import load_decoder
     from megalard.checkpoint.saver import Saver
     from megalard.checkpoint.sharded import checkpoint_axis
@@ -271,7 +272,8 @@ def stall(options: argparse.Namespace) -> None:
         def describe(step: int, head=head) -> dict:
             return {**head, "step": step}
 
-        with Saver(options.folder / kind, distiller, random, describe, [], chosen, axis) as saver:
+        folder, origins = options.folder / kind, Origins(random)
+        with Saver(folder, distiller, origins, describe, [], chosen, axis) as saver:
             saver.save(number)  # the first allocates what the others use again
             saver.wait()
             began = time.perf_counter()

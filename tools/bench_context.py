@@ -1,10 +1,16 @@
 """Time the relation KL over a sharded sequence, forward and gradient, on 1, 2, ... ranks.
 
     torchrun --nproc-per-node 4 tools/bench_context.py [--lengths 32768 65536] [--json FILE]
+    torchrun --nproc-per-node 4 tools/bench_context.py --attention
+    python tools/bench_context.py --paper
 
 For every length and every power of two up to the world size: the time of one layer's relation with
 the difference-cover schedule, the same work without the transfers (what is not hidden is the
 difference), and the same kernels under an all-gather of the rows, all from this one run.
+
+With --attention, of one layer's attention instead: gathering K and V as the trainer does, the same
+without the transfers, and a ring, with the peak memory of each beyond q, k and v. With --paper,
+which starts eight processes itself, the bytes each would send on up to 64 ranks.
 """
 
 from __future__ import annotations
@@ -13,15 +19,19 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from context_paper import print_paper
+from ring_attention import RingAttention
 
 from megalard.data.batch import collate
 from megalard.distill import sharded_relation
 from megalard.distill.sharded_relation import Operand, RelationPlan, relation_sums
 from megalard.kernels.relation_kl import chunk_mask, relation_backward, relation_forward
+from megalard.model.attention import attend
 from megalard.parallel.collectives import all_gather_tokens, reduce_scatter_tokens
 from megalard.parallel.context import SequenceShard
 from megalard.parallel.mesh import SINGLE, Axis, Mesh, build_mesh
@@ -91,16 +101,16 @@ def make_plan(shard: SequenceShard, device: torch.device) -> RelationPlan:
     return plan
 
 
-def seconds(function, x: Operand, plan: RelationPlan, repeats: int) -> float:
+def seconds(function, argument, axis: Axis, device: torch.device, repeats: int) -> float:
     """Median over repeats of the slowest rank's time."""
     times = []
     for _ in range(repeats + 1):
-        synchronize(x.student.device, plan.axis)
+        synchronize(device, axis)
         start = time.perf_counter()
-        function(x, plan)
-        synchronize(x.student.device, SINGLE)
-        own = torch.tensor([time.perf_counter() - start], device=x.student.device)
-        times.append(float(all_gather_tokens(own, plan.axis).max()))
+        function(argument)
+        synchronize(device, SINGLE)
+        own = torch.tensor([time.perf_counter() - start], device=device)
+        times.append(float(all_gather_tokens(own, axis).max()))
     return statistics.median(times[1:])
 
 
@@ -119,8 +129,61 @@ def measure(mesh: Mesh, axis: Axis, length: int, options: argparse.Namespace) ->
     plan = make_plan(shard, mesh.device)
     found = {"length": length, "ranks": axis.size}
     for function in (by_schedule, without_transfers, by_all_gather):
-        found[function.__name__] = seconds(function, x, plan, options.repeats)
+        work = partial(function, plan=plan)
+        found[function.__name__] = seconds(work, x, axis, mesh.device, options.repeats)
     return found
+
+
+def gathering(q, k, v, shard: SequenceShard) -> torch.Tensor:
+    """What the trainer does."""
+    return attend(q, shard.gather(k), shard.gather(v), shard.spans(((0, 0, shard.length),)), None)
+
+
+def not_gathering(q, k, v, shard: SequenceShard) -> torch.Tensor:
+    """The same work, on the own chunk in every place."""
+    whole = (x.repeat(1, 1, shard.axis.size, 1) for x in (k, v))
+    return attend(q, *whole, shard.spans(((0, 0, shard.length),)), None)
+
+
+def ring(q, k, v, shard: SequenceShard) -> torch.Tensor:
+    return RingAttention.apply(q, k, v, shard.axis).transpose(1, 2)
+
+
+def measure_attention(mesh: Mesh, axis: Axis, length: int, options: argparse.Namespace) -> dict:
+    """Times, and peak bytes of the fullest rank; gathering and ring must agree."""
+    shard = SequenceShard(length, axis)
+    shape = (1, options.heads, shard.own_length, options.head_dim)
+    dtype = getattr(torch, options.dtype)
+    x = [torch.randn(shape, device=mesh.device, dtype=dtype).requires_grad_() for _ in range(3)]
+    weight = torch.randn(shape, device=mesh.device, dtype=dtype).transpose(1, 2)
+    found, gradients = {"length": length, "ranks": axis.size}, {}
+
+    def step(function) -> list[torch.Tensor]:
+        out = function(*x, shard)
+        return [out.detach(), *torch.autograd.grad(out, x, weight)]
+
+    for function in (gathering, not_gathering, ring):
+        name = function.__name__
+        gradients[name] = step(function)
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step(function)
+            peak = torch.tensor([torch.cuda.max_memory_allocated() - before], device=mesh.device)
+            found[f"{name}_bytes"] = int(all_gather_tokens(peak, axis).max())
+        if function is ring:
+            _check_agreement(gradients["gathering"], gradients["ring"], axis)
+        gradients.pop("not_gathering", None)
+        found[name] = seconds(step, function, axis, mesh.device, options.repeats)
+    return found
+
+
+def _check_agreement(ours: list[torch.Tensor], theirs: list[torch.Tensor], axis: Axis) -> None:
+    """Outputs and gradients to 2e-2, which is the rounding of bf16 sums and far below an error."""
+    for a, b in zip(ours, theirs, strict=True):
+        off = (a.double() - b.double()).norm() / a.double().norm()
+        assert off < 2e-2, f"ring and gathering differ by {off:.1e} on rank {axis.rank}"
 
 
 def main() -> None:
@@ -134,7 +197,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--attention", action="store_true", help="time attention over cp instead")
+    parser.add_argument("--paper", action="store_true", help="bytes sent, by formula and counters")
     options = parser.parse_args()
+    if options.paper:
+        print_paper(max(options.lengths))
+        return
+    work = measure_attention if options.attention else measure
     mesh = build_mesh(options.device, 1)
     sizes = [2**k for k in range(mesh.world.size.bit_length()) if 2**k <= mesh.world.size]
     groups = {size: dist.new_group(list(range(size))) if size > 1 else None for size in sizes}
@@ -143,10 +212,10 @@ def main() -> None:
         for size in sizes:
             if mesh.world.rank < size:
                 axis = SINGLE if size == 1 else Axis(groups[size], mesh.world.rank, size)
-                results.append(measure(mesh, axis, length, options))
+                results.append(work(mesh, axis, length, options))
             synchronize(mesh.device, mesh.world)
     if mesh.world.rank == 0:
-        report(results)
+        report_attention(results) if options.attention else report(results)
         if options.json:
             options.json.write_text(json.dumps(results, indent=2) + "\n")
     if mesh.world.size > 1:
@@ -163,6 +232,18 @@ def report(results: list[dict]) -> None:
         print(
             f"{r['length']:7d} {r['ranks']:6d} {ours * 1e3:10.2f} {base / ours:7.2f} "
             f"{exposed:11.1%} {gathered * 1e3:12.2f} {base / gathered:7.2f}"
+        )
+
+
+def report_attention(results: list[dict]) -> None:
+    print("attention of one layer, forward and backward; ms, and GiB beyond q, k and v")
+    print(" length  ranks   gathering   not hidden     GiB        ring     GiB")
+    for r in results:
+        exposed = max(0.0, 1 - r["not_gathering"] / r["gathering"])
+        memory = [r.get(f"{name}_bytes", 0) / 2**30 for name in ("gathering", "ring")]
+        print(
+            f"{r['length']:7d} {r['ranks']:6d} {r['gathering'] * 1e3:11.2f} {exposed:12.1%} "
+            f"{memory[0]:7.2f} {r['ring'] * 1e3:11.2f} {memory[1]:7.2f}"
         )
 
 

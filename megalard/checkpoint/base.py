@@ -1,16 +1,59 @@
-"""The model a run started from: not written again, but named by its path and its checksums."""
+"""The models a run started from: not written again, but named by their paths and checksums."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from megalard.checkpoint.manifest import check_sums
+from megalard.checkpoint.manifest import Manifest, check_sums
 from megalard.checkpoint.merged import Weights
 from megalard.checkpoint.tensor_file import file_sha256
 from megalard.errors import UserError
 from megalard.parallel.agreement import checked_on_all_ranks, gather_objects
 from megalard.parallel.mesh import SINGLE, Axis
+
+
+@dataclass(frozen=True)
+class Origins:
+    """The files of a run's models.
+
+    Attributes:
+        base: what the student started from.
+        teacher: None where the student started from the teacher, which is then the base.
+    """
+
+    base: Weights
+    teacher: Weights | None = None
+
+    def describe(self, axis: Axis) -> dict:
+        """The manifest's ``base`` and ``teacher``; a collective call.
+
+        Raises:
+            UserError: on every rank, when a file cannot be read.
+        """
+        teacher = None if self.teacher is None else describe_base(self.teacher, axis)
+        return {"base": describe_base(self.base, axis), "teacher": teacher}
+
+    def check(self, manifest: Manifest, share: Axis = SINGLE) -> None:
+        """Refuse models that are not those of a run's checkpoint; a rank reads its share.
+
+        Raises:
+            UserError: naming the first file that is missing or differs.
+        """
+        check_base(manifest.base, self.base.directory, share)
+        if manifest.teacher or self.teacher:
+            note, files = manifest.teacher or manifest.base, self.teacher or self.base
+            check_base(note, files.directory, share, whose="teacher")
+
+    def describe_checked(self, manifest: Manifest) -> dict:
+        """What ``describe`` gives after ``check`` has passed, without reading the files again."""
+        teacher = self.teacher and _found_at(manifest.teacher or manifest.base, self.teacher)
+        return {"base": _found_at(manifest.base, self.base), "teacher": teacher}
+
+
+def _found_at(note: dict, weights: Weights) -> dict:
+    return {**note, "path": str(weights.directory.absolute())}
 
 
 def describe_base(weights: Weights, axis: Axis) -> dict:
@@ -36,7 +79,11 @@ def describe_base(weights: Weights, axis: Axis) -> dict:
 
 
 def check_base(
-    base: dict, directory: str | Path, share: Axis = SINGLE, progress=lambda count: None
+    base: dict,
+    directory: str | Path,
+    share: Axis = SINGLE,
+    progress=lambda count: None,
+    whose: str = "base model",
 ) -> None:
     """Refuse a base whose files are not those the checkpoint was written against.
 
@@ -49,8 +96,8 @@ def check_base(
         path = Path(directory) / name
         if not path.is_file() or path.stat().st_size != file["size"]:
             raise UserError(
-                f"{path} is not the file the checkpoint was trained on: give the base model's "
-                "own directory"
+                f"{path} is not the file the checkpoint was trained on: give the {whose}'s own "
+                "directory"
             )
     files = list(base["files"].items())[share.rank :: share.size]
-    check_sums(directory, files, "the checkpoint's note of its base model", progress)
+    check_sums(directory, files, f"the checkpoint's note of its {whose}", progress)

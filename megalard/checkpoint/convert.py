@@ -69,7 +69,7 @@ def import_model(
     # a Hugging Face directory records no checksums, and a thread more costs memory
     checking = (
         nullcontext(lambda: None)
-        if source.manifest is None
+        if source.checked_bytes() == 0
         else checked_meanwhile(partial(source.check_sums, axis), axis)
     )
     with checking as agreed:

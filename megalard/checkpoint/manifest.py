@@ -55,6 +55,11 @@ class Manifest:
         return self.body["base"]
 
     @property
+    def teacher(self) -> dict | None:
+        """The same of the teacher; None where it is the base."""
+        return self.body.get("teacher")
+
+    @property
     def trained(self) -> dict | None:
         """Which parameters were trained, and LoRA's settings."""
         return self.body["trained"]

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from megalard.checkpoint import state
-from megalard.checkpoint.base import describe_base
-from megalard.checkpoint.merged import Weights
+from megalard.checkpoint.base import Origins
 from megalard.checkpoint.run_folder import checkpoint_path, checkpoints, discard
 from megalard.checkpoint.sharded import save_sharded
 from megalard.config import CheckpointConfig
@@ -26,28 +25,28 @@ class Saver:
     Args:
         folder: where the checkpoints go.
         distiller: whose state is saved.
-        base: the files the student started from, noted by their checksums once.
-        head: the manifest's sections for a step, but ``base``.
+        origins: the models' files, noted by their checksums once.
+        head: the manifest's sections for a step, but ``base`` and ``teacher``.
         companions: files copied beside the shards.
         settings: how often, how many.
         axis: all ranks, with a CPU group that nothing else uses.
-        known_base: the base's note, when it has been compared already.
+        known_origins: the note of the models' files, when they have been compared already.
     """
 
     def __init__(
         self,
         folder: Path,
         distiller: Distiller,
-        base: Weights,
+        origins: Origins,
         head: Callable[[int], dict],
         companions: Iterable[Path],
         settings: CheckpointConfig,
         axis: Axis,
-        known_base: dict | None = None,
+        known_origins: dict | None = None,
     ):
-        self.folder, self.distiller, self.base, self.head = folder, distiller, base, head
+        self.folder, self.distiller, self.origins, self.head = folder, distiller, origins, head
         self.companions, self.settings, self.axis = list(companions), settings, axis
-        self._known_base = known_base
+        self._known_origins = known_origins
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._running: Future | None = None
         self._staging: dict[str, torch.Tensor] = {}
@@ -111,12 +110,12 @@ class Saver:
         return staged
 
     def _write(self, step: int, tensors: state.State, head: dict) -> None:
-        if self._known_base is None:
-            self._known_base = describe_base(self.base, self.axis)
+        if self._known_origins is None:
+            self._known_origins = self.origins.describe(self.axis)
         save_sharded(
             checkpoint_path(self.folder, step),
             state.as_tensors(tensors, self.distiller),
-            {**head, "base": self._known_base},
+            {**head, **self._known_origins},
             self.axis,
             companions=self.companions,
         )

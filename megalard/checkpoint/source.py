@@ -57,11 +57,13 @@ class Model:
             ShardedWeights(self.directory).check_sums(share, progress)
             if self.base is not None:
                 check_base(self.manifest.base, self.base.directory, share, progress)
+        elif self.base is not None:
+            self.base.check_sums(share, progress)
 
     def checked_bytes(self) -> int:
         """How much ``check_sums`` reads on all ranks together."""
         if self.manifest is None:
-            return 0
+            return self.base.checked_bytes() if self.base is not None else 0
         parts = [self.manifest.files, (self.manifest.base or {"files": {}})["files"]]
         return sum(file["size"] for files in parts for file in files.values())
 
@@ -109,6 +111,18 @@ def open_weights(directory: str | Path) -> Weights:
     return HuggingFaceWeights(directory)
 
 
+def check_recorded_sums(directory: str | Path, share: Axis = SINGLE) -> None:
+    """Compare this rank's share of the checksums that a model directory records.
+
+    Hugging Face directories record none.
+
+    Raises:
+        UserError: when a file is damaged or another than it was.
+    """
+    if is_checkpoint(directory) or (Path(directory) / ADAPTER_CONFIG).is_file():
+        open_model(directory).check_sums(share)
+
+
 def _open_base(directory: Path, given: str | Path | None, noted: str | None) -> Model:
     path = given or noted
     if not path or not Path(path).is_dir():
@@ -144,8 +158,11 @@ def describe(manifest: Manifest) -> dict:
         "trained": "nothing" if trained is None else _trained(trained),
         "step": "none" if training is None else _position(training),
         "base": "none" if manifest.base is None else manifest.base["path"],
+        "teacher": "the base" if manifest.teacher is None else manifest.teacher["path"],
         "complete": "yes",
     }
+    if manifest.training is None:
+        del facts["teacher"]
     return facts
 
 

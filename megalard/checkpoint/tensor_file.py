@@ -235,7 +235,6 @@ class TensorFileWriter:
 
     def _put(self, view: memoryview) -> None:
         if self._digest is not None:
-            self._wait_for_hash()
             self._hashed = self._helpers[0].submit(self._digest.update, view)
         self._size += len(view)
         while view:
@@ -249,6 +248,8 @@ class TensorFileWriter:
                 self._check_flushed()
                 self._flushed = self._helpers[1].submit(os.fdatasync, self._file)
                 self._unflushed = 0
+        # beside the next tensor, which is being read, this one would be a third to keep
+        self._wait_for_hash()
 
     def _wait_for_hash(self) -> None:
         if self._hashed is not None:
@@ -292,6 +293,7 @@ def write_tensor_file(
     try:
         for tensor in tensors:
             writer.write(tensor)
+            del tensor  # or it would live until the next but one has been read
         return writer.close()
     finally:
         writer.abandon()

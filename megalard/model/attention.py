@@ -168,7 +168,10 @@ def _variable_length(kernel, q, k, v, spans, window):
 
 
 def _flash(q, k, v, pack: _Packing, sides: tuple[int, int]):
-    return flash_attn_varlen_func(q, k, v, *pack[2:], causal=True, window_size=sides)
+    fixed = torch.are_deterministic_algorithms_enabled()
+    return flash_attn_varlen_func(
+        q, k, v, *pack[2:], causal=True, window_size=sides, deterministic=fixed
+    )
 
 
 def _varlen(q, k, v, pack: _Packing, sides: tuple[int, int]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -204,6 +205,42 @@ def test_an_unwritable_directory_is_named(tmp_path, job, capfd):
         assert "cannot write checkpoint" in line
 
 
+def _without_the_right_to_write_anywhere(log: str, command: list[str]) -> None:
+    """As somebody who is not root: the capability to pass over permissions is given up."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    for word in range(3):  # effective, permitted, inheritable
+        sets[word] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
+    _main_with_errors_to(log, command)
+
+
+def test_a_directory_of_somebody_else_is_named(job, tmp_path):
+    """Before training starts, and when the checkpoints' directory is closed on the way."""
+    locked, output, log = tmp_path / "locked", tmp_path / "output", tmp_path / "errors"
+    locked.mkdir(0o555)
+    shutil.copytree(job / "whole", output)
+    shutil.rmtree(output / "student")
+    discard(checkpoint_path(output / "checkpoints", STEPS))
+    before = snapshot(output / "checkpoints")
+    for path in (output / "checkpoints", *(output / "checkpoints").iterdir()):
+        path.chmod(0o555)
+    sentences = {
+        locked / "output": f"cannot write to run.output {locked / 'output'}: Permission denied",
+        output: f"cannot write checkpoint {checkpoint_path(output / 'checkpoints', STEPS)}: "
+        "Permission denied",
+    }
+    for place, sentence in sentences.items():
+        command = arguments(job, place, *SAVE, "checkpoint.keep_last=9")
+        started = start_ranks(1, _without_the_right_to_write_anywhere, str(log), command)
+        assert wait_for(started) == [1]
+        told = [line for line in log.read_text().splitlines() if "megalard: error" in line]
+        assert sentence in told[-1], told
+    assert len(told) == 2 and snapshot(output / "checkpoints") == before
+    assert list(locked.iterdir()) == []
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -230,6 +267,35 @@ def test_a_flipped_byte_stops_the_next_start(round_, job, tmp_path, capfd):
     # and the hint works
     shutil.rmtree(newest)
     main(arguments(job, output, *SAVE, "checkpoint.keep_last=9"))
+
+
+def another_version(checkpoint: Path) -> str:
+    body = json.loads((checkpoint / MANIFEST).read_text())
+    body["version"] = VERSION + 1
+    body.pop("checksum")
+    (checkpoint / MANIFEST).write_text(json.dumps({**body, "checksum": _digest(body)}))
+    return f"was written in version {VERSION + 1} of the format"
+
+
+def missing_shard(checkpoint: Path) -> str:
+    (checkpoint / "weights-00000-000.safetensors").unlink()
+    return f"{checkpoint} lacks weights-00000-000.safetensors"
+
+
+def shard_of_another_step(checkpoint: Path) -> str:
+    name = "weights-00000-000.safetensors"
+    shutil.copy(checkpoint.with_name("step-000007") / name, checkpoint / name)
+    return f"{checkpoint / name} "
+
+
+@pytest.mark.parametrize("damage", [another_version, missing_shard, shard_of_another_step])
+def test_a_run_does_not_go_on_from_what_is_not_its_checkpoint(damage, job, tmp_path, capfd):
+    output = tmp_path / "output"
+    shutil.copytree(job / "whole", output)
+    sentence = damage(checkpoint_path(output / "checkpoints", STEPS))
+    before = snapshot(output)
+    assert sentence in refusal(capfd, main, arguments(job, output, *SAVE, "checkpoint.keep_last=9"))
+    assert snapshot(output) == before
 
 
 @pytest.fixture(scope="module")
@@ -296,12 +362,8 @@ def test_a_shard_of_another_model_is_told(copy, sharded, tmp_path):
 
 
 def test_a_manifest_of_another_version_is_told(copy, tmp_path):
-    body = json.loads((copy / MANIFEST).read_text())
-    body["version"] = VERSION + 1
-    body.pop("checksum")
-    (copy / MANIFEST).write_text(json.dumps({**body, "checksum": _digest(body)}))
-    sentence = damage_of(copy, tmp_path / "out")
-    assert f"was written in version {VERSION + 1} of the format" in sentence
+    expected = another_version(copy)
+    assert expected in damage_of(copy, tmp_path / "out")
 
 
 def test_a_manifest_that_leads_out_of_its_directory_is_refused(copy, tmp_path):

@@ -152,6 +152,28 @@ def test_a_run_starts_from_sharded_checkpoints(runs, tmp_path):
     assert tensor_differences(model, open_model(tmp_path / "next" / "student")) == []
 
 
+@pytest.mark.parametrize("section", ["teacher", "student"])
+def test_a_run_does_not_start_from_a_damaged_checkpoint(section, runs, tmp_path, capsys):
+    """Its checksums are compared while it is loaded; nothing is left of the start."""
+    copy = tmp_path / "copy"
+    import_model(open_model(runs / "model"), copy, build_mesh("cpu", 1), SINGLE)
+    shard = copy / "weights-00000-000.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    command = arguments(runs, tmp_path / "output", f"model.{section}={copy}")
+    for options in ([], ["--preflight"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*options, *command])
+        assert caught.value.code == 1
+        printed = capsys.readouterr().err.strip()
+        assert printed.startswith(f"megalard: error: {shard} is damaged or of another model")
+        assert "\n" not in printed
+    assert not any((tmp_path / "output").iterdir())
+    shard.write_bytes(content)
+    main([*command, "--optimizer.steps=1", "--checkpoint.save_every=0"])
+    assert (tmp_path / "output" / "student" / "model.safetensors").exists()
+
+
 def test_a_base_that_has_moved_or_changed_is_told(runs, tmp_path):
     import shutil
 

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from megalard.checkpoint import saver
+from megalard.checkpoint.manifest import read_manifest
 from megalard.checkpoint.run_folder import checkpoint_path
 from megalard.checkpoint.sharded import ShardedWeights
 from megalard.train import main
 from tests.checkpoint.processes import run_forked, start_ranks, wait_for
-from tests.jobs import STEPS, arguments, make_job, metrics
+from tests.jobs import STEPS, arguments, interrupted, losses, make_job
 
 SAVE = ("checkpoint.save_every=2", "checkpoint.keep_last=9")
 ALL = ("trainable.mode=all", "objective.logits_kl=0.5", "model.compute_dtype=float32")
@@ -35,6 +36,7 @@ RUNS = {
     "one": (1, ()),
     "tp2": (2, ("parallel.tp=2",)),
     "dp2": (2, ("checkpoint.asynchronous=false",)),
+    "cp2": (2, ("parallel.cp=2",)),
     "all": (1, ALL),
     "all-tp2": (2, ("parallel.tp=2", *ALL)),
     "streams": (1, STREAMS),
@@ -44,6 +46,7 @@ RESUMED = {
     "one on one": ("one", 1, ()),
     "tp2 on tp2": ("tp2", 2, ("parallel.tp=2",)),
     "dp2 on dp2": ("dp2", 2, ("checkpoint.asynchronous=true",)),
+    "cp2 on cp2": ("cp2", 2, ("parallel.cp=2",)),
     "tp2 on one": ("tp2", 1, ()),
     "one on tp4": ("one", 4, ("parallel.tp=4",)),
     "dp2 on one": ("dp2", 1, ()),
@@ -69,29 +72,10 @@ def job(tmp_path_factory):
     return folder
 
 
-def interrupted(job: Path, name: str, target: Path, step: int = 4) -> Path:
-    """The output directory of a run as it was shortly after its checkpoint of ``step``."""
-    shutil.copytree(job / name, target)
-    shutil.rmtree(target / "student")
-    for path in (target / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    lines = (target / "metrics.jsonl").read_text().splitlines()
-    # the steps after the checkpoint were reported, and the last line only in part
-    (target / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
-    return target
-
-
-def losses(output: Path) -> list[float]:
-    lines = metrics(output)
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    return [line["loss"] for line in lines]
-
-
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one(case, job, tmp_path):
     name, ranks, options = RESUMED[case]
-    output = interrupted(job, name, tmp_path / "output")
+    output = interrupted(job / name, tmp_path / "output")
     run(ranks, job, output, *options)
     whole = load_file(job / name / "student" / "model.safetensors")
     resumed = load_file(output / "student" / "model.safetensors")
@@ -108,8 +92,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(case, job, tmp_path):
         assert error < TOLERANCE, f"{key} is off by {error:.1e}"
 
 
+def test_deterministic_kernels_are_a_setting_of_the_run(job, tmp_path, capsys):
+    """What makes resumption exact on GPUs; a run that does not ask for it is not slowed down."""
+    for value in (True, False):
+        wanted = f"run.deterministic={value}"
+        refusal(capsys, job, tmp_path / "output", wanted, "data.paths=/nowhere")
+        assert torch.are_deterministic_algorithms_enabled() == value
+
+
 def test_it_says_what_it_goes_on_from(job, tmp_path, capfd):
-    output = interrupted(job, "one", tmp_path / "output")
+    output = interrupted(job / "one", tmp_path / "output")
     (output / "checkpoints" / "step-000006.partial").mkdir()
     main(arguments(job, output, *SAVE))
     printed = capfd.readouterr().out
@@ -186,7 +178,7 @@ def refusal(capsys, *command) -> str:
     ["optimizer.learning_rate=0.02", "trainable.lora.rank=8", "run.seed=1", "rope.factor=8"],
 )
 def test_another_configuration_is_refused_by_its_key(option, job, tmp_path, capsys):
-    output = interrupted(job, "one", tmp_path / "output")
+    output = interrupted(job / "one", tmp_path / "output")
     options = [option]
     if option.startswith("trainable"):
         options = ["trainable.lora={rank: 8, alpha: 8, dropout: 0.1}"]
@@ -204,13 +196,13 @@ def test_another_configuration_is_refused_by_its_key(option, job, tmp_path, caps
     ],
 )
 def test_other_streams_are_refused(change, sentence, job, tmp_path, capsys):
-    output = interrupted(job, "streams", tmp_path / "output")
+    output = interrupted(job / "streams", tmp_path / "output")
     options = [option.replace(*change) for option in STREAMS]
     assert sentence in refusal(capsys, job, output, *SAVE, *options)
 
 
 def test_another_text_is_refused(job, tmp_path, capsys):
-    output = interrupted(job, "one", tmp_path / "output")
+    output = interrupted(job / "one", tmp_path / "output")
     text = tmp_path / "other.txt"
     text.write_text((job / "train.txt").read_text().upper())
     cache = f"data.cache={tmp_path / 'cache'}"
@@ -219,7 +211,7 @@ def test_another_text_is_refused(job, tmp_path, capsys):
 
 
 def test_another_base_model_is_refused_and_a_moved_one_is_not(job, tmp_path, capsys):
-    output = interrupted(job, "one", tmp_path / "output")
+    output = interrupted(job / "one", tmp_path / "output")
     model = shutil.copytree(job / "model", tmp_path / "model")
     weights = model / "model.safetensors"
     content = weights.read_bytes()
@@ -231,8 +223,52 @@ def test_another_base_model_is_refused_and_a_moved_one_is_not(job, tmp_path, cap
     assert (output / "student" / "model.safetensors").exists()
 
 
+@pytest.fixture(scope="module")
+def models(job, tmp_path_factory):
+    """A run with a student of its own, that student, and a copy of the teacher, changed."""
+    folder = tmp_path_factory.mktemp("models")
+    student = shutil.copytree(job / "model", folder / "student")
+    flip(student / "model.safetensors")
+    main(arguments(job, folder / "whole", *SAVE, f"model.student={student}"))
+    changed = shutil.copytree(job / "model", folder / "changed")
+    flip(changed / "model.safetensors")
+    return folder
+
+
+def flip(path: Path) -> None:
+    """Change the lowest bit of the last value."""
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+def test_another_teacher_is_refused_and_a_moved_one_is_not(job, models, tmp_path, capsys):
+    output = interrupted(models / "whole", tmp_path / "output")
+    own = f"model.student={models / 'student'}"
+    line = refusal(capsys, job, output, *SAVE, own, f"model.teacher={models / 'changed'}")
+    assert f"{models / 'changed' / 'model.safetensors'} is damaged or of another model" in line
+    assert "the checkpoint's note of its teacher" in line
+    moved = shutil.copytree(job / "model", tmp_path / "moved")
+    main(arguments(job, output, *SAVE, own, f"model.teacher={moved}"))
+    assert losses(output) == losses(models / "whole")
+    # and the checkpoints it wrote say where both are now
+    noted = read_manifest(checkpoint_path(output / "checkpoints", STEPS))
+    assert (noted.base["path"], noted.teacher["path"]) == (str(models / "student"), str(moved))
+    assert (
+        noted.teacher["files"]
+        == read_manifest(checkpoint_path(models / "whole" / "checkpoints", STEPS)).teacher["files"]
+    )
+
+
+def test_a_student_of_its_own_does_not_hide_a_changed_teacher(job, models, tmp_path, capsys):
+    """The run's student started from its teacher; the same files now come as model.student."""
+    output = interrupted(job / "one", tmp_path / "output")
+    options = (f"model.student={job / 'model'}", f"model.teacher={models / 'changed'}")
+    assert "note of its teacher" in refusal(capsys, job, output, *SAVE, *options)
+
+
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(job, tmp_path, capsys):
-    output = interrupted(job, "one", tmp_path / "output", step=0)
+    output = interrupted(job / "one", tmp_path / "output", step=0)
     main(arguments(job, output, *SAVE))
     assert "holds no complete checkpoint: from the start" in capsys.readouterr().out
     assert losses(output) == losses(job / "one")

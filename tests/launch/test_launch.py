@@ -1,7 +1,8 @@
 """The launch scripts: torchrun on one node and on two, lost nodes, signals, Slurm, bad arguments.
 
-A node is one start of train.sh, whose processes are killed together as a machine's would be; the
-two talk over the loopback device.
+A node is one start of train.sh, whose processes are killed together as a machine's would be. Where
+network namespaces can be made the node that is lost has one of its own, and its cable is pulled
+first, so that the other is not told; elsewhere the two talk over the loopback device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.jobs import arguments, make_job, metrics
+from tests.launch.namespaces import Network, two_namespaces
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 TRAIN, SLURM = LAUNCH / "train.sh", LAUNCH / "slurm.sbatch"
@@ -50,12 +54,14 @@ def command(job: Path, output: Path, *options: str, settings: tuple[str, ...] = 
     return [*paths, "--output", str(output), *options, "--", *rest]
 
 
-def start(script: Path, words: list[str], log: Path, **environment: str) -> subprocess.Popen:
-    """Start a script in a folder that is not the checkout."""
+def start(
+    script: Path, words: list[str], log: Path, before: Sequence[str] = (), **environment: str
+) -> subprocess.Popen:
+    """Start a script in a folder that is not the checkout, ``before`` being what runs it."""
     settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
     with open(log, "ab") as file:
         node = subprocess.Popen(
-            ["bash", str(script), *words],
+            [*before, "bash", str(script), *words],
             cwd=log.parent,
             env={**os.environ, **settings},
             stdout=file,
@@ -117,15 +123,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_nodes(job: Path, output: Path, logs: list[Path], *options: str) -> list:
+def start_nodes(job: Path, output: Path, logs: list[Path], network: Network, *options: str) -> list:
     """Two nodes of one rank each: as a function of the node's number, and both started."""
-    port = free_port()
-    common = ["--nodes", "2", "--gpus", "1", "--rendezvous", f"127.0.0.1:{port}"]
-    common += ["--address", "127.0.0.1", *options]
+    rendezvous = f"{network.addresses[0]}:{free_port()}"
+    common = ["--nodes", "2", "--gpus", "1", "--rendezvous", rendezvous, *options]
 
     def node(number: int) -> subprocess.Popen:
-        words = command(job, output, *common, "--node-rank", str(number))
-        return start(TRAIN, words, logs[number])
+        own = ["--address", network.addresses[number], "--node-rank", str(number)]
+        words = command(job, output, *common, *own)
+        return start(TRAIN, words, logs[number], network.inside(number), **network.environment())
 
     return [node, node(0), node(1)]
 
@@ -148,19 +154,30 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_two_nodes_are_one_node_of_two_ranks(job, one):
-    logs = [job / "plain-0.log", job / "plain-1.log"]
-    _, *nodes = start_nodes(job, job / "plain", logs)
-    for node, log in zip(nodes, logs, strict=True):
-        finish(node, log)
-    assert_same_run(job / "plain", one)
+@pytest.fixture(scope="module", params=["namespaces", "loopback"])
+def network(request):
+    """One of the two is skipped: namespaces show all that the loopback device does."""
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(two_namespaces())
+        except PermissionError as error:
+            if request.param == "namespaces":
+                pytest.skip(f"no two network namespaces here: {error}")
+            found = Network()
+        else:
+            if request.param == "loopback":
+                pytest.skip("the same is tested in network namespaces")
+        yield found
 
 
-def test_a_lost_node_starts_again_and_the_run_goes_on_from_the_last_checkpoint(job, one):
+def test_two_nodes_are_one_of_two_ranks_though_one_is_lost_and_starts_again(job, one, network):
+    """The run goes on from the last checkpoint, and to the same end."""
     output, logs = job / "lost", [job / "lost-0.log", job / "lost-1.log"]
-    start_node, first, second = start_nodes(job, output, logs, "--max-restarts", "1")
+    start_node, first, second = start_nodes(job, output, logs, network, "--max-restarts", "1")
     wait_for(has(output / "metrics.jsonl", r'"step": 12,'), first, logs[0])
+    network.cable("down")
     kill(second)
+    network.cable("up")
     told = len(metrics_so_far(output))
     assert told < STEPS, "the run was over before the node was lost"
     second = start_node(1)

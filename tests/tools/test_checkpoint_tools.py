@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.jobs import save_tokenizer
 from tests.models import make_model
 
 CHECKOUT = Path(__file__).parents[2]
@@ -121,6 +124,34 @@ def test_verify_names_every_difference(folder, changed, capsys):
     assert verify(folder / "hf", "/nowhere") == 2
 
 
+def test_verify_compares_logits_on_text(folder, changed, tmp_path, capsys):
+    """A byte-level tokenizer reads the text; one bit of one weight is within the tolerance."""
+    one_bit = shutil.copytree(folder / "hf", tmp_path / "one-bit")
+    tensors = load_file(one_bit / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.int32)[3, 5] ^= 1
+    save_file(tensors, one_bit / "model.safetensors", {"format": "pt"})
+    save_tokenizer(folder / "hf")
+    text = tmp_path / "text.txt"
+    text.write_text("the mask of the rope and the loss of a row " * 3)
+    logits = (folder / "hf", folder / "sharded", "--logits", text, "--tokens", "64")
+    assert verify(*logits) == 0
+    assert "logits on 64 tokens: |a - b| / |a| = 0.00e+00" in capsys.readouterr().out
+    differ = (folder / "hf", one_bit, "--logits", text)
+    assert verify(*differ) == 1
+    assert verify(*differ, "--logits-only") == 0
+    assert verify(*differ, "--logits-only", "--tolerance", "0") == 1
+    assert "the same first choice for 100.00%: different" in capsys.readouterr().out
+
+
+def test_a_conversion_shows_its_progress_on_a_terminal(folder, tmp_path, capsys, monkeypatch):
+    for variable in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.setenv(variable, "1")
+    assert convert("export", folder / "sharded", tmp_path / "out") == 0
+    printed = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert "export sharded" in printed and f"{size / 2**10:.1f}/" in printed, printed
+
+
 def test_inspect_tells_what_is_in_it(folder, capsys):
     assert inspect(folder / "sharded", "--tensors") == 0
     printed = capsys.readouterr().out
@@ -133,19 +164,35 @@ def test_inspect_tells_what_is_in_it(folder, capsys):
 
 
 def test_inspect_finds_damage(folder, tmp_path, capsys):
-    import shutil
-
-    copy = shutil.copytree(folder / "sharded", tmp_path / "copy")
-    shard = copy / "weights-00001-000.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-9] ^= 4
-    shard.write_bytes(content)
+    copy = tmp_path / "copy"
+    shard = damaged(folder, copy)
     assert inspect(copy) == 1
     assert f"{shard} is damaged" in capsys.readouterr().out
     shard.unlink()
     assert inspect(copy) == 1
     assert "NOT USABLE" in capsys.readouterr().out
     assert inspect(folder / "hf") == 1
+
+
+def damaged(folder: Path, copy: Path) -> Path:
+    """The sharded model with one bit of a tensor changed; gives the file that has it."""
+    shutil.copytree(folder / "sharded", copy)
+    shard = copy / "weights-00001-000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 4
+    shard.write_bytes(content)
+    return shard
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_damaged_checkpoint_is_not_converted(command, folder, tmp_path, capsys):
+    """New checksums would vouch for what the old ones deny."""
+    shard = damaged(folder, tmp_path / "copy")
+    assert convert(command, tmp_path / "copy", tmp_path / "out") == 1
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if "error" in line]
+    assert f"{shard} is damaged or of another model" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 @pytest.mark.parametrize("name", ["convert_hf", "verify_checkpoint", "inspect_checkpoint"])
