@@ -80,8 +80,8 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         student = spec_from_config(student_config, config.model.student or config.model.teacher)
         check_divisible(student, mesh.tp.size)
         for name, stream in config.all_streams().items():
-            prefix = f"streams.{name}." if config.streams else ""
-            _check_stream(stream, prefix, native, student, mesh)
+            with _naming(name, config):
+                _check_stream(stream, native, student, mesh)
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.teacher)
         # opened and closed again: a missing or truncated file is told before the text is tokenized
         for directory in filter(None, (config.model.teacher, config.model.student)):
@@ -89,26 +89,35 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
     return Plan(teacher, student, student_config, native, tokenizer)
 
 
-def _check_stream(
-    stream: StreamConfig, prefix: str, native: int, student: ModelSpec, mesh: Mesh
-) -> None:
+@contextmanager
+def _naming(stream: str, config: Config) -> Iterator[None]:
+    """Say of which stream an error speaks, where there are several."""
+    try:
+        yield
+    except UserError as error:
+        if not config.streams:
+            raise
+        raise type(error)(f"stream {stream}: {error}") from None
+
+
+def _check_stream(stream: StreamConfig, native: int, student: ModelSpec, mesh: Mesh) -> None:
     """Refuse a stream that the models or the ranks cannot read."""
     length, window = stream.data.context_length, student.max_positions
     if stream.objective.needs_teacher and length > native:
         raise UserError(
-            f"{prefix}data.context_length {length} is longer than the teacher's native window, "
-            f"beyond which it has nothing to teach: use at most {native}"
+            f"data.context_length {length} is longer than the teacher's native window, beyond "
+            f"which it has nothing to teach: use at most {native}"
         )
     if length > window:
         raise UserError(
-            f"{prefix}data.context_length {length} is longer than the student's window: use at "
-            f"most {window}, or raise rope.factor"
+            f"data.context_length {length} is longer than the student's window: use at most "
+            f"{window}, or raise rope.factor"
         )
     rows = stream.micro_batch * SequenceShard(length, mesh.cp).own_length
     if rows % mesh.tp.size:
         raise UserError(
             f"a micro-batch gives each cp rank {rows} tokens, which parallel.tp {mesh.tp.size} "
-            f"does not divide: choose a context length that it divides (in {prefix}data)"
+            "does not divide: choose a context length that it divides"
         )
     check_global_batch(stream.global_batch, mesh.dp.size, stream.micro_batch)
     reach_of(stream.objective, student.num_layers)
@@ -193,16 +202,20 @@ def open_streams(
     Raises:
         UserError: on every rank; see ``megalard.data``.
     """
-    stores, opened = {}, {}
-    for name, stream in config.all_streams().items():
+    stores, opened, streams = {}, {}, config.all_streams()
+    texts = {name: (*stream.data.paths, stream.data.text_key) for name, stream in streams.items()}
+    for name, stream in streams.items():
         data = stream.data
-        text = (*data.paths, data.text_key, data.cache)
-        if text not in opened:
+        if (texts[name], data.cache) not in opened:
             cache = folder / (f"tokens-{name}" if config.streams else "tokens")
-            if data.cache and not (only_reuse and not Path(data.cache).exists()):
-                cache = Path(data.cache)
-            opened[text] = open_tokens(data.paths, cache, data.text_key, plan, mesh)
-        stores[name] = opened[text]
+            if data.cache:
+                others = {texts[n] for n, s in streams.items() if s.data.cache == data.cache}
+                own = Path(data.cache) / (name if len(others) > 1 else "")
+                cache = cache if only_reuse and not own.exists() else own
+            with _naming(name, config):
+                store = open_tokens(data.paths, cache, data.text_key, plan, mesh)
+            opened[texts[name], data.cache] = store
+        stores[name] = opened[texts[name], data.cache]
     return stores
 
 
@@ -229,31 +242,35 @@ def open_tokens(paths: list[str], cache: Path, text_key: str, plan: Plan, mesh: 
     return store
 
 
-# Streams of the same text read it in different orders.
-_STREAM_SEED = 7_919
-
-
 def make_loaders(
     config: Config, stores: dict[str, TokenStore], plan: Plan, mesh: Mesh
 ) -> StreamLoaders:
     """The loaders of this rank's micro-batches, a stream each."""
     loaders = {}
     with checked_on_all_ranks(mesh.world):
-        for index, (name, stream) in enumerate(config.all_streams().items()):
-            kind = PackedBlocks if stream.data.packing else DocumentBlocks
-            blocks: Blocks = kind(stores[name], stream.data.context_length)
-            loaders[name] = BatchLoader(
-                blocks,
-                seed=config.run.seed + index * _STREAM_SEED,
-                global_batch=stream.global_batch,
-                micro_batch=stream.micro_batch,
-                dp_rank=mesh.dp.rank,
-                dp_size=mesh.dp.size,
-                cp=mesh.cp,
-                window=plan.student.max_positions,
-                positions=stream.data.positions,
-            )
+        for name in config.all_streams():
+            with _naming(name, config):
+                loaders[name] = _make_loader(config, name, stores[name], plan, mesh)
     return StreamLoaders(loaders)
+
+
+def _make_loader(
+    config: Config, name: str, store: TokenStore, plan: Plan, mesh: Mesh
+) -> BatchLoader:
+    stream = config.all_streams()[name]
+    kind = PackedBlocks if stream.data.packing else DocumentBlocks
+    blocks: Blocks = kind(store, stream.data.context_length)
+    return BatchLoader(
+        blocks,
+        seed=config.stream_seed(name),
+        global_batch=stream.global_batch,
+        micro_batch=stream.micro_batch,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        cp=mesh.cp,
+        window=plan.student.max_positions,
+        positions=stream.data.positions,
+    )
 
 
 def first_on_node() -> bool:

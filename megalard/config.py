@@ -8,6 +8,7 @@ those that need the data in ``megalard.data``.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from dataclasses import dataclass, field
 
 from megalard.config_checks import RELATIONS
@@ -132,15 +133,17 @@ class DataConfig:
     packing: bool = True
     """Fill blocks across documents (each attends to itself only); else one document a block."""
     cache: str | None = None
-    """Where the tokens are kept; ``<output>/tokens`` when not given."""
+    """Where the tokens are kept; ``<output>/tokens`` (of a stream ``tokens-NAME``) when not given.
+    Streams of different text that share one get a folder each in it."""
 
 
 @dataclass(frozen=True)
 class StreamConfig:
     """One of several kinds of text that every optimizer step draws on, each with its objective.
 
-    What a stream's ``data`` leaves out is as in the section ``data``. Its ``objective`` has only
-    the terms it names.
+    What a stream's ``data`` leaves out is as in the section ``data``, and its batches are those of
+    the section ``optimizer`` unless it gives its own. Its ``objective`` has only the terms it
+    names.
     """
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -148,9 +151,9 @@ class StreamConfig:
     weight: float = 1.0
     """The step's loss is the sum of weight times the stream's mean loss."""
     global_batch: int = 8
-    """Blocks an optimizer step; optimizer.global_batch when not given."""
+    """Blocks an optimizer step, over all ranks and micro-steps."""
     micro_batch: int = 1
-    """Blocks a forward pass of one rank; optimizer.micro_batch when not given."""
+    """Blocks a forward pass of one rank."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,11 @@ class Config:
             return self.streams
         batches = self.optimizer.global_batch, self.optimizer.micro_batch
         return {"main": StreamConfig(self.objective, self.data, 1.0, *batches)}
+
+    def stream_seed(self, name: str) -> int:
+        """What a stream's order, positions and dropout are drawn from, whatever other streams
+        there are."""
+        return self.run.seed + (0 if name == "main" else zlib.crc32(name.encode()))
 
     @property
     def tokens_a_step(self) -> int:

@@ -127,8 +127,8 @@ def validate(config: Config) -> None:
 
 def _validate_stream(name: str | None, stream: StreamConfig) -> None:
     """Check one stream; ``name`` is None for the one that has no section of its own."""
-    prefix = f"streams.{name}." if name else ""
-    if name:
+    prefix = "" if name is None else f"streams.{name}."
+    if name is not None:
         allowed = name.replace("-", "").replace("_", "").isalnum()
         require(allowed, f"the stream name '{name}' may have letters, digits, - and _ only")
         at_least(f"{prefix}global_batch", stream.global_batch, 1)
@@ -151,8 +151,8 @@ def _validate_stream(name: str | None, stream: StreamConfig) -> None:
         at_least(f"{prefix}objective.{key}", value, 0)
     require(
         objective.needs_teacher or objective.language_modelling > 0,
-        f"the objective{f' of stream {name}' if name else ''} is empty: give at least one of "
-        f"{', '.join(('relations', *_TERMS))} a weight",
+        f"the objective{'' if name is None else f' of stream {name}'} is empty: give at least one "
+        f"of {', '.join(('relations', *_TERMS))} a weight",
     )
     if objective.layers is not None:
         key = f"{prefix}objective.layers"

@@ -53,20 +53,43 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
 
 
 def _complete_streams(tree: dict) -> None:
-    """Give each stream the values it takes from other sections, in place."""
+    """Give each stream the values it takes from other sections, in place.
+
+    Raises:
+        UserError: a value stands where streams would take it from, and none does.
+    """
     streams = tree.get("streams")
-    if not isinstance(streams, dict):
+    if streams is None:
+        tree.pop("streams", None)
+    if not isinstance(streams, dict) or not streams:
         return
-    for name, stream in streams.items():
-        if not isinstance(stream, dict):
-            continue
-        shared = {
-            "data": tree.get("data"),
-            "objective": {"relations": dict.fromkeys(RELATIONS, 0.0)},
-            **{key: (tree.get("optimizer") or {}).get(key) for key in _STREAM_BATCHES},
-        }
-        given = {key: value for key, value in shared.items() if value is not None}
-        streams[name] = _merged(given, stream)
+    if tree.get("objective"):
+        raise UserError("objective and streams are both given: say each stream's objective there")
+    optimizer = tree.get("optimizer")
+    optimizer = optimizer if isinstance(optimizer, dict) else {}
+    batches = {key: optimizer[key] for key in _STREAM_BATCHES if optimizer.get(key) is not None}
+    shared = {"data": tree.get("data") or {}, **batches}
+    own = [stream for stream in streams.values() if isinstance(stream, dict)]
+    for key in batches:
+        _require_taken(f"optimizer.{key}", key, [key in stream for stream in own])
+    if isinstance(shared["data"], dict):
+        for key in shared["data"]:
+            given = [key in (stream.get("data") or {}) for stream in own]
+            _require_taken(f"data.{key}", f"data.{key}", given)
+    no_relations = {"objective": {"relations": dict.fromkeys(RELATIONS, 0.0)}}
+    tree["streams"] = {
+        str(name): _merged({**shared, **no_relations}, {} if stream is None else stream)
+        if stream is None or isinstance(stream, dict)
+        else stream
+        for name, stream in streams.items()
+    }
+
+
+def _require_taken(key: str, own_key: str, given: list[bool]) -> None:
+    if given and all(given):
+        raise UserError(
+            f"{key} is given, but every stream gives its own: set streams.NAME.{own_key} instead"
+        )
 
 
 _STREAM_BATCHES = ("global_batch", "micro_batch")
@@ -113,7 +136,9 @@ def _describe_stream(prefix: str) -> list[str]:
     meanings = _meanings(StreamConfig)
     for item in dataclasses.fields(StreamConfig):
         if item.default is not dataclasses.MISSING:
-            lines.append(f"  {prefix}{item.name}  (default: {item.default})")
+            batch = item.name in _STREAM_BATCHES
+            default = f"that of --optimizer.{item.name}" if batch else item.default
+            lines.append(f"  {prefix}{item.name}  (default: {default})")
             lines += textwrap.wrap(meanings[item.name], 90, **_INDENT)
     return lines
 

@@ -192,9 +192,10 @@ def _check_data(manifest: Manifest, stores: dict[str, TokenStore]) -> None:
         theirs, ours = manifest.training["data"][name], _data(store)
         for key, value in ours.items():
             if theirs[key] != value:
+                of = f" of stream {name}" if len(stores) > 1 else ""
                 raise UserError(
-                    f"the text is not the one {manifest.directory} was trained on (its {key} is "
-                    f"{value}, then {theirs[key]}): restore data.paths, or choose another "
+                    f"the text{of} is not the one {manifest.directory} was trained on (its {key} "
+                    f"is {value}, then {theirs[key]}): restore data.paths, or choose another "
                     "run.output"
                 )
 

@@ -15,7 +15,10 @@ from megalard.parallel.mesh import build_mesh
 from megalard.train import main
 from tests.jobs import CONTEXT, NATIVE, STEPS, arguments, make_job, metrics
 
-CPT = "{long: {objective: {language_modelling: 1}, data: {context_length: 256}, global_batch: 2}}"
+CPT = "{long: {objective: {language_modelling: 1}}}"
+# the job's own would be those of relations
+CPT_SIZES = ["data.context_length=256", "optimizer.global_batch=2"]
+OWN_SIZES = CPT.replace("1}}", "1}, data: {context_length: 8}, global_batch: 4}")
 LONGRED = (
     "{long: {weight: 0.5, objective: {language_modelling: 1}, data: {context_length: 128}, "
     "global_batch: 2}, "
@@ -48,7 +51,7 @@ def test_a_stream_takes_what_it_leaves_out_from_the_sections():
     config = load(
         "--optimizer.global_batch=6",
         "--data.packing=false",
-        "--streams={a: {objective: {logits_kl: 1}, data: {paths: [b], context_length: 10}}, "
+        "--streams={1: {objective: {logits_kl: 1}, data: {paths: [b], context_length: 10}}, "
         "b: {objective: {relations: {qk: 2}}, global_batch: 3, data: }}",
         "--streams.b.data.cache=007",
     )
@@ -61,6 +64,21 @@ def test_a_stream_takes_what_it_leaves_out_from_the_sections():
     assert a.objective.active_relations() == {} and a.objective.logits_kl == 1
     assert b.objective.active_relations() == {"qk": 2.0}
     assert config.tokens_a_step == 6 * 10 + 3 * 4096
+    assert list(config.streams) == ["1", "b"]
+
+
+def test_no_streams_are_none(tmp_path):
+    (tmp_path / "null.yaml").write_text("streams:\n")
+    needed = ["--model.teacher=t", "--data.paths=[a]", "--run.output=out"]
+    assert list(load_config(str(tmp_path / "null.yaml"), needed).all_streams()) == ["main"]
+
+
+def test_a_streams_seed_is_its_own_whatever_stands_beside_it():
+    terms = "objective: {logits_kl: 1}"
+    both = load(f"--streams={{a: {{{terms}}}, b: {{{terms}}}}}", "--run.seed=5")
+    turned = load(f"--streams={{b: {{{terms}}}, a: {{{terms}}}}}", "--run.seed=5")
+    assert both.stream_seed("a") == turned.stream_seed("a") != both.stream_seed("b")
+    assert load("--run.seed=5").stream_seed("main") == 5
 
 
 @pytest.mark.parametrize(
@@ -68,6 +86,8 @@ def test_a_stream_takes_what_it_leaves_out_from_the_sections():
     [
         ("3", "'streams' is a section of named entries"),
         ("{a: 3}", "'streams.a' is a section"),
+        ("{a: }", "the objective of stream a is empty"),
+        ("{'': {objective: {logits_kl: 1}}}", "the stream name '' may have"),
         ("{a: {objective: {}}}", "the objective of stream a is empty"),
         ("{a: {objective: {logits_kl: -1}}}", "streams.a.objective.logits_kl must be at least 0"),
         ("{a: {objectives: {}}}", "unknown key 'streams.a.objectives'; the nearest known one is"),
@@ -91,22 +111,61 @@ def test_bad_streams_are_refused_in_one_sentence(streams, sentence):
 
 
 @pytest.mark.parametrize(
-    ("streams", "sentence"),
+    ("override", "sentence"),
     [
-        (CPT.replace("256", "257"), "streams.long.data.context_length 257 is longer than the stud"),
-        (LONGRED.replace(": 64", ": 65"), "streams.short-to-long.data.context_length 65 is longer"),
-        (CPT.replace("global_batch: 2", "global_batch: 3"), "a multiple of 2"),
+        ("objective.logits_kl=1", "objective and streams are both given"),
+        ("data.context_length=8", "set streams.NAME.data.context_length instead"),
+        ("optimizer.global_batch=8", "set streams.NAME.global_batch instead"),
     ],
 )
-def test_streams_that_do_not_fit_the_model_are_refused(streams, sentence, job, tmp_path, capsys):
+def test_a_setting_that_no_stream_takes_is_refused(override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load(f"--streams={OWN_SIZES}", f"--{override}")
+
+
+def test_a_section_that_is_none_is_told_in_one_sentence(tmp_path):
+    (tmp_path / "bad.yaml").write_text(f"optimizer: [3]\nstreams: {CPT}\n")
+    with pytest.raises(UserError, match="'optimizer' is a section"):
+        load_config(str(tmp_path / "bad.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            [f"streams={CPT}", "data.context_length=257"],
+            "stream long: data.context_length 257 is longer than the student's window",
+        ),
+        (
+            [f"streams={LONGRED.replace(': 64', ': 65')}"],
+            "stream short-to-long: data.context_length 65 is longer than the teacher's native",
+        ),
+        ([f"streams={CPT}", "optimizer.global_batch=3"], "stream long: a global batch of 3"),
+        ([f"streams={CPT}", "optimizer.global_batch=4000"], "stream long: the data gives"),
+        (
+            [f"streams={LONGRED.replace('0.34, 1', '0.9, 1')}"],
+            "stream short: objective.hidden_depths [0.9, 1.0] name a layer twice",
+        ),
+    ],
+)
+def test_streams_that_do_not_fit_are_refused(options, sentence, job, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(arguments(job, tmp_path / "output", "trainable.mode=all", f"streams={streams}"))
+        main(arguments(job, tmp_path / "output", "trainable.mode=all", *options))
     assert caught.value.code == 1
     assert sentence in capsys.readouterr().err
 
 
+def test_streams_of_different_text_share_a_cache(job, tmp_path):
+    cache, terms = tmp_path / "cache", "objective: {logits_kl: 1}"
+    other = f"data: {{paths: [{job / 'heldout.txt'}]}}"
+    streams = f"{{a: {{{terms}}}, b: {{{terms}, {other}}}}}"
+    options = [f"streams={streams}", f"data.cache={cache}", "optimizer.steps=1"]
+    main(arguments(job, tmp_path / "output", *options))
+    assert sorted(path.name for path in cache.iterdir()) == ["a", "b"]
+
+
 def test_continued_pretraining_needs_no_teacher(job, tmp_path):
-    options = ["trainable.mode=all", f"streams={CPT}", "optimizer.learning_rate=3e-3"]
+    options = ["trainable.mode=all", f"streams={CPT}", *CPT_SIZES, "optimizer.learning_rate=3e-3"]
     main(arguments(job, tmp_path / "output", *options))
     lines = metrics(tmp_path / "output")
     assert [line["tokens"] for line in lines] == [512 * (step + 1) for step in range(STEPS)]

@@ -100,6 +100,7 @@ class StreamObjective:
             parts[name] = parts[name] + total.detach() * share
 
         with_mixed = self.config.attention_context > 0
+        valid = batch.valid_bs() if with_mixed or self.config.hidden_cosine > 0 else None
         x_s, x_t = None, None
         for pair in lockstep(
             teacher, student, batch, self.dtype, self.reach, with_mixed, self.recompute
@@ -113,11 +114,12 @@ class StreamObjective:
                     for name, value in zip(self.relations.names, sums, strict=True):
                         parts[name] = parts[name] + value
                 if with_mixed:
-                    valid = batch.valid_bs()
                     total = context_sum(pair.student.mixed, pair.teacher.mixed, valid)
                     add("context", total * self._per_context)
             if self.config.hidden_cosine > 0 and pair.layer + 1 in self.states:
-                add("hidden", self._cosine(pair.layer + 1, teacher, student, pair, batch))
+                add("hidden", self._cosine(pair.layer + 1, teacher, student, pair, valid))
+            # not beside the next layer's, nor beside the head's logits
+            del pair
         # every tp rank has the whole sum over the vocabulary; each reports its share of it
         share = 1.0 / self._tp.size
         if self.config.logits_kl > 0:
@@ -134,7 +136,7 @@ class StreamObjective:
         return chosen_rows(batch, self.config.logits_positions)
 
     def _cosine(
-        self, state: int, teacher: Decoder, student: Decoder, pair: Pair, batch: Batch
+        self, state: int, teacher: Decoder, student: Decoder, pair: Pair, valid_bs: torch.Tensor
     ) -> torch.Tensor:
         x_s, x_t = pair.student.residual, pair.teacher.residual
         if state == student.spec.num_layers:
@@ -143,4 +145,4 @@ class StreamObjective:
                 x_t = teacher.model.norm(x_t)
         rows = len(x_s)
         first = self._tp.rank * rows
-        return cosine_sum(x_s, x_t, batch.valid_bs().flatten()[first : first + rows])
+        return cosine_sum(x_s, x_t, valid_bs.flatten()[first : first + rows])

@@ -30,8 +30,18 @@ class Reach:
 
 def hidden_states(objective: ObjectiveConfig, num_layers: int) -> list[int]:
     """The hidden states compared: i < num_layers is the output of layer i - 1, num_layers the last
-    state, after the final norm."""
-    return sorted({max(1, round(depth * num_layers)) for depth in objective.hidden_depths})
+    state, after the final norm.
+
+    Raises:
+        UserError: two depths are the same layer's.
+    """
+    states = sorted(max(1, round(depth * num_layers)) for depth in objective.hidden_depths)
+    if len(set(states)) < len(states):
+        raise UserError(
+            f"objective.hidden_depths {objective.hidden_depths} name a layer twice in a model of "
+            f"{num_layers}: the outputs of layers {', '.join(map(str, states))}, counted from 1"
+        )
+    return states
 
 
 def reach_of(objective: ObjectiveConfig, num_layers: int) -> Reach:
@@ -40,7 +50,10 @@ def reach_of(objective: ObjectiveConfig, num_layers: int) -> Reach:
     Raises:
         UserError: it names a layer the model does not have.
     """
-    last = num_layers - 1 if objective.layers is None else max(objective.layers)
+    by_layer = objective.active_relations() or objective.attention_context > 0
+    last = num_layers - 1
+    if by_layer and objective.layers is not None:
+        last = max(objective.layers)
     if last >= num_layers:
         raise UserError(
             f"objective.layers names layer {last}, but the model has layers 0 to {num_layers - 1}"

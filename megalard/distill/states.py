@@ -9,8 +9,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 from megalard.model.fuse import fused_on_gpu
+
+# squared length of an attention output that counts as zero
+_SMALLEST = 1e-12
 
 
 def cosine_sum(
@@ -35,6 +39,8 @@ def context_sum(
 ) -> torch.Tensor:
     """Σ over valid tokens and heads of ‖student - teacher‖² / ‖teacher‖², in fp32.
 
+    A head whose vector the teacher has (all but) zero, as where its values are, is left out there.
+
     Args:
         student_bshd, teacher_bshd: attention outputs A V [b, s, H, d].
         valid_bs: bool [b, s].
@@ -43,9 +49,9 @@ def context_sum(
     def loss(x: torch.Tensor) -> torch.Tensor:
         target = teacher_bshd.float()
         error = (x.float() - target).square().sum(-1)
-        # the smallest normal number: a teacher's zero vector must not give inf or NaN
-        size = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        return torch.where(valid_bs[..., None], error / size, 0.0).sum()
+        size = target.square().sum(-1)
+        kept = valid_bs[..., None] & (size > _SMALLEST)
+        return (error / torch.where(kept, size, 1.0) * kept).sum()
 
     return _Differentiated.apply(loss, student_bshd)
 
@@ -57,7 +63,8 @@ class _Differentiated(torch.autograd.Function):
     def forward(ctx, loss: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor):
         if not ctx.needs_input_grad[1]:
             return loss(x)
-        with torch.enable_grad():
+        # what this small graph saves stays where it is, also under offloading
+        with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
             leaf = x.detach().requires_grad_()
             value = loss(leaf)
             (grad,) = torch.autograd.grad(value, leaf)

@@ -21,9 +21,6 @@ from megalard.parallel.gradients import GradientBuffer
 from megalard.parallel.layout import kv_replicas
 from megalard.parallel.mesh import Mesh
 
-# Streams' dropout masks are drawn apart, however their tokens are numbered.
-_STREAM_SEED = 7_368_787
-
 
 @dataclass(frozen=True)
 class StepResult:
@@ -118,7 +115,7 @@ class Distiller:
         dropout, sums = self.student.dropout, {}
         for index, (name, objective) in enumerate(self.objectives.items()):
             scale = self.streams[name].weight / counts[index].clamp(min=1)
-            dropout.seed = self.config.run.seed * 1_000_003 + number + index * _STREAM_SEED
+            dropout.seed = self.config.stream_seed(name) * 1_000_003 + number
             for batch in batches[name]:
                 dropout.token_t = batch.token_ids()
                 with self._saved_tensors():

@@ -54,8 +54,11 @@ def attend(
     """
     batch, heads, length, dim = q.shape
     if not spans:
-        # zeros that still depend on k and v: their gradients' exchange is a collective
-        return (q * 0).transpose(1, 2).contiguous() + (k.sum() + v.sum()) * 0
+        # zeros that still depend on k and v, whose gradients' exchange is a collective. By a
+        # tensor, which autograd saves: a layer is recomputed up to its last saved tensor, and must
+        # come past the gathers of k and v as it does on ranks that have queries
+        zero = q.new_zeros(())
+        return (q * zero).transpose(1, 2).contiguous() + ((k * zero).sum() + (v * zero).sum())
     half = q.is_cuda and q.dtype != torch.float32
     if flash_attn_varlen_func is not None and half:
         return _variable_length(_flash, q, k, v, spans, window)

@@ -88,6 +88,10 @@ CASES = {
     "lora-context-alone": Case(
         "llama", "lora", "padded", relations={}, terms={"attention_context": 1.0}, layers=[0, 1]
     ),
+    # at cp > 1 some ranks have no token, and the last layer ends with its attention
+    "lora-context-short": Case(
+        "llama", "lora", "short", relations={}, terms={"attention_context": 1.0}
+    ),
     "lora-context-qk": Case(
         "qwen3",
         "lora",

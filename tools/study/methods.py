@@ -49,7 +49,7 @@ class Method:
         return sorted({self.compared_at, *(self.tokens >> i for i in range(7))})
 
 
-_LORA = (1e-3, 3e-3, 1e-2, 3e-2)
+_LORA = (3e-4, 1e-3, 3e-3, 1e-2)
 _ALL = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
 METHODS = {
     "linearard": Method("LinearARD (published)", False, _LORA),
@@ -57,7 +57,7 @@ METHODS = {
     "qk-context": Method("QK + attention context", False, _LORA),
     "logits": Method("logits KL", False, _LORA),
     "linearard-long": Method("LinearARD + long text", False, _LORA),
-    "ours": Method("ours", False, (3e-3, 6e-3)),
+    "ours": Method("ours", False, _LORA),
     "cpt": Method("CPT", True, _ALL),
     "longred": Method("LongReD", True, _ALL),
 }

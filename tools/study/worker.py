@@ -118,8 +118,8 @@ class Study:
                 f"--optimizer.steps={steps}",
                 f"--run.seed={run.seed}",
                 "--run.output=unused",
-                # the baselines need a teacher to compare with, whatever the streams
-                "--evaluation.paths=[unused]",
+                # a teacher to compare with, whatever the streams; not where its memory would count
+                f"--evaluation.paths=[{'unused' if run.kind != 'timing' else ''}]",
             ],
         )
 
@@ -129,11 +129,11 @@ def execute(study: Study, run: Run) -> dict:
     per_step = study.config(run).tokens_a_step
     method = METHODS.get(run.method)
     tokens = {
-        "search": method and method.search_tokens,
-        "final": method and method.tokens,
+        "search": method.search_tokens if method else 0,
+        "final": method.tokens if method else 0,
         "timing": 15 * per_step * study.shrink,
     }.get(run.kind, 0)
-    steps = round(tokens / study.shrink / per_step) if tokens else 0
+    steps = int(tokens / study.shrink / per_step)
     config = study.config(run, max(1, steps))
     mesh = study.mesh
     plan = assemble.make_plan(config, mesh)
@@ -155,7 +155,8 @@ def execute(study: Study, run: Run) -> dict:
         distiller = Distiller(teacher, student, config, mesh)
         marks = {}
         if run.kind == "final":
-            marks = {round(m / study.shrink / per_step): m for m in method.milestones()}
+            # never more than the milestone says
+            marks = {int(m / study.shrink / per_step): m for m in method.milestones()}
         times = []
         if study.on_gpu:
             torch.cuda.reset_peak_memory_stats()
