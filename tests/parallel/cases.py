@@ -137,8 +137,8 @@ CASES = {
 DROPOUT = Case("llama", "lora", "padded", targets=("q", "k", "v", "o"), dropout=0.3)
 ALL_CASES = {**CASES, "dropout": DROPOUT}
 
-# one of each training mode, with grouped heads, K/V heads fewer than tp, tied embeddings, every term
-# of an objective, ranks without a token, and several streams
+# one of each training mode, with grouped heads, K/V heads fewer than tp, tied embeddings, every
+# term of an objective, ranks without a token, and several streams
 CORE = ["lora-qkvo-grouped", "weights-one-kv-head", "all-everything", "all-longred"]
 
 
