@@ -31,7 +31,7 @@ from tests.reference import ReferenceBatch, ReferenceTrainer
 
 STEPS = 3
 LENGTH = 24
-GLOBAL_BATCH = 4
+GLOBAL_BATCH, MICRO_BATCH = 4, 2
 ALL_RELATIONS = {"q": 1.0, "k": 0.5, "v": 2.0, "qk": 0.75}
 
 
@@ -125,7 +125,7 @@ CASES = {
         streams={
             "long": Stream({"language_modelling": 1.0}, "packed", length=48, weight=0.5),
             "short-to-long": Stream(
-                {"hidden_cosine": 10.0}, "whole", "skip-gaussian", weight=0.125, global_batch=8
+                {"hidden_cosine": 10.0}, "whole", "skip-gaussian", weight=0.125
             ),
             "short": Stream(
                 {"hidden_cosine": 5.0, "hidden_depths": [0.3, 0.6, 1.0]}, "padded", weight=0.375
@@ -138,8 +138,8 @@ DROPOUT = Case("llama", "lora", "padded", targets=("q", "k", "v", "o"), dropout=
 ALL_CASES = {**CASES, "dropout": DROPOUT}
 
 # one of each training mode, with grouped heads, K/V heads fewer than tp, tied embeddings, every
-# term of an objective, ranks without a token, and several streams
-CORE = ["lora-qkvo-grouped", "weights-one-kv-head", "all-everything", "all-longred"]
+# term of an objective, and ranks without a token
+CORE = ["lora-qkvo-grouped", "weights-one-kv-head", "all-everything"]
 
 
 def make_config(
@@ -176,6 +176,7 @@ def make_config(
                 DataConfig(["unused"], context_length=stream.length, positions=stream.positions),
                 stream.weight,
                 stream.global_batch,
+                MICRO_BATCH,
             )
             for name, stream in case.streams.items()
         },
@@ -187,6 +188,7 @@ def make_config(
             weight_decay=0.1,
             clip=0.05,
             global_batch=GLOBAL_BATCH,
+            micro_batch=MICRO_BATCH,
         ),
         parallel=ParallelConfig(
             tp, cp, activation_checkpointing=case.data != "whole", offload=case.data == "short"

@@ -24,8 +24,12 @@ CORE_CASES = [
     (1, 2, 2),
     (2, 2, 1),
 ]
-MATRIX = [(layout, name) for layout in EVERY_CASE for name in CASES] + [
-    (layout, name) for layout in CORE_CASES for name in CORE
+# several streams, on a layout of each kind of product
+STREAMS = [((2, 1, 2), "all-longred"), ((2, 2, 1), "all-longred")]
+MATRIX = [
+    *((layout, name) for layout in EVERY_CASE for name in CASES),
+    *((layout, name) for layout in CORE_CASES for name in CORE),
+    *STREAMS,
 ]
 LAYOUTS = EVERY_CASE + CORE_CASES
 

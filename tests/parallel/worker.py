@@ -70,14 +70,20 @@ def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
     """Loss, parts and gradients of the first step, weights before and after ``STEPS`` steps."""
     distiller = make_distiller(config, mesh)
     out = {"start": whole(distiller, distiller.student.trained)}
-    micro = config.optimizer.micro_batch
-    first = micro_batches(case, 0, mesh, micro)
-    distiller.accumulate(first, 0)
-    distiller.gradients.reduce()
-    out["norm"] = float(distiller.gradients.norm())
-    out["gradients"] = whole(distiller, {k: p.grad for k, p in distiller.student.trained.items()})
+    gradients, clip = distiller.gradients, distiller.gradients.clip
+
+    def noted(norm: torch.Tensor, largest: float) -> None:
+        """What the first step found, before it is clipped."""
+        if "gradients" not in out:
+            out["norm"] = float(norm)
+            trained = distiller.student.trained.items()
+            out["gradients"] = whole(distiller, {name: p.grad for name, p in trained})
+        clip(norm, largest)
+
+    gradients.clip = noted
     for step in range(STEPS):
-        result = distiller.step(micro_batches(case, step, mesh, micro), step)
+        batches = micro_batches(case, step, mesh, config.optimizer.micro_batch)
+        result = distiller.step(batches, step)
         if step == 0:
             out["loss"], out["parts"] = result.loss, result.parts
             assert abs(result.gradient_norm - out["norm"]) <= 1e-6 * out["norm"]
