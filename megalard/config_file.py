@@ -73,8 +73,9 @@ def _complete_streams(tree: dict) -> None:
     for key in batches:
         _require_taken(f"optimizer.{key}", key, [key in stream for stream in own])
     if isinstance(shared["data"], dict):
+        of_streams = [stream.get("data") or {} for stream in own]
         for key in shared["data"]:
-            given = [key in (stream.get("data") or {}) for stream in own]
+            given = [isinstance(data, dict) and key in data for data in of_streams]
             _require_taken(f"data.{key}", f"data.{key}", given)
     no_relations = {"objective": {"relations": dict.fromkeys(RELATIONS, 0.0)}}
     tree["streams"] = {

@@ -87,6 +87,7 @@ def test_a_streams_seed_is_its_own_whatever_stands_beside_it():
         ("3", "'streams' is a section of named entries"),
         ("{a: 3}", "'streams.a' is a section"),
         ("{a: }", "the objective of stream a is empty"),
+        ("{a: {objective: {logits_kl: 1}, data: 3}}", "'streams.a.data' is a section"),
         ("{'': {objective: {logits_kl: 1}}}", "the stream name '' may have"),
         ("{a: {objective: {}}}", "the objective of stream a is empty"),
         ("{a: {objective: {logits_kl: -1}}}", "streams.a.objective.logits_kl must be at least 0"),
