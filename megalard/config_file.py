@@ -77,11 +77,9 @@ def _complete_streams(tree: dict) -> None:
         for key in shared["data"]:
             given = [isinstance(data, dict) and key in data for data in of_streams]
             _require_taken(f"data.{key}", f"data.{key}", given)
-    no_relations = {"objective": {"relations": dict.fromkeys(RELATIONS, 0.0)}}
+    base = {**shared, "objective": {"relations": dict.fromkeys(RELATIONS, 0.0)}}
     tree["streams"] = {
-        str(name): _merged({**shared, **no_relations}, {} if stream is None else stream)
-        if stream is None or isinstance(stream, dict)
-        else stream
+        str(name): _merged(base, stream or {}) if isinstance(stream, dict | None) else stream
         for name, stream in streams.items()
     }
 

@@ -21,8 +21,8 @@ from megalard.evaluation.comparison import (
     to_json,
     token_bar,
 )
-from megalard.evaluation.measure import default_lengths
-from megalard.evaluation.suite import Suite, cut_windows, make_samples, read_text, run_suite
+from megalard.evaluation.measure import cut_windows, default_lengths
+from megalard.evaluation.suite import Suite, make_samples, read_text, run_suite
 from megalard.evaluation.tasks import TASKS, sentence_filler, text_filler
 from megalard.model.decoder import Decoder
 from megalard.model.rope import rope_table

@@ -75,7 +75,29 @@ def choose_windows(
             f"the held-out text has {available} tokens but evaluation.lengths asks for {longest}: "
             "give more text or shorter lengths"
         )
-    tokens = store.read(0, available // longest * longest)
+    return cut_windows(store.read(0, available), lengths, max_tokens)
+
+
+def cut_windows(
+    tokens: np.ndarray, lengths: Sequence[int], max_tokens: int
+) -> dict[int, np.ndarray]:
+    """The same tokens cut into windows of each length: int64 [windows, length].
+
+    A length that does not divide the longest reads up to one window less.
+
+    Args:
+        max_tokens: how many to read at most, but always one window of the longest length.
+
+    Raises:
+        UserError: there are fewer tokens than the longest length.
+    """
+    longest = max(lengths)
+    if len(tokens) < longest:
+        raise UserError(
+            f"the text has {len(tokens)} tokens but the longest length is {longest}: give more "
+            "text or shorter lengths"
+        )
+    tokens = tokens[: min(len(tokens), max(max_tokens, longest)) // longest * longest]
     return {
         length: tokens[: len(tokens) // length * length].reshape(-1, length) for length in lengths
     }

@@ -13,7 +13,6 @@ import torch
 from megalard.data.sources import read_documents
 from megalard.data.token_store import META, TokenStore
 from megalard.data.tokenizer import Tokenizer
-from megalard.errors import UserError
 from megalard.evaluation.measure import Measurement, measure, measure_by_position
 from megalard.evaluation.positions import doubling_edges
 from megalard.evaluation.retrieval import Score, score
@@ -97,31 +96,6 @@ class Results:
     edges: list[int]
     by_position: list[Measurement]
     tasks: dict[str, dict[int, TaskResult]]
-
-
-def cut_windows(
-    tokens: np.ndarray, lengths: Sequence[int], max_tokens: int
-) -> dict[int, np.ndarray]:
-    """The same tokens cut into windows of each length: int64 [windows, length].
-
-    A length that does not divide the longest reads up to one window less.
-
-    Args:
-        max_tokens: how many to read at most, but always one window of the longest length.
-
-    Raises:
-        UserError: there are fewer tokens than the longest length.
-    """
-    longest = max(lengths)
-    if len(tokens) < longest:
-        raise UserError(
-            f"the text has {len(tokens)} tokens but the longest length is {longest}: give more "
-            "text or shorter lengths"
-        )
-    tokens = tokens[: min(len(tokens), max(max_tokens, longest)) // longest * longest]
-    return {
-        length: tokens[: len(tokens) // length * length].reshape(-1, length) for length in lengths
-    }
 
 
 def read_text(

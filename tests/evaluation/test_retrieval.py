@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megalard.evaluation import measure as measure_module
-from megalard.evaluation.measure import measure_by_position
+from megalard.evaluation.measure import cut_windows, measure_by_position
 from megalard.evaluation.positions import doubling_edges, equal_edges
 from megalard.evaluation.retrieval import Score, score
-from megalard.evaluation.suite import Suite, cut_windows, run_suite, summarize
+from megalard.evaluation.suite import Suite, run_suite, summarize
 from megalard.evaluation.tasks import Sample
 from megalard.parallel.mesh import build_mesh
 from tests.logits import load

@@ -16,8 +16,8 @@ from megalard.config_file import load_config
 from megalard.data.token_store import TokenStore
 from megalard.data.tokenizer import load_tokenizer
 from megalard.distill.step import Distiller
-from megalard.evaluation.measure import Measurement
-from megalard.evaluation.suite import Suite, cut_windows, make_samples, run_suite
+from megalard.evaluation.measure import Measurement, cut_windows
+from megalard.evaluation.suite import Suite, make_samples, run_suite
 from megalard.evaluation.tasks import sentence_filler
 from megalard.model.decoder import Decoder
 from megalard.monitor import peak_memory_bytes
