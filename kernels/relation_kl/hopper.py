@@ -22,25 +22,11 @@ except ImportError as error:
     hopper_forward = hopper_backward = None
     AVAILABLE, REASON = False, f"they cannot be imported: {error}"
 
-# What the kernels are written for, and what of it is taken: what was checked on such a GPU.
 DTYPES, HEAD_DIMS = (torch.bfloat16, torch.float16), (64, 128)
-CHECKED_DTYPES, CHECKED_HEAD_DIMS = (torch.bfloat16,), (128,)
 
 
 def serves(op: Operands) -> bool:
-    """Whether the Hopper kernels take these operands."""
-    return can_serve(op) and all(
-        x.dtype in CHECKED_DTYPES and x.shape[3] in CHECKED_HEAD_DIMS for x in _operands(op)
-    )
-
-
-def serves_backward(op: Operands) -> bool:
-    """Whether they take the backward pass too; of two operands it has not been checked yet."""
-    return serves(op) and op.is_self and can_serve_backward(op)
-
-
-def can_serve(op: Operands) -> bool:
-    """Whether the Hopper kernels are written for these operands, as they are."""
+    """Whether the Hopper kernels take these operands, as they are."""
     return (
         AVAILABLE
         and not tiling.INTERPRETED
@@ -52,9 +38,9 @@ def can_serve(op: Operands) -> bool:
     )
 
 
-def can_serve_backward(op: Operands) -> bool:
+def serves_backward(op: Operands) -> bool:
     """A self relation must be causal: blocks of rows add to their own columns last."""
-    return can_serve(op) and (op.mask.causal or not op.is_self)
+    return serves(op) and (op.mask.causal or not op.is_self)
 
 
 def _operands(op: Operands) -> tuple[Tensor, ...]:

@@ -27,14 +27,15 @@ from . import tiling
 from .backward import FP16_LOG2_GAIN, split_weight
 from .hopper_order import BLOCK, reduction_order
 from .hopper_reduce import STEP, TILE, flat, reduce_columns, step_start
+from .hopper_slab import from_slab, in_order, slab_offsets
 from .hopper_tiles import ROWS, descriptor, own_block, tile_range
 from .operands import Operands
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 SECTION_HEADS = 8  # that run side by side
 # 512 threads enter with 128 registers each.
-ROWS_REGISTERS: gl.constexpr = gl.constexpr(184)
-REDUCER_REGISTERS: gl.constexpr = gl.constexpr(120)
+ROWS_REGISTERS: gl.constexpr = gl.constexpr(192)
+REDUCER_REGISTERS: gl.constexpr = gl.constexpr(104)
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
 
@@ -170,17 +171,18 @@ def _rows(
         )  # fmt: skip
     grad = acc
 
+    if SELF:  # the block's own columns: this block is the last that adds to them
+        mbarrier.wait(reduced, 0)
+        own = buffer + gl.cast(place[3] + GROUP * ROWS, gl.int64) * D_S
+        own = gl.load(own + slab_offsets(D_S), cache_modifier=".cg")
+        grad += from_slab(own, wide)
+    grad = grad * grad_scale
+    if HAS_UNIT:
+        grad = grad * gl.load(unit)
     r = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
     inside = gl.expand_dims(place[3] + r < n, 1)
     r = gl.expand_dims(r, 1)
     c = gl.expand_dims(gl.arange(0, D_S, gl.SliceLayout(0, wide)), 0)
-    if SELF:  # the block's own columns: this block is the last that adds to them
-        mbarrier.wait(reduced, 0)
-        own = buffer + gl.cast(place[3], gl.int64) * D_S
-        grad += gl.load(own + (r * D_S + c), mask=inside, other=0.0, cache_modifier=".cg")
-    grad = grad * grad_scale
-    if HAS_UNIT:
-        grad = grad * gl.load(unit)
     out += gl.cast(place[3], gl.int64) * grad_n
     gl.store(out + (r * grad_n + c), grad.to(out.dtype.element_ty), mask=inside)
 
@@ -224,7 +226,8 @@ def _backward_kernel(
 
     rows_*, cols_*: TMA descriptors, as in the forward kernel, of blocks of 64 vectors.
     spans: [2, b, blocks] first and last tile to visit; last_rows: [b, tiles] the last block that
-        visits a tile (`reduction_order`). buffer: [b, Hb, tiles * TILE, d] fp32.
+        visits a tile (`reduction_order`). buffer: [b, Hb, tiles * TILE, d] fp32,
+        in slabs (`hopper_slab`).
     turns: [b, Hb, tiles], zero.
     """
     BLOCK_M: gl.constexpr = 2 * ROWS
@@ -348,7 +351,7 @@ def hopper_backward(
         )
     if op.is_self:
         return grad, None
-    grad_cols = buffer[:, :, :m].mul_(grad_scale)
+    grad_cols = in_order(buffer)[:, :, :m].mul_(grad_scale)
     return grad, (grad_cols if unit is None else grad_cols.mul_(unit.as_strided((), ()))).to(
         out_dtype
     )

@@ -8,6 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_slab import as_slab, slab_offsets
 from .hopper_tiles import ROWS
 
 STEP: gl.constexpr = gl.constexpr(64)  # columns multiplied at a time
@@ -55,32 +56,6 @@ def _pass_turn(counter):
     gl.atomic_add(counter, 1, sem="release", scope="gpu")
 
 
-@gluon.constexpr_function
-def chunk_layout():
-    """32 columns of an accumulator [64, d]."""
-    registers = [[0, 1], [8, 0], [0, 8], [0, 16]]
-    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, 32])
-
-
-@gluon.jit
-def _halves(x):
-    """The left and the right columns of an accumulator; no data moves."""
-    pairs = gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1))
-    return gl.split(pairs)
-
-
-@gluon.jit
-def _add(target, part, turn, column: gl.constexpr):
-    """Add 32 columns to the buffer; the first block to have its turn finds nothing there yet."""
-    base, offsets = target
-    part = gl.convert_layout(part, chunk_layout(), assert_trivial=True)
-    if turn == 0:
-        gl.store(base + column + offsets, part)
-    else:
-        gl.atomic_add(base + column + offsets, part, sem="relaxed", scope="gpu")
-
-
 @gluon.jit
 def reduce_columns(smem, bars, place, span, buffer, turns, last_rows, group):
     """D^T X_I of every tile, added to the buffer when it is this block's turn."""
@@ -90,9 +65,7 @@ def reduce_columns(smem, bars, place, span, buffer, turns, last_rows, group):
     D_S: gl.constexpr = y_s.shape[4]
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_S, 16])
     zero = gl.zeros([STEP, D_S], gl.float32, wide)
-    chunk: gl.constexpr = chunk_layout()
-    r = gl.expand_dims(gl.arange(0, STEP, gl.SliceLayout(1, chunk)), 1)
-    offsets = r * D_S + gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, chunk)), 0)
+    offsets = slab_offsets(D_S)
     block = place[3] // (2 * ROWS)
     mbarrier.wait(x_ready, 0)
     counter = turns
@@ -100,7 +73,7 @@ def reduce_columns(smem, bars, place, span, buffer, turns, last_rows, group):
     for step in range(2 * (last - first)):
         slot = step & 1
         tile = _tile(step // 2, span)
-        target = (buffer + gl.cast(step_start(step, span), gl.int64) * D_S, offsets)
+        target = buffer + gl.cast(step_start(step, span), gl.int64) * D_S + offsets
         mbarrier.wait(d_ready.index(slot), step // 2 & 1)
         part = warpgroup_mma(
             d.index(slot * 2).permute((1, 0)), flat(x_s.index(0)), zero,
@@ -121,18 +94,10 @@ def reduce_columns(smem, bars, place, span, buffer, turns, last_rows, group):
                 seen = _turn(counter)
         part = warpgroup_mma_wait(0, deps=[part])
         mbarrier.arrive(d_free.index(slot))
-        # In chunks of columns, which share one set of addresses.
-        left, right = _halves(part)
-        if D_S == 64:
-            _add(target, left, turn, 0)
-            _add(target, right, turn, 32)
+        if turn == 0:  # the first block to have its turn finds nothing there yet
+            gl.store(target, as_slab(part))
         else:
-            one, two = _halves(left)
-            three, four = _halves(right)
-            _add(target, one, turn, 0)
-            _add(target, two, turn, 32)
-            _add(target, three, turn, 64)
-            _add(target, four, turn, 96)
+            gl.atomic_add(target, as_slab(part), sem="relaxed", scope="gpu")
     if last > first:
         _pass_turn(counter)
     gl.thread_barrier()

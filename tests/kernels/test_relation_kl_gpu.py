@@ -121,7 +121,7 @@ def hopper_relation(case: Case):
         pytest.skip(f"the Hopper kernels are not used: {hopper.REASON}")
     problem = make_problem(case, "cuda")
     op = check_operands(*problem.operands, problem.mask, None, None)
-    assert hopper.can_serve_backward(op)
+    assert hopper.serves_backward(op)
     return problem, op
 
 
@@ -195,44 +195,12 @@ def test_hopper_sweeps_again_where_scores_grow_along_the_row():
     exact = relation_forward(*(x.double() for x in (*rows, *cols)), mask=mask)
     largest = exact.lse_s.abs().max().item()
     assert largest > 100
-    for x, expected in zip(stats, exact, strict=True):
-        torch.testing.assert_close(x.double(), expected, atol=4e-7 * largest + 2e-5, rtol=1e-5)
-
-
-def test_memory_is_linear_in_the_sequence():
-    n, heads, d = 32768, 2, 128
-    rows, teacher = (
-        torch.randn(1, heads, n, d, device="cuda", dtype=torch.bfloat16) for _ in range(2)
-    )
-    mask = causal_mask(1, n, "cuda")
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    stats = relation_forward(rows, teacher, mask=mask)
-    grad = relation_backward(rows, teacher, None, None, *stats[:2], mask=mask)
-    extra = torch.cuda.max_memory_allocated() - before
-    assert grad.isfinite().all()
-    # The gradient, on Hopper an fp32 buffer of its shape, and the statistics; an n x n matrix of
-    # bits would take as much as 8 times the bound.
-    assert extra < 2 * (grad.numel() * (2 + 4) + 3 * heads * n * 4)
-
-
-@pytest.mark.parametrize("side", ["n", "h"])
-def test_offsets_beyond_31_bits(side):
-    """Vectors spread over more than 2**31 elements give the same bits as packed ones."""
-    heads, n, d = 3, 300, 64
-    wide = (1 << 31) // (n - 20 if side == "n" else heads - 1)
-    strides = (0, d, wide, 1) if side == "n" else (0, wide, d, 1)
-    if torch.cuda.mem_get_info()[0] < 12 << 30:
-        pytest.skip("needs 12 GiB of free device memory")
-    storage = torch.empty(wide * (n if side == "n" else heads), device="cuda", dtype=torch.bfloat16)
-    rows = storage.as_strided((1, heads, n, d), strides)
-    rows.copy_(torch.randn(1, heads, n, d, device="cuda"))
-    teacher = torch.randn(1, heads, n, d, device="cuda", dtype=torch.bfloat16)
-    mask = causal_mask(1, n, "cuda")
-    results = []
-    for student in (rows, rows.contiguous()):
-        stats = relation_forward(student, teacher, mask=mask)
-        grad = relation_backward(student, teacher, None, None, *stats[:2], mask=mask)
-        results.append((*stats, grad))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    # tensor cores sum a product to some ulps of its largest terms; a KL moves with a score t by
+    # p_t (t - s - KL), which is large where both are
+    score_error = 4e-7 * largest + 2e-5
+    s, t = (x.double() @ y.double().mT / 128**0.5 for x, y in zip(rows, cols, strict=True))
+    gap = (t - exact.lse_t[..., None]) - (s - exact.lse_s[..., None])
+    moves = (torch.softmax(t, -1) * (gap - exact.kl[..., None]).abs()).sum(-1)
+    for x, expected in zip(stats[:2], exact[:2], strict=True):
+        torch.testing.assert_close(x.double(), expected, atol=score_error, rtol=1e-5)
+    assert ((stats.kl - exact.kl).abs() <= score_error * (1 + moves)).all()
