@@ -57,7 +57,7 @@ METHODS = {
     "qk-context": Method("QK + attention context", False, _LORA),
     "logits": Method("logits KL", False, _LORA),
     "linearard-long": Method("LinearARD + long text", False, _LORA),
-    "ours": Method("ours", False, _LORA),
+    "ours": Method("ours", False, _LORA[:2]),
     "cpt": Method("CPT", True, _ALL),
     "longred": Method("LongReD", True, _ALL),
 }
