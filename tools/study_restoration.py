@@ -157,7 +157,20 @@ def timing(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    write_report(options.output or options.folder, read_results(options.folder), options.domain)
+    """Of the final runs those at each method's best rate; others are of an earlier search."""
+    results = read_results(options.folder)
+    shown = [
+        found
+        for found in results
+        if found["kind"] not in ("final", "timing")
+        or found["method"] in METHODS
+        and (found["kind"] == "timing" or found["rate"] == best_rate(results, *_which(found)))
+    ]
+    write_report(options.output or options.folder, shown, options.domain)
+
+
+def _which(found: dict) -> tuple[str, str]:
+    return found["method"], found["rope"]
 
 
 def best_rate(results: list[dict], method: str, rope: str) -> float:

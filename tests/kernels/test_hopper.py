@@ -93,6 +93,12 @@ def test_other_devices_and_versions_take_plain_triton(on_hopper, monkeypatch):
     assert not hopper.serves(relation)
 
 
+def test_two_short_operands_take_the_plain_backward(on_hopper):
+    assert hopper.pays_backward(fake_relation())
+    for columns, pays in ((4096, False), (16384, True)):
+        assert hopper.pays_backward(fake_relation(cols=fake_tensor((1, 1, columns, 128)))) == pays
+
+
 def test_a_self_relation_that_sees_the_future_takes_the_plain_backward(on_hopper):
     relation = fake_relation(causal=False)
     assert hopper.serves(relation) and not hopper.serves_backward(relation)
