@@ -159,18 +159,15 @@ def timing(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     """Of the final runs those at each method's best rate; others are of an earlier search."""
     results = read_results(options.folder)
-    shown = [
-        found
-        for found in results
-        if found["kind"] not in ("final", "timing")
-        or found["method"] in METHODS
-        and (found["kind"] == "timing" or found["rate"] == best_rate(results, *_which(found)))
-    ]
+
+    def is_shown(found: dict) -> bool:
+        if found["kind"] == "final":
+            method, rope = found["method"], found["rope"]
+            return method in METHODS and found["rate"] == best_rate(results, method, rope)
+        return found["kind"] != "timing" or found["method"] in METHODS
+
+    shown = [found for found in results if is_shown(found)]
     write_report(options.output or options.folder, shown, options.domain)
-
-
-def _which(found: dict) -> tuple[str, str]:
-    return found["method"], found["rope"]
 
 
 def best_rate(results: list[dict], method: str, rope: str) -> float:
