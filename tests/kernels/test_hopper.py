@@ -31,11 +31,13 @@ def fake_tensor(shape=(1, 4, 300, 128), stride=None, dtype=torch.bfloat16, addre
     )
 
 
-def fake_relation(cols=None, causal=True, **of_rows):
+def fake_relation(of_cols=None, causal=True, **of_rows):
+    """A relation of operands described as in ``fake_tensor``; without columns the self relation."""
     rows = fake_tensor(**of_rows)
+    cols = rows if of_cols is None else fake_tensor(**of_cols)
     return SimpleNamespace(
-        rows_s=rows, rows_t=rows, cols_s=cols or rows, cols_t=cols or rows,
-        is_self=cols is None, mask=SimpleNamespace(causal=causal),
+        rows_s=rows, rows_t=rows, cols_s=cols, cols_t=cols,
+        is_self=of_cols is None, mask=SimpleNamespace(causal=causal),
     )  # fmt: skip
 
 
@@ -53,7 +55,7 @@ def on_hopper(monkeypatch):
         {"dtype": torch.float16, "shape": (2, 8, 33, 64)},
         {"stride": (4 * 300 * 128, 128, 4 * 128, 1)},  # [b, n, heads, d] storage
         {"stride": (7, 300 * 128, 128, 1)},  # the stride of a dimension of size 1 is never used
-        {"cols": fake_tensor((1, 1, 700, 128))},
+        {"of_cols": {"shape": (1, 1, 700, 128)}},
     ],
     ids=str,
 )
@@ -64,7 +66,7 @@ def test_the_hopper_kernels_are_written_for_training_shapes(relation, on_hopper)
 
 def test_what_was_checked_on_a_gpu_takes_the_hopper_kernels(on_hopper):
     assert hopper.serves(fake_relation()) and hopper.serves_backward(fake_relation())
-    two_operands = fake_relation(cols=fake_tensor((1, 1, 700, 128)))
+    two_operands = fake_relation(of_cols={"shape": (1, 1, 700, 128)})
     assert hopper.serves(two_operands) and not hopper.serves_backward(two_operands)
     for other in ({"dtype": torch.float16}, {"shape": (2, 8, 33, 64)}):
         assert not hopper.serves(fake_relation(**other))
@@ -80,7 +82,7 @@ def test_what_was_checked_on_a_gpu_takes_the_hopper_kernels(on_hopper):
         {"stride": (4 * 300 * 132, 300 * 132, 132, 1)},  # 264 bytes from vector to vector
         {"stride": (0, 0, 128, 1)},
         {"address": (1 << 20) + 8},
-        {"cols": fake_tensor((1, 1, 700, 128), stride=(1, 1, 1, 700))},
+        {"of_cols": {"shape": (1, 1, 700, 128), "stride": (1, 1, 1, 700)}},
     ],
     ids=str,
 )
@@ -105,7 +107,7 @@ def test_other_devices_and_versions_take_plain_triton(on_hopper, monkeypatch):
 def test_a_self_relation_that_sees_the_future_takes_the_plain_backward(on_hopper):
     relation = fake_relation(causal=False)
     assert hopper.serves(relation) and not hopper.can_serve_backward(relation)
-    pair = fake_relation(cols=fake_tensor(), causal=False)
+    pair = fake_relation(of_cols={}, causal=False)
     assert hopper.can_serve_backward(pair)
 
 
