@@ -16,7 +16,9 @@ import torch.multiprocessing as multiprocessing
 
 _METHOD = "forkserver"
 _SERVER = multiprocessing.get_context(_METHOD)
-_SERVER.set_forkserver_preload(["megalard.train", "tests.models"])
+_SERVER.set_forkserver_preload(
+    ["pytest", "megalard.train", "tests.models", "torch.utils.tensorboard"]
+)
 
 
 def run_ranks(world: int, function: Callable, *args) -> None:
