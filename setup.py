@@ -32,7 +32,13 @@ setup(
         "pyyaml>=6,<7",
     ],
     extras_require={
-        "dev": ["pytest>=8,<10", "peft>=0.21,<0.22", "ruff>=0.15,<0.18", "pre-commit>=4,<5"],
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.8,<4",
+            "peft>=0.21,<0.22",
+            "ruff>=0.15,<0.18",
+            "pre-commit>=4,<5",
+        ],
         "flash-attn": ["flash-attn>=2.7,<3"],
     },
     entry_points={"console_scripts": ["megalard=megalard.train:main"]},

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 if torch.cuda.is_available():
@@ -9,3 +10,9 @@ if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """How many processes ``tests/run.sh`` starts: one alone where tests would share a GPU."""
+    return 0 if torch.cuda.is_available() else None

@@ -30,4 +30,5 @@ install_apart tests/.lm-eval lm-evaluation-harness --requirement tests/lm_eval.t
 
 # one thread a rank: distributed tests start several ranks on few cores
 export OMP_NUM_THREADS=1
-exec "$python" -m pytest "$@"
+# a process a core, each with whole files (-n 0 for one process); see tests/conftest.py for GPUs
+exec "$python" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"

@@ -31,9 +31,9 @@ from megalard.errors import UserError
 from megalard.parallel.layout import Layout
 from megalard.parallel.mesh import SINGLE, build_mesh
 from megalard.train import main
-from tests.checkpoint.processes import run_forked, start_ranks, wait_for
 from tests.jobs import STEPS, arguments, make_job, metrics
 from tests.models import make_model
+from tests.ranks import run_ranks, start_ranks, wait_for
 
 ROWS = 40_000
 SAVE = ("checkpoint.save_every=1", "checkpoint.keep_last=2")
@@ -97,7 +97,7 @@ def test_killed_at_any_moment_of_a_save(world, victims, rounds, tmp_path):
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     folder = make_job(tmp_path_factory.mktemp("faults"))
-    run_forked(1, main, arguments(folder, folder / "whole", *SAVE, "checkpoint.keep_last=9"))
+    run_ranks(1, main, arguments(folder, folder / "whole", *SAVE, "checkpoint.keep_last=9"))
     return folder
 
 
@@ -304,7 +304,7 @@ def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damage")
     for name, seed in (("a", 0), ("b", 1)):
         make_model("llama", folder / name, seed=seed)
-    run_forked(2, _import_two, str(folder))
+    run_ranks(2, _import_two, str(folder))
     return folder
 
 

@@ -19,9 +19,9 @@ from megalard.checkpoint.source import open_model
 from megalard.errors import UserError
 from megalard.parallel.mesh import SINGLE, build_mesh
 from megalard.train import main
-from tests.checkpoint.processes import run_forked
 from tests.jobs import arguments, make_job
 from tests.logits import assert_same_logits, random_tokens
+from tests.ranks import run_ranks
 
 OLD_TRANSFORMERS = Path(__file__).parents[1] / ".transformers-4.57"
 SAVE = ("checkpoint.save_every=4", "optimizer.steps=4")
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
     """A finished run of each kind, with its exports beside it."""
     folder = make_job(tmp_path_factory.mktemp("peft"))
     for name, (ranks, options) in RUNS.items():
-        run_forked(ranks, main, arguments(folder, folder / name, *SAVE, *options))
+        run_ranks(ranks, main, arguments(folder, folder / name, *SAVE, *options))
         model = open_model(checkpoint_path(folder / name / "checkpoints", 4))
         export_model(model, folder / name / "merged", SINGLE)
         if name != "weights":

@@ -18,8 +18,8 @@ from megalard.checkpoint.manifest import read_manifest
 from megalard.checkpoint.run_folder import checkpoint_path
 from megalard.checkpoint.sharded import ShardedWeights
 from megalard.train import main
-from tests.checkpoint.processes import run_forked, start_ranks, wait_for
 from tests.jobs import STEPS, arguments, interrupted, losses, make_job
+from tests.ranks import run_ranks, start_ranks, wait_for
 
 SAVE = ("checkpoint.save_every=2", "checkpoint.keep_last=9")
 ALL = ("trainable.mode=all", "objective.logits_kl=0.5", "model.compute_dtype=float32")
@@ -60,7 +60,7 @@ RESUMED = {
 
 
 def run(ranks: int, job: Path, output: Path, *options: str) -> None:
-    run_forked(ranks, main, arguments(job, output, *SAVE, *options))
+    run_ranks(ranks, main, arguments(job, output, *SAVE, *options))
 
 
 @pytest.fixture(scope="module")

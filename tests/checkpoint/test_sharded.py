@@ -29,8 +29,8 @@ from megalard.model.rope import rope_table
 from megalard.model.spec import read_spec
 from megalard.monitor import peak_memory_bytes
 from megalard.parallel.mesh import SINGLE, Axis, build_mesh
-from tests.checkpoint.processes import run_forked
 from tests.models import FAMILIES, make_model
+from tests.ranks import run_ranks
 
 SIZES = (1, 2, 4, 8)
 _M_MMAP_THRESHOLD = -3
@@ -59,7 +59,7 @@ def models(tmp_path_factory):
             else:
                 save_file(tensors, file, {"format": "pt"})
     for size in SIZES:
-        run_forked(size, _import_all, str(folder), size)
+        run_ranks(size, _import_all, str(folder), size)
     return folder
 
 
@@ -126,7 +126,7 @@ def test_every_rank_of_any_size_reads_its_slices(family, written, read, models):
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_torch_loads_at_another_size(ranks, models):
-    run_forked(ranks, _load_all, str(models), ranks)
+    run_ranks(ranks, _load_all, str(models), ranks)
 
 
 def _load_all(folder: str, size: int) -> None:
@@ -209,7 +209,7 @@ def test_a_sharded_checkpoint_is_written_again_from_a_sharded_checkpoint(models,
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """0.25 GB in tensors of at most 16 MB, of which two are held, there and back by one process."""
-    run_forked(1, _convert_within, str(tmp_path), 40 * 2**20)
+    run_ranks(1, _convert_within, str(tmp_path), 40 * 2**20)
 
 
 def _convert_within(folder: str, allowed: int) -> None:

@@ -31,11 +31,13 @@ def fake_tensor(shape=(1, 4, 300, 128), stride=None, dtype=torch.bfloat16, addre
     )
 
 
-def fake_relation(cols=None, causal=True, **of_rows):
+def fake_relation(of_cols=None, causal=True, **of_rows):
+    """A relation of operands described as in ``fake_tensor``; without columns the self relation."""
     rows = fake_tensor(**of_rows)
+    cols = rows if of_cols is None else fake_tensor(**of_cols)
     return SimpleNamespace(
-        rows_s=rows, rows_t=rows, cols_s=cols or rows, cols_t=cols or rows,
-        is_self=cols is None, mask=SimpleNamespace(causal=causal),
+        rows_s=rows, rows_t=rows, cols_s=cols, cols_t=cols,
+        is_self=of_cols is None, mask=SimpleNamespace(causal=causal),
     )  # fmt: skip
 
 
@@ -53,7 +55,7 @@ def on_hopper(monkeypatch):
         {"dtype": torch.float16, "shape": (2, 8, 33, 64)},
         {"stride": (4 * 300 * 128, 128, 4 * 128, 1)},  # [b, n, heads, d] storage
         {"stride": (7, 300 * 128, 128, 1)},  # the stride of a dimension of size 1 is never used
-        {"cols": fake_tensor((1, 1, 700, 128))},
+        {"of_cols": {"shape": (1, 1, 700, 128)}},
     ],
     ids=str,
 )
@@ -71,7 +73,7 @@ def test_training_shapes_take_the_hopper_kernels(relation, on_hopper):
         {"stride": (4 * 300 * 132, 300 * 132, 132, 1)},  # 264 bytes from vector to vector
         {"stride": (0, 0, 128, 1)},
         {"address": (1 << 20) + 8},
-        {"cols": fake_tensor((1, 1, 700, 128), stride=(1, 1, 1, 700))},
+        {"of_cols": {"shape": (1, 1, 700, 128), "stride": (1, 1, 1, 700)}},
     ],
     ids=str,
 )
@@ -96,13 +98,14 @@ def test_other_devices_and_versions_take_plain_triton(on_hopper, monkeypatch):
 def test_two_short_operands_take_the_plain_backward(on_hopper):
     assert hopper.pays_backward(fake_relation())
     for columns, pays in ((4096, False), (16384, True)):
-        assert hopper.pays_backward(fake_relation(cols=fake_tensor((1, 1, columns, 128)))) == pays
+        pair = fake_relation(of_cols={"shape": (1, 1, columns, 128)})
+        assert hopper.pays_backward(pair) == pays
 
 
 def test_a_self_relation_that_sees_the_future_takes_the_plain_backward(on_hopper):
     relation = fake_relation(causal=False)
     assert hopper.serves(relation) and not hopper.serves_backward(relation)
-    pair = fake_relation(cols=fake_tensor(), causal=False)
+    pair = fake_relation(of_cols={}, causal=False)
     assert hopper.serves_backward(pair)
 
 

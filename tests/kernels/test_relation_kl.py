@@ -205,7 +205,9 @@ def test_gradient_reaches_the_student_only(backend):
 
 
 @both_backends
-@case_params([SMALL[0], Case(50, 16, 16, layout="single"), Case(50, 16, 16, causal=False)])
+@case_params(
+    [SMALL[0], Case(50, 16, 16, b=1, layout="single"), Case(50, 16, 16, b=1, causal=False)]
+)
 def test_partials_over_column_splits_merge_to_the_whole(case, backend, tiny_tiles):
     """The columns of a self relation cut in four, and the gradients of the parts summed."""
     problem = make_problem(case)

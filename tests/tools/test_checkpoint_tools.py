@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.jobs import save_tokenizer
 from tests.models import make_model
+from tests.ranks import run_ranks
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -33,19 +35,26 @@ convert, verify, inspect = map(tool, ("convert_hf", "verify_checkpoint", "inspec
 
 
 def launch(ranks: int, *command: object) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    subprocess.run([*start, *map(str, command)], check=True, env=environment, cwd=CHECKOUT)
+    """A script's command, by ranks that are forked: torchrun's import all anew."""
+    run_ranks(ranks, _run_script, [str(word) for word in command])
+
+
+def _run_script(command: list[str]) -> None:
+    sys.argv = command
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(CHECKOUT / command[0]), run_name="__main__")
+    assert ended.value.code == 0
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """``hf`` and, written by two processes, ``sharded``."""
+    """``hf`` and, written by torchrun's two processes, ``sharded``."""
     folder = tmp_path_factory.mktemp("tools")
     make_model("qwen2", folder / "hf", vocab_size=1003)
-    launch(2, "tools/convert_hf.py", "import", folder / "hf", folder / "sharded")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["tools/convert_hf.py", "import", str(folder / "hf"), str(folder / "sharded")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+    subprocess.run([*start, *command], check=True, env=environment, cwd=CHECKOUT)
     return folder
 
 
