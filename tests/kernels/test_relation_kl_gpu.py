@@ -204,3 +204,42 @@ def test_hopper_sweeps_again_where_scores_grow_along_the_row():
     for x, expected in zip(stats[:2], exact[:2], strict=True):
         torch.testing.assert_close(x.double(), expected, atol=score_error, rtol=0)
     assert ((stats.kl - exact.kl).abs() <= score_error * moves).all()
+
+
+def test_memory_is_linear_in_the_sequence():
+    n, heads, d = 32768, 2, 128
+    rows, teacher = (
+        torch.randn(1, heads, n, d, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
+    mask = causal_mask(1, n, "cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    stats = relation_forward(rows, teacher, mask=mask)
+    grad = relation_backward(rows, teacher, None, None, *stats[:2], mask=mask)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert grad.isfinite().all()
+    # The gradient, on Hopper an fp32 buffer of its shape, and the statistics; an n x n matrix of
+    # bits would take as much as 8 times the bound.
+    assert extra < 2 * (grad.numel() * (2 + 4) + 3 * heads * n * 4)
+
+
+@pytest.mark.parametrize("side", ["n", "h"])
+def test_offsets_beyond_31_bits(side):
+    """Vectors spread over more than 2**31 elements give the same bits as packed ones."""
+    heads, n, d = 3, 300, 64
+    wide = (1 << 31) // (n - 20 if side == "n" else heads - 1)
+    strides = (0, d, wide, 1) if side == "n" else (0, wide, d, 1)
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of free device memory")
+    storage = torch.empty(wide * (n if side == "n" else heads), device="cuda", dtype=torch.bfloat16)
+    rows = storage.as_strided((1, heads, n, d), strides)
+    rows.copy_(torch.randn(1, heads, n, d, device="cuda"))
+    teacher = torch.randn(1, heads, n, d, device="cuda", dtype=torch.bfloat16)
+    mask = causal_mask(1, n, "cuda")
+    results = []
+    for student in (rows, rows.contiguous()):
+        stats = relation_forward(student, teacher, mask=mask)
+        grad = relation_backward(student, teacher, None, None, *stats[:2], mask=mask)
+        results.append((*stats, grad))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))

@@ -57,7 +57,7 @@ METHODS = {
     "qk-context": Method("QK + attention context", False, _LORA),
     "logits": Method("logits KL", False, _LORA),
     "linearard-long": Method("LinearARD + long text", False, _LORA),
-    "ours": Method("ours", False, _LORA[:2]),
+    "ours": Method("ours", False, (3e-4, 1e-3)),
     "cpt": Method("CPT", True, _ALL),
     "longred": Method("LongReD", True, _ALL),
 }
