@@ -27,13 +27,13 @@ def run_ranks(world: int, function: Callable, *args) -> None:
     """
     # CUDA in forked ranks has not been tried
     method = "spawn" if torch.cuda.is_available() else "forkserver"
-    arguments = (world, _free_port(), function, args)
+    arguments = (world, free_port(), function, args)
     multiprocessing.start_processes(_rank, arguments, nprocs=world, start_method=method)
 
 
 def start_ranks(world: int, function: Callable, *args) -> list:
     """The same ranks, started only: they may be killed, and end with ``wait_for``."""
-    arguments = (world, _free_port(), function, args)
+    arguments = (world, free_port(), function, args)
     ranks = [
         _SERVER.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(world)
     ]
@@ -52,7 +52,7 @@ def wait_for(ranks: list, limit_s: float = 120) -> list[int]:
     return [rank.exitcode for rank in ranks]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -157,8 +157,15 @@ def timing(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Of the final runs those at each method's best rate; others are of an earlier search."""
-    results = read_results(options.folder)
+    results = shown(read_results(options.folder))
+    write_report(options.output or options.folder, results, options.domain)
+
+
+def shown(results: list[dict]) -> list[dict]:
+    """Of the final runs those at each method's best rate, of the timed ones those of its methods.
+
+    Others, of an earlier search or recipe, stay in the file.
+    """
 
     def is_shown(found: dict) -> bool:
         if found["kind"] == "final":
@@ -166,8 +173,7 @@ def report(options: argparse.Namespace) -> None:
             return method in METHODS and found["rate"] == best_rate(results, method, rope)
         return found["kind"] != "timing" or found["method"] in METHODS
 
-    shown = [found for found in results if is_shown(found)]
-    write_report(options.output or options.folder, shown, options.domain)
+    return [found for found in results if is_shown(found)]
 
 
 def best_rate(results: list[dict], method: str, rope: str) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from safetensors.torch import load_file
 
 from tests.jobs import arguments, make_job, metrics
 from tests.launch.namespaces import Network, two_namespaces
+from tests.ranks import free_port
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 TRAIN, SLURM = LAUNCH / "train.sh", LAUNCH / "slurm.sbatch"
@@ -116,12 +116,6 @@ def wait_for(condition, node: subprocess.Popen, log: Path) -> None:
 
 def has(path: Path, pattern: str):
     return lambda: path.exists() and re.search(pattern, path.read_text())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_nodes(job: Path, output: Path, logs: list[Path], network: Network, *options: str) -> list:

@@ -11,6 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
+from study_restoration import shown
+
 from megalard.data.token_file import write_store
 from megalard.data.tokenizer import load_tokenizer
 from study.figures import IN, OUT, Results, spread
@@ -88,6 +90,32 @@ def test_every_method_has_a_recipe_and_short_ones_read_a_sixtieth():
     assert long == {60 * SHORT_TOKENS}
     for name, method in METHODS.items():
         assert config_file(name).exists() and method.compared_at in method.milestones()
+
+
+def test_the_report_shows_each_method_at_the_best_rate_of_its_rope():
+    def result(kind: str, method: str, rate: float, rope: str = "linear", loss: float = 1.0):
+        validation = {"python": {"512": {"loss": loss}}}
+        return dict(kind=kind, method=method, rope=rope, rate=rate, validation=validation)
+
+    searches = [
+        result("search", "cpt", 0.1, loss=2.0),
+        result("search", "cpt", 0.2, loss=1.0),
+        result("search", "cpt", 0.3, loss=float("nan")),
+        result("search", "cpt", 0.1, "yarn", loss=1.0),
+    ]
+    kept = [
+        result("final", "cpt", 0.2),
+        result("final", "cpt", 0.1, "yarn"),
+        result("timing", "cpt", 0.2),
+        result("baseline", "teacher", 0.0),
+    ]
+    others = [
+        result("final", "cpt", 0.1),
+        result("final", "cpt", 0.2, "yarn"),
+        result("final", "a recipe of before", 0.1),
+        result("timing", "a recipe of before", 0.1),
+    ]
+    assert shown([*searches, *others, *kept]) == [*searches, *kept]
 
 
 @pytest.fixture(scope="module")
