@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import torch
 
+from megalard.model.merged_attention import attention_part, attention_part_backward, merge
 from megalard.parallel.context import Exchange
 from megalard.parallel.mesh import Axis
-
-_aten = torch.ops.aten
 
 
 class RingAttention(torch.autograd.Function):
@@ -21,20 +20,16 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, axis: Axis):
-        out, lse = torch.zeros_like(q, dtype=torch.float32), None
+        out = lse = None
         for source, k_now, v_now in _round(k, v, axis):
             rows, columns, causal = _parts(q.shape[2], axis.rank, source)
-            part, part_lse = _forward(
+            found = attention_part(
                 q[:, :, rows], k_now[:, :, columns], v_now[:, :, columns], causal
             )
-            if lse is None:  # the own chunk, in which every row sees itself
-                out, lse = part.float(), part_lse.clone()
+            if out is None:  # the own chunk, in which every row sees itself
+                out, lse = found
                 continue
-            merged = torch.logaddexp(lse[:, :, rows], part_lse)
-            out[:, :, rows] *= (lse[:, :, rows] - merged).exp()[..., None]
-            out[:, :, rows] += part * (part_lse - merged).exp()[..., None]
-            lse[:, :, rows] = merged
-        out = out.to(q.dtype)
+            out[:, :, rows], lse[:, :, rows] = merge(out[:, :, rows], lse[:, :, rows], *found)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.axis = axis
         return out
@@ -52,9 +47,9 @@ class RingAttention(torch.autograd.Function):
             else:
                 behind = [torch.zeros_like(x, dtype=torch.float32) for x in (k, v)]
             rows, columns, causal = _parts(q.shape[2], axis.rank, source)
-            parts = _backward(
-                grad[:, :, rows], q[:, :, rows], k_now[:, :, columns], v_now[:, :, columns],
-                out[:, :, rows], lse[:, :, rows], causal,
+            parts = attention_part_backward(
+                grad[:, :, rows], q[:, :, rows], out[:, :, rows], lse[:, :, rows],
+                k_now[:, :, columns], v_now[:, :, columns], causal,
             )  # fmt: skip
             grad_q[:, :, rows] += parts[0]
             for total, part in zip(behind, parts[1:], strict=True):
@@ -90,23 +85,3 @@ def _parts(length: int, rank: int, source: int) -> tuple[slice, slice, bool]:
     if source < rank:
         return slice(None), slice(0, half), False
     return slice(half, None), slice(None), False
-
-
-def _forward(q, k, v, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp [b, h, s]."""
-    if q.is_cuda:
-        return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-
-
-def _backward(grad, q, k, v, out, lse, causal: bool):
-    """Gradients of q, k and v, from the output and log-sum-exp over all columns."""
-    lse = lse.contiguous()
-    if not q.is_cuda:
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal
-        )
-    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is not
-    return _aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed
-    )

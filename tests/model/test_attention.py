@@ -94,6 +94,19 @@ def test_packing_for_a_variable_length_kernel_is_exact(kind, heads, window, rank
     check("cpu", torch.float32, 1e-5, kind, heads, window, ranks)
 
 
+def check_merged(device, dtype, tolerance, kind, heads, window, ranks, monkeypatch):
+    if window is not None:
+        pytest.skip("merged attention has no windows")
+    merged = attention.merged_attention
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, spans, _: merged(q, k, v, spans))
+    check(device, dtype, tolerance, kind, heads, window, ranks)
+
+
+@CASES
+def test_attention_merged_of_two_parts_is_exact(kind, heads, window, ranks, monkeypatch):
+    check_merged("cpu", torch.float32, 1e-5, kind, heads, window, ranks, monkeypatch)
+
+
 @CASES
 def test_attention_is_exact(kind, heads, window, ranks):
     # fp32 rounding through one softmax and sums of 48 terms
@@ -108,3 +121,47 @@ def test_attention_is_exact_on_the_gpu(kind, heads, window, ranks, dtype):
     # half precision rounds probabilities and results: 2^-9 and 2^-12, and sums of 48 such
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     check("cuda", dtype, tolerance, kind, heads, window, ranks)
+
+
+def on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU, where torch prefers cuDNN")
+@CASES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_merged_of_two_parts_is_exact_on_the_gpu(
+    kind, heads, window, ranks, dtype, monkeypatch
+):
+    # as test_attention_is_exact_on_the_gpu, and one more rounding of each part
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    check_merged("cuda", dtype, tolerance, kind, heads, window, ranks, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU, where torch prefers cuDNN")
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_long_pieces_go_to_cudnn_and_agree_with_the_variable_length_kernel(heads, dim, monkeypatch):
+    torch.manual_seed(0)
+    taken, merged = [], attention.merged_attention
+    monkeypatch.setattr(
+        attention, "merged_attention", lambda *args: taken.append(1) or merged(*args)
+    )
+    for rank in range(2):
+        spans = SequenceShard(8192, Axis(None, rank, 2)).spans(((0, 0, 8192),))
+        leaves = [
+            torch.randn(1, h, n, dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
+            for h, n in ((4, 4096), (heads, 8192), (heads, 8192))
+        ]
+        upstream = torch.randn(1, 4096, 4, dim, device="cuda", dtype=torch.bfloat16)
+        found = []
+        for limit in (2048, 2049):
+            monkeypatch.setattr(attention, "_MERGED_FROM", limit)
+            out = attention.attend(*leaves, spans, None)
+            found.append([out, *torch.autograd.grad(out, leaves, upstream)])
+        for ours, other in zip(*found, strict=True):
+            # each is bf16's rounding of the same sums, 2^-9, in P, in dS and in the result
+            assert (ours.float() - other.float()).norm() < 1e-2 * other.float().norm()
+    assert len(taken) == 2
