@@ -62,6 +62,18 @@ class Batch:
         """bool ``[b, s]``: this rank's tokens that are not padding."""
         return self.shard.cut(self.doc_end_bn > self.doc_start_bn, 1)
 
+    def rows(self, first: int, end: int) -> "Batch":
+        """The batch of rows ``first:end`` alone."""
+        tensors = {
+            field.name: value[first:end]
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        documents = tuple(
+            (row - first, *ends) for row, *ends in self.documents if first <= row < end
+        )
+        return replace(self, **tensors | {"place_s": self.place_s, "documents": documents})
+
     def for_student(self) -> "Batch":
         """The batch with the student's positions."""
         return replace(self, position_bs=self.student_position_bs)
@@ -84,20 +96,20 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``; to a GPU from pinned memory, without waiting for the copy."""
-        device = torch.device(device)
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            if device.type == "cuda" and tensor.device.type == "cpu":
-                return tensor.pin_memory().to(device, non_blocking=True)
-            return tensor.to(device)
-
+        """The batch on ``device``."""
         tensors = {
-            field.name: move(value)
+            field.name: to_device(value, torch.device(device))
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
         return replace(self, **tensors)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on ``device``; to a GPU from pinned memory, without waiting for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def collate(

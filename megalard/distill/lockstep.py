@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megalard.data.batch import Batch
 from megalard.distill.reach import Reach, Stage
-from megalard.model.decoder import Decoder, Qkv
+from megalard.model.decoder import Decoder, DecoderLayer, Qkv
+from megalard.parallel.linear import TensorParallel
 
 
 @dataclass
@@ -55,6 +56,7 @@ def lockstep(
         recompute: activation checkpointing: keep each student layer's input, not its inside.
     """
     context_s, x_t = student.context(batch.for_student()), None
+    ops_s = TensorParallel(student.ops.axis, batch.token_ids())
     shared = False
     if teacher is not None:
         context_t = teacher.context(batch)
@@ -67,23 +69,25 @@ def lockstep(
         state_t = None
         if teacher is not None:
             with torch.no_grad():
-                state_t = _run(teacher, layer, x_t, context_t, stage, with_mixed)
+                work = (teacher.layers[layer], x_t, context_t, teacher.ops)
+                state_t = _run(*work, stage, with_mixed)
             x_t = state_t.residual
-        inputs = (student, layer, x_s, context_s, stage, with_mixed)
+        work = (student.layers[layer], x_s, context_s, ops_s)
         if recompute and torch.is_grad_enabled():
-            state_s = checkpoint(_run, *inputs, use_reentrant=False, preserve_rng_state=False)
+            state_s = checkpoint(
+                _run, *work, stage, with_mixed, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            state_s = _run(*inputs)
+            state_s = _run(*work, stage, with_mixed)
         x_s = state_s.residual
         yield Pair(layer, state_s, state_t)
         del state_s, state_t
 
 
-def _run(decoder: Decoder, number: int, x, context, stage: Stage, with_mixed: bool) -> LayerState:
-    layer = decoder.layers[number]
-    qkv = layer.qkv(x, context, decoder.ops)
+def _run(layer: DecoderLayer, x, context, ops, stage: Stage, with_mixed: bool) -> LayerState:
+    qkv = layer.qkv(x, context, ops)
     if stage == Stage.QKV:
         return LayerState(qkv, None, None)
     mixed = layer.self_attn.mix(qkv, context)
-    residual = layer.rest(x, mixed, decoder.ops) if stage == Stage.WHOLE else None
+    residual = layer.rest(x, mixed, ops) if stage == Stage.WHOLE else None
     return LayerState(qkv, mixed if with_mixed else None, residual)

@@ -9,32 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megalard.data.batch import Batch
+from megalard.data.batch import Batch, to_device
 from megalard.model.decoder import Decoder
 from megalard.parallel.vocab import cross_entropy, kl_divergence
 
 _ROWS = 1024
 
 
-def chosen_rows(batch: Batch, last: int | None) -> list[int]:
+def chosen_rows(batch: Batch, last: int | None) -> torch.Tensor:
     """The last ``last`` valid tokens of each block, as places among this rank's [b * s] tokens.
 
-    None chooses every valid token.
+    None chooses every valid token. int64, on the host.
     """
-    length = batch.tokens_bs.shape[1]
+    blocks, length = batch.tokens_bs.shape
     # the first token of each row that counts
-    first = [0] * batch.tokens_bs.shape[0]
-    if last is not None:
-        for row in range(len(first)):
-            valid = [t for r, start, end in batch.documents if r == row for t in range(start, end)]
-            first[row] = valid[-last] if len(valid) >= last else 0
-    places = batch.shard.own_positions().tolist()
-    return [
-        span.row * length + token
-        for span in batch.spans
-        for token in range(span.start, span.end)
-        if places[token] >= first[span.row]
-    ]
+    first = [0] * blocks
+    missing = [batch.shard.length if last is None else last] * blocks
+    for row, start, end in sorted(batch.documents, reverse=True):
+        if 0 < missing[row] <= end - start:
+            first[row] = end - missing[row]
+        missing[row] -= end - start
+    places, chosen = batch.shard.own_positions(), [torch.empty(0, dtype=torch.int64)]
+    for span in batch.spans:
+        tokens = torch.arange(span.start, span.end)
+        chosen.append(span.row * length + tokens[places[tokens] >= first[span.row]])
+    return torch.cat(chosen)
 
 
 def logits_kl_sum(
@@ -42,7 +41,7 @@ def logits_kl_sum(
     student: Decoder,
     x_t: torch.Tensor,
     x_s: torch.Tensor,
-    rows: list[int],
+    rows: torch.Tensor,
 ) -> torch.Tensor:
     """Σ over the chosen rows of KL(teacher || student), a scalar to differentiate.
 
@@ -51,9 +50,10 @@ def logits_kl_sum(
 
     Args:
         x_t, x_s: final residuals [t/tp, hidden], before the last norm.
+        rows: of ``chosen_rows``.
     """
     axis = student.ops.axis
-    index = torch.tensor(rows, dtype=torch.int64, device=x_s.device)
+    index = to_device(rows, x_s.device)
     hidden_s = student.ops.gather(student.model.norm(x_s)).index_select(0, index)
     with torch.no_grad():
         hidden_t = teacher.ops.gather(teacher.model.norm(x_t)).index_select(0, index)

@@ -11,6 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from megalard.config import Config
 from megalard.data.batch import Batch
 from megalard.distill.objective import StreamObjective
+from megalard.distill.side_by_side import SideBySide
 from megalard.distill.student import Student
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
@@ -53,8 +54,9 @@ class Distiller:
         dtype = getattr(torch, config.model.compute_dtype)
         recompute = config.parallel.activation_checkpointing
         replicas = kv_replicas(student.decoder.spec, mesh.tp.size)
+        halves = SideBySide(mesh.device, config.parallel.overlap and mesh.tp.size > 1)
         self.objectives = {
-            name: StreamObjective(stream, student.decoder, replicas, dtype, recompute)
+            name: StreamObjective(stream, student.decoder, replicas, dtype, recompute, halves)
             for name, stream in self.streams.items()
         }
         self.gradients = GradientBuffer(
@@ -117,12 +119,10 @@ class Distiller:
             scale = self.streams[name].weight / counts[index].clamp(min=1)
             dropout.seed = self.config.stream_seed(name) * 1_000_003 + number
             for batch in batches[name]:
-                dropout.token_t = batch.token_ids()
                 with self._saved_tensors():
                     loss, part = objective(self.teacher, self.student.decoder, batch, scale)
                 loss.backward()
                 sums[name] = sums[name] + part if name in sums else part
-        dropout.token_t = None
         return sums, counts
 
     def _saved_tensors(self):

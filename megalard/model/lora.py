@@ -9,20 +9,17 @@ from torch import nn
 
 
 class DropoutKey:
-    """What the dropout masks of one forward pass are drawn from.
+    """What the dropout masks of one step are drawn from.
 
     A mask is a hash of (seed, place in the model, token, feature), so it is the same however
     tokens and features are spread over ranks, and a recomputed layer draws it again.
 
     Attributes:
         seed: changes from step to step.
-        token_t: int64 [t], a number for each token of the micro-batch, unique in the step; None
-            switches dropout off.
     """
 
     def __init__(self):
         self.seed = 0
-        self.token_t: torch.Tensor | None = None
 
 
 class Dropout(nn.Module):
@@ -32,11 +29,17 @@ class Dropout(nn.Module):
         super().__init__()
         self.rate, self.place, self.key = rate, place, key
 
-    def forward(self, x: torch.Tensor, *, first_row: int, first_feature: int) -> torch.Tensor:
-        """Drop entries of ``x`` [rows, features], whose corner is (first_row, first_feature)."""
-        if self.rate == 0 or self.key.token_t is None:
+    def forward(
+        self, x: torch.Tensor, token_t: torch.Tensor | None, *, first_row: int, first_feature: int
+    ) -> torch.Tensor:
+        """Drop entries of ``x`` [rows, features], whose corner is (first_row, first_feature).
+
+        ``token_t``, int64 [t], numbers the micro-batch's tokens, unique in the step; None switches
+        dropout off.
+        """
+        if self.rate == 0 or token_t is None:
             return x
-        token = self.key.token_t[first_row : first_row + x.shape[0]]
+        token = token_t[first_row : first_row + x.shape[0]]
         seed = (self.key.seed * 1_000_003 + self.place) & 0x7FFFFFFF
         return _HashDropout.apply(x, self.rate, seed, token, first_feature)
 

@@ -28,10 +28,12 @@ class TensorParallel:
 
     Args:
         axis: the tp axis; of size 1 in a single process, where no exchange takes place.
+        token_t: int64 [t], the numbers of a micro-batch's tokens that LoRA's dropout is drawn
+            from; None to read without dropout.
     """
 
-    def __init__(self, axis: Axis = SINGLE):
-        self.axis = axis
+    def __init__(self, axis: Axis = SINGLE, token_t: torch.Tensor | None = None):
+        self.axis, self.token_t = axis, token_t
 
     def column(self, x: torch.Tensor, *projections: nn.Module) -> list[torch.Tensor]:
         """Several projections of one input: [t/tp, in] to [t, out_i/tp] each."""
@@ -40,7 +42,7 @@ class TensorParallel:
         if adapted:
             # one mask for all projections of an input, so that their A's are one product
             first_row = self.axis.rank * x.shape[0]
-            dropped = adapted[0].lora_dropout(x, first_row=first_row, first_feature=0)
+            dropped = adapted[0].lora_dropout(x, self.token_t, first_row=first_row, first_feature=0)
             stacked = torch.cat([p.lora_A for p in adapted]).to(x.dtype)
             joint = gather_from_sequence_parallel_region(F.linear(dropped, stacked), self.axis)
             parts = joint.split([p.lora_A.shape[0] for p in adapted], dim=-1)
@@ -60,7 +62,7 @@ class TensorParallel:
         y = reduce_scatter_to_sequence_parallel_region(y, self.axis)
         if p.lora_A is not None:
             first_feature = self.axis.rank * x.shape[1]
-            dropped = p.lora_dropout(x, first_row=0, first_feature=first_feature)
+            dropped = p.lora_dropout(x, self.token_t, first_row=0, first_feature=first_feature)
             low = F.linear(dropped, p.lora_A.to(x.dtype))
             low = reduce_scatter_to_sequence_parallel_region(low, self.axis)
             y = torch.addmm(y, low, p.lora_B.to(x.dtype).t(), alpha=p.lora_scale)

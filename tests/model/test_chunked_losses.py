@@ -40,7 +40,7 @@ def test_no_more_rows_of_logits_than_a_chunk_exist_at_once(loss, decoder, monkey
         leaf = hidden.clone().requires_grad_()
         decoder.head_weight.grad = None
         if loss == "kl":
-            chosen = list(range(1, TOKENS))
+            chosen = torch.arange(1, TOKENS)
             total = logits.logits_kl_sum(decoder, decoder, other, leaf, chosen)
         else:
             total = logits.cross_entropy_sum(decoder, leaf, target)
