@@ -187,9 +187,6 @@ class ParallelConfig:
     """Tensor-parallel size (with sequence parallelism)."""
     cp: int = 1
     """Context-parallel size: the ranks that share the sequence of each block."""
-    overlap: bool = True
-    """With tp > 1, read a micro-batch of several blocks as two halves side by side, so that what
-    one half exchanges hides under the products of the other."""
     activation_checkpointing: bool = True
     """Keep only each student layer's input and recompute the layer in the backward pass."""
     offload: bool = False

@@ -93,9 +93,7 @@ def make_config(options: argparse.Namespace, recompute: bool) -> Config:
         objective=ObjectiveConfig(RelationWeights(qk=options.qk)),
         data=DataConfig(["random"], context_length=options.tokens),
         optimizer=OptimizerConfig(global_batch=options.batch, micro_batch=options.batch),
-        parallel=ParallelConfig(
-            options.tp, options.cp, options.overlap == "yes", recompute, options.offload
-        ),
+        parallel=ParallelConfig(options.tp, options.cp, recompute, options.offload),
         run=RunConfig(output="none", device=options.device),
     )
 
@@ -227,7 +225,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--cp", type=int, default=1)
-    parser.add_argument("--overlap", default="yes", choices=("no", "yes"), help="with --tp")
     parser.add_argument("--offload", action="store_true", help="saved tensors in host memory")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=7)

@@ -62,18 +62,6 @@ class Batch:
         """bool ``[b, s]``: this rank's tokens that are not padding."""
         return self.shard.cut(self.doc_end_bn > self.doc_start_bn, 1)
 
-    def rows(self, first: int, end: int) -> "Batch":
-        """The batch of rows ``first:end`` alone."""
-        tensors = {
-            field.name: value[first:end]
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        documents = tuple(
-            (row - first, *ends) for row, *ends in self.documents if first <= row < end
-        )
-        return replace(self, **tensors | {"place_s": self.place_s, "documents": documents})
-
     def for_student(self) -> "Batch":
         """The batch with the student's positions."""
         return replace(self, position_bs=self.student_position_bs)

@@ -6,8 +6,6 @@ step's counts, are the step's.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
 import torch
 
 from megalard.config import StreamConfig
@@ -17,7 +15,6 @@ from megalard.distill.logits import chosen_rows, cross_entropy_sum, logits_kl_su
 from megalard.distill.reach import hidden_states, reach_of
 from megalard.distill.relation import RelationObjective
 from megalard.distill.sharded_relation import RelationPlan
-from megalard.distill.side_by_side import SideBySide
 from megalard.distill.states import context_sum, cosine_sum
 from megalard.model.decoder import Decoder
 
@@ -39,7 +36,6 @@ class StreamObjective:
         kv_replicas: tp ranks holding the same K/V heads.
         dtype: of the activations.
         recompute: activation checkpointing.
-        side_by_side: runs a micro-batch whole or as two halves.
     """
 
     def __init__(
@@ -49,9 +45,7 @@ class StreamObjective:
         kv_replicas: int,
         dtype: torch.dtype,
         recompute: bool,
-        side_by_side: SideBySide,
     ):
-        self._side_by_side = side_by_side
         self.config, self.dtype, self.recompute = stream.objective, dtype, recompute
         spec = student.spec
         self.reach = reach_of(self.config, spec.num_layers)
@@ -94,16 +88,6 @@ class StreamObjective:
         """
         if not self.config.needs_teacher:
             teacher = None
-        tracks = [
-            self._layers(teacher, student, part, scale) for part in self._side_by_side.split(batch)
-        ]
-        losses, parts = zip(*self._side_by_side(tracks), strict=True)
-        return sum(losses), sum(parts)
-
-    def _layers(
-        self, teacher: Decoder | None, student: Decoder, batch: Batch, scale: torch.Tensor
-    ) -> Generator[None, None, tuple[torch.Tensor, torch.Tensor]]:
-        """Yields after each layer, and returns what ``__call__`` does."""
         plan = None
         if self.relations is not None:
             plan = RelationPlan(batch.shard, batch.doc_start_bn, batch.doc_end_bn)
@@ -136,7 +120,6 @@ class StreamObjective:
                 add("hidden", self._cosine(pair.layer + 1, teacher, student, pair, valid))
             # not beside the next layer's, nor beside the head's logits
             del pair
-            yield
         # every tp rank has the whole sum over the vocabulary; each reports its share of it
         share = 1.0 / self._tp.size
         if self.config.logits_kl > 0:

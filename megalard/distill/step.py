@@ -11,7 +11,6 @@ from torch.autograd.graph import save_on_cpu
 from megalard.config import Config
 from megalard.data.batch import Batch
 from megalard.distill.objective import StreamObjective
-from megalard.distill.side_by_side import SideBySide
 from megalard.distill.student import Student
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
@@ -54,9 +53,8 @@ class Distiller:
         dtype = getattr(torch, config.model.compute_dtype)
         recompute = config.parallel.activation_checkpointing
         replicas = kv_replicas(student.decoder.spec, mesh.tp.size)
-        halves = SideBySide(mesh.device, config.parallel.overlap and mesh.tp.size > 1)
         self.objectives = {
-            name: StreamObjective(stream, student.decoder, replicas, dtype, recompute, halves)
+            name: StreamObjective(stream, student.decoder, replicas, dtype, recompute)
             for name, stream in self.streams.items()
         }
         self.gradients = GradientBuffer(

@@ -34,8 +34,9 @@ except ImportError:
 
 _BLOCK_ROWS = 1024
 
-# from as many queries a span a call or two of cuDNN's for each were measured to pay
-_MERGED_FROM = 2048
+# Of a span of so many queries a call or two of cuDNN's were measured to pay; and it is only asked
+# for shapes of some size, since it fails at some of a single row.
+_LONG_QUERIES, _LONG_KEYS = 2048, 256
 
 
 def attend(
@@ -71,10 +72,11 @@ def attend(
     whole = length == k.shape[2] and len(spans) == batch
     if whole and all(span.end - span.start == length for span in spans):
         return _causal(q, k, v, window).transpose(1, 2).contiguous()
-    seen = window is None or window >= k.shape[2]
-    queries = sum(span.end - span.start for span in spans)
-    if half and seen and queries >= _MERGED_FROM * len(spans) and takes_cudnn(q, k, v):
-        return merged_attention(q, k, v, spans)
+    long = [span for span in spans if _is_long(span)]
+    if half and long and (window is None or window >= k.shape[2]) and takes_cudnn(q, k, v):
+        short = [span for span in spans if not _is_long(span)]
+        out = merged_attention(q, k, v, long)
+        return out + attend(q, k, v, short, window) if short else out
     if half and "window_size" in _VARLEN_OPTIONS and dim % 8 == 0 and dim <= 256:
         return _variable_length(_varlen, q, k, v, spans, window)
 
@@ -92,6 +94,12 @@ def attend(
         if end < length:
             rows[row].append(q.new_zeros(heads, length - end, dim))
     return torch.stack([torch.cat(parts, dim=1).transpose(0, 1) for parts in rows])
+
+
+def _is_long(span) -> bool:
+    queries = span.end - span.start
+    before = span.last - span.first - queries
+    return queries >= _LONG_QUERIES and (before == 0 or before >= _LONG_KEYS)
 
 
 def _causal(q, k, v, window):

@@ -1,10 +1,9 @@
-"""What is taken from a batch: some of its blocks, some of its tokens."""
+"""What is taken from a batch."""
 
 import numpy as np
 import pytest
-import torch
 
-from megalard.data.batch import Batch, collate
+from megalard.data.batch import collate
 from megalard.distill.logits import chosen_rows
 from megalard.parallel.mesh import Axis
 
@@ -15,23 +14,6 @@ BLOCKS = [
     (np.arange(200, 200 + LENGTH), [(0, LENGTH)]),
     (np.arange(300, 300 + LENGTH), []),
 ]
-
-
-def assert_equal(ours: Batch, other: Batch) -> None:
-    for name, value in vars(other).items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(getattr(ours, name), value), name
-        else:
-            assert getattr(ours, name) == value, name
-
-
-@pytest.mark.parametrize(("first", "end"), [(0, 2), (1, 3), (2, 4), (0, 4)])
-def test_some_blocks_of_a_batch_are_the_batch_of_these_blocks(first, end):
-    samples = [7, 3, 0, 5]
-    positions = [np.arange(LENGTH) + 10 * row for row in range(len(BLOCKS))]
-    whole = collate(BLOCKS, samples, positions)
-    part = slice(first, end)
-    assert_equal(whole.rows(first, end), collate(BLOCKS[part], samples[part], positions[part]))
 
 
 @pytest.mark.parametrize("last", [None, 1, 4, 7, LENGTH, LENGTH + 1])
