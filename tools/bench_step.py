@@ -162,7 +162,7 @@ def needed_flops(spec: ModelSpec, options: argparse.Namespace) -> float:
 
 
 def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: float) -> dict:
-    """One setting: times over ``options.repeats`` steps after two warm-up steps."""
+    """One setting: times over ``options.repeats`` steps after the warm-up steps."""
     spec, dtype = make_spec(options.shape, options.tokens), getattr(torch, options.dtype)
     config = make_config(options, recompute)
     gc.collect()
@@ -175,7 +175,7 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
     distiller = Distiller(teacher, student, config, mesh)
     batch, clock = random_batch(options, spec, mesh), Clock(mesh.device)
     micro, update = [], []
-    for number in range(options.repeats + 2):
+    for number in range(options.warm_up + options.repeats):
         distiller.gradients.zero()
         start = clock.now()
         distiller.accumulate({"main": [batch]}, number)
@@ -185,7 +185,7 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
         end = clock.now()
         micro.append(clock.seconds(start, middle))
         update.append(clock.seconds(middle, end))
-    micro, update = micro[2:], update[2:]
+    micro, update = micro[options.warm_up :], update[options.warm_up :]
     memory = torch.cuda.max_memory_allocated() / 2**30 if mesh.device.type == "cuda" else None
     median = statistics.median(micro)
     result = {
@@ -198,7 +198,7 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
         "utilisation": needed_flops(spec, options) / (mesh.tp.size * mesh.cp.size) / median / rate,
         "tokens_per_second": options.tokens * options.batch * mesh.dp.size / median,
     }
-    if options.trace and mesh.world.rank == 0:
+    if options.trace:
         result["trace"] = trace(distiller, batch)
     return result
 
@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--offload", action="store_true", help="saved tensors in host memory")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before those that count")
     parser.add_argument("--recompute", choices=("no", "yes", "both"), default="both")
     parser.add_argument("--trace", action="store_true", help="add the longest kernels")
     parser.add_argument("--json", type=Path, help="write the results here")

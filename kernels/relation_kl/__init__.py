@@ -6,6 +6,7 @@ from .mask import (
     chunk_mask,
     document_mask,
     full_mask,
+    places_mask,
     segment_bounds,
     segment_mask,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "finish",
     "full_mask",
     "merge",
+    "places_mask",
     "relation_backward",
     "relation_forward",
     "relation_kl",

@@ -120,23 +120,45 @@ def chunk_mask(
             f"chunks [{row_offset}, {row_offset + n}) and [{col_offset}, {col_offset + m}) "
             f"must lie inside the sequence of {s} tokens"
         )
-    position_s = torch.arange(s, device=doc_start_bs.device)
-    valid_bs = (doc_start_bs <= position_s) & (position_s < doc_end_bs)
-    last_bs = (position_s + 1).expand_as(valid_bs) if causal else doc_end_bs
-    first_bs = position_s.expand_as(valid_bs) if causal else doc_start_bs
+    rows, cols = torch.arange(row_offset, row_offset + n), torch.arange(col_offset, col_offset + m)
+    return places_mask(doc_start_bs, doc_end_bs, rows, cols, causal=causal)
 
-    def visible(lo_bs, hi_bs, own, other):
-        live_b = valid_bs[:, own]
-        lo_b = lo_bs[:, own].clamp(min=other.start) - other.start
-        hi_b = hi_bs[:, own].clamp(max=other.stop) - other.start
+
+def places_mask(
+    doc_start_bs: Tensor,
+    doc_end_bs: Tensor,
+    row_place_n: Tensor,
+    col_place_m: Tensor,
+    *,
+    causal: bool = True,
+) -> IntervalMask:
+    """The part of a global `document_mask` between some of its rows and some of its columns.
+
+    ``doc_start_bs``, ``doc_end_bs`` [b, s] describe the whole sequence, as in `document_mask`.
+    ``row_place_n``, ``col_place_m``: int64 on the host, where the rows and columns stand in it,
+    ascending and inside it; the intervals of the result count them in that order.
+    """
+    common = min(len(row_place_n), len(col_place_m))
+    aligned = torch.equal(row_place_n[:common], col_place_m[:common])
+    rows, cols = row_place_n.to(doc_start_bs.device), col_place_m.to(doc_start_bs.device)
+
+    def visible(own, other, later: bool):
+        """The interval among ``other`` of each of ``own``; ``later`` says that these are rows."""
+        first_b, last_b = doc_start_bs[:, own], doc_end_bs[:, own]
+        live_b = (first_b <= own) & (own < last_b)
+        if causal:
+            first_b, last_b = (first_b, own + 1) if later else (own, last_b)
+        lo_b, hi_b = (
+            torch.searchsorted(other, x.to(other.dtype).expand_as(live_b).contiguous())
+            for x in (first_b, last_b)
+        )
         live_b = live_b & (lo_b < hi_b)
         return ((x * live_b).to(torch.int32) for x in (lo_b, hi_b))
 
-    rows, cols = slice(row_offset, row_offset + n), slice(col_offset, col_offset + m)
     return IntervalMask(
-        *visible(doc_start_bs, last_bs, rows, cols),
-        *visible(first_bs, doc_end_bs, cols, rows),
-        causal=causal and row_offset == col_offset,
+        *visible(rows, cols, later=True),
+        *visible(cols, rows, later=False),
+        causal=causal and aligned,
     )
 
 

@@ -20,9 +20,9 @@ from megalard.kernels.relation_kl import (
     IntervalMask,
     Partials,
     RelationStatistics,
-    chunk_mask,
     finish,
     merge,
+    places_mask,
     relation_backward,
     relation_forward,
     relation_partials,
@@ -30,14 +30,7 @@ from megalard.kernels.relation_kl import (
 )
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.context import Exchange, SequenceShard
-from megalard.parallel.schedule import (
-    Stage,
-    Task,
-    chunk_of,
-    difference_cover,
-    pieces_of,
-    schedule,
-)
+from megalard.parallel.schedule import Part, Stage, Task, difference_cover, schedule
 
 OPERANDS = {"q": ("q", "q"), "k": ("k", "k"), "v": ("v", "v"), "qk": ("q", "k")}
 
@@ -93,47 +86,34 @@ class RelationPlan:
     def __init__(self, shard: SequenceShard, doc_start_bs: torch.Tensor, doc_end_bs: torch.Tensor):
         self.shard, self.axis, self.traffic = shard, shard.axis, Traffic()
         self.stages: tuple[Stage, ...] = schedule(self.axis.size, self.axis.rank)
+        self.own: Part = self.stages[0].tasks[0].rows
         self._masks = {
             task: self._mask(task, doc_start_bs, doc_end_bs)
             for stage in self.stages
             for task in stage.tasks
         }
 
-    def row_slice(self, task: Task) -> slice:
-        """The task's rows within their chunk."""
-        return self._slice(task.rows, task.half)
+    def tokens(self, part: Part) -> slice:
+        """The part's tokens within their chunk."""
+        size = self.shard.piece_length
+        start, end = part.first * size, part.last * size
+        middle = start + (end - start + 1) // 2
+        return {None: slice(start, end), 0: slice(start, middle), 1: slice(middle, end)}[part.half]
 
-    def column_slice(self, task: Task) -> slice:
-        """The task's columns within their chunk."""
-        return self._slice(task.columns, None)
+    def rows_of(self, part: Part) -> slice:
+        """The part's tokens among those of all chunks, chunk after chunk."""
+        tokens, start = self.tokens(part), part.chunk * self.shard.own_length
+        return slice(start + tokens.start, start + tokens.stop)
 
     def mask(self, task: Task) -> IntervalMask:
         return self._masks[task]
 
-    def chunks(self, task: Task) -> tuple[int, int]:
-        """The chunks that own the task's rows and columns."""
-        return chunk_of(task.rows, self.axis.size), chunk_of(task.columns, self.axis.size)
-
-    def _slice(self, piece: int, half: int | None) -> slice:
-        size = self.shard.piece_length
-        chunk = chunk_of(piece, self.axis.size)
-        start = pieces_of(chunk, self.axis.size).index(piece) * size
-        if half is None:
-            return slice(start, start + size)
-        middle = start + (size + 1) // 2
-        return slice(start, middle) if half == 0 else slice(middle, start + size)
-
     def _mask(self, task: Task, doc_start_bs, doc_end_bs) -> IntervalMask:
-        rows, columns, size = self.row_slice(task), self.column_slice(task), self.shard.piece_length
-        within = rows.start % size if task.half == 1 else 0
-        return chunk_mask(
-            doc_start_bs,
-            doc_end_bs,
-            row_offset=task.rows * size + within,
-            n=rows.stop - rows.start,
-            col_offset=task.columns * size,
-            m=columns.stop - columns.start,
+        rows, columns = (
+            self.shard.positions_of(part.chunk)[self.tokens(part)]
+            for part in (task.rows, task.columns)
         )
+        return places_mask(doc_start_bs, doc_end_bs, rows, columns)
 
 
 def relation_sums(
@@ -150,27 +130,28 @@ def relation_sums(
         respect to the student's own chunk, in the student's dtype ({} without ``with_grad``).
     """
     names = list(operands)
-    chunks: dict[int, dict[str, Operand]] = {}
-    partials: dict[str, dict[int, Partials]] = {name: {} for name in weights}
     if plan.axis.size == 1:
         return _alone(operands, weights, plan, with_grad)
 
+    chunks: dict[int, dict[str, Operand]] = {}
+    partials = {
+        name: _no_partials(operands[OPERANDS[name][0]].student, plan.shard) for name in weights
+    }
     for stage, exchanged in _arrivals(operands, names, plan):
         chunks[stage.chunk] = exchanged
         for task in stage.tasks:
             for name in weights:
                 rows, columns = _task_operands(name, task, chunks, plan)
-                part = relation_partials(
-                    rows.student, rows.teacher, columns.student, columns.teacher,
-                    mask=plan.mask(task),
-                )  # fmt: skip
-                _merge_rows(partials[name], plan, task, part)
+                found = relation_partials(
+                    rows.student, rows.teacher, *_other(rows, columns), mask=plan.mask(task)
+                )
+                known = Partials(*(x[:, :, plan.rows_of(task.rows)] for x in partials[name]))
+                for x, value in zip(known, merge(known, found), strict=True):
+                    x.copy_(value)
 
     statistics = {name: _reduce_rows(partials[name], plan) for name in weights}
-    sums = {}
-    for name, found in statistics.items():
-        own = plan.shard.cut(found.kl, 2)
-        sums[name] = own.sum()
+    own = plan.rows_of(plan.own)
+    sums = {name: found.kl[:, :, own].sum() for name, found in statistics.items()}
     if not with_grad:
         return sums, {}
     return sums, _gradients(chunks, names, weights, statistics, plan)
@@ -182,7 +163,7 @@ def _alone(operands, weights, plan, with_grad):
     shared = sum(name in OPERANDS[r] for r in weights for name in set(OPERANDS[r])) > len(operands)
     for name, weight in weights.items():
         rows, columns = (operands[kind] for kind in OPERANDS[name])
-        other = (None, None) if rows is columns else (columns.student, columns.teacher)
+        other = _other(rows, columns)
         found = relation_forward(rows.student, rows.teacher, *other, mask=mask)
         sums[name] = found.kl.sum()
         if not with_grad:
@@ -215,40 +196,30 @@ def _arrivals(operands, names, plan) -> Iterator[tuple[Stage, dict[str, Operand]
 
 
 def _task_operands(name, task, chunks, plan) -> tuple[Operand, Operand]:
-    row_chunk, column_chunk = plan.chunks(task)
-    row_kind, column_kind = OPERANDS[name]
-    return (
-        chunks[row_chunk][row_kind].rows(plan.row_slice(task)),
-        chunks[column_chunk][column_kind].rows(plan.column_slice(task)),
+    """Rows and columns; the same object where a part meets itself."""
+    rows, columns = (
+        chunks[part.chunk][kind].rows(plan.tokens(part))
+        for part, kind in zip((task.rows, task.columns), OPERANDS[name], strict=True)
     )
+    return rows, rows if task.rows == task.columns and len(set(OPERANDS[name])) == 1 else columns
 
 
-def _merge_rows(found: dict[int, Partials], plan: RelationPlan, task: Task, part: Partials):
-    """Merge the task's rows into the piece's partials, which cover the whole piece."""
-    size = plan.shard.piece_length
-    if part.m_s.shape[2] != size:
-        part = _placed(part, 0 if task.half == 0 else size - part.m_s.shape[2], size)
-    known = found.get(task.rows)
-    found[task.rows] = part if known is None else merge(known, part)
+def _other(rows: Operand, columns: Operand) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The columns' vectors as the kernels take them: None for the self relation."""
+    return (None, None) if rows is columns else (columns.student, columns.teacher)
 
 
-def _placed(part: Partials, start: int, size: int) -> Partials:
-    """The partials of some rows among ``size`` rows, of which the others saw nothing."""
-    fields = {}
-    for name, x in part._asdict().items():
-        fill = float("-inf") if name.startswith("m_") else 0.0
-        whole = x.new_full((*x.shape[:2], size), fill)
-        whole[:, :, start : start + x.shape[2]] = x
-        fields[name] = whole
-    return Partials(**fields)
+def _no_partials(own: torch.Tensor, shard: SequenceShard) -> Partials:
+    """Those of all rows of the blocks, chunk after chunk, before any column is seen."""
+    shape = (5, *own.shape[:2], shard.length)
+    empty = Partials(*own.new_zeros(shape, dtype=torch.float32))
+    for x in (empty.m_s, empty.m_t):
+        x.fill_(float("-inf"))
+    return empty
 
 
-def _reduce_rows(found: dict[int, Partials], plan: RelationPlan) -> RelationStatistics:
+def _reduce_rows(local: Partials, plan: RelationPlan) -> RelationStatistics:
     """Statistics of all rows of the blocks, exact and the same on every rank."""
-    any_part = next(iter(found.values()))
-    nothing = _placed(Partials(*(x[:, :, :0] for x in any_part)), 0, plan.shard.piece_length)
-    pieces = [found.get(piece, nothing) for piece in plan.shard.all_pieces]
-    local = Partials(*(torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True)))
     maxima = all_reduce(torch.stack((local.m_s, local.m_t)), plan.axis, dist.ReduceOp.MAX)
     local = rescale(local, maxima[0], maxima[1])
     sums = all_reduce(torch.stack((local.l_s, local.l_t, local.a)), plan.axis)
@@ -258,32 +229,30 @@ def _reduce_rows(found: dict[int, Partials], plan: RelationPlan) -> RelationStat
 
 def _gradients(chunks, names, weights, statistics, plan) -> dict[str, torch.Tensor]:
     """Gradients of the own chunk: this rank's pairs, and what the others computed for it."""
-    grads = {
-        chunk: {
-            name: torch.zeros_like(operand.student, dtype=torch.float32)
-            for name, operand in of_chunk.items()
-        }
-        for chunk, of_chunk in chunks.items()
-    }
-    size = plan.shard.piece_length
+    grads: dict[int, dict[str, torch.Tensor]] = {chunk: {} for chunk in chunks}
+
+    def add(part: Part, kind: str, found: torch.Tensor) -> None:
+        whole = chunks[part.chunk][kind].student
+        if kind not in grads[part.chunk]:
+            if found.shape == whole.shape:
+                grads[part.chunk][kind] = found
+                return
+            grads[part.chunk][kind] = torch.zeros_like(whole, dtype=torch.float32)
+        grads[part.chunk][kind][:, :, plan.tokens(part)] += found
+
     for task in (task for stage in plan.stages for task in stage.tasks):
-        start = task.rows * size + (plan.row_slice(task).start % size if task.half == 1 else 0)
-        row_chunk, column_chunk = plan.chunks(task)
         for name, weight in weights.items():
             rows, columns = _task_operands(name, task, chunks, plan)
-            span = slice(start, start + rows.student.shape[2])
-            lse_s, lse_t = (x[:, :, span] for x in statistics[name][:2])
-            same = task.rows == task.columns and name != "qk"
-            other = (None, None) if same else (columns.student, columns.teacher)
-            parts = relation_backward(
-                rows.student, rows.teacher, *other, lse_s, lse_t, lse_s.new_full((1, 1, 1), weight),
-                mask=plan.mask(task), out_dtype=torch.float32,
+            lse_s, lse_t = (x[:, :, plan.rows_of(task.rows)] for x in statistics[name][:2])
+            found = relation_backward(
+                rows.student, rows.teacher, *_other(rows, columns), lse_s, lse_t,
+                lse_s.new_full((1, 1, 1), weight), mask=plan.mask(task), out_dtype=torch.float32,
             )  # fmt: skip
-            row_kind, column_kind = OPERANDS[name]
-            row_grad = parts if same else parts[0]
-            grads[row_chunk][row_kind][:, :, plan.row_slice(task)] += row_grad
-            if not same:
-                grads[column_chunk][column_kind][:, :, plan.column_slice(task)] += parts[1]
+            if rows is columns:
+                add(task.rows, OPERANDS[name][0], found)
+            else:
+                for part, kind, x in zip((task.rows, task.columns), OPERANDS[name], found):  # noqa: B905
+                    add(part, kind, x)
     return _return_to_owners(grads, names, chunks, plan)
 
 

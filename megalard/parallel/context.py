@@ -74,7 +74,13 @@ class SequenceShard:
 
     def own_positions(self) -> torch.Tensor:
         """int64 [own_length]: where each of this rank's tokens stands in the block."""
-        return self.cut(torch.arange(self.length), 0)
+        return self.positions_of(self.axis.rank)
+
+    def positions_of(self, rank: int) -> torch.Tensor:
+        """int64 [own_length]: where each of some rank's tokens stands in the block."""
+        size = self.piece_length
+        pieces = pieces_of(rank, self.axis.size)
+        return torch.cat([torch.arange(p * size, (p + 1) * size) for p in pieces])
 
     def spans(self, documents: tuple[tuple[int, int, int], ...]) -> tuple[Span, ...]:
         """The parts of the blocks' documents (row, start, end) that this rank's queries are in."""

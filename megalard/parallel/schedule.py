@@ -83,16 +83,25 @@ COVERS = {
 
 
 @dataclass(frozen=True)
-class Task:
-    """Rows of one piece against the columns of one that is not later.
+class Part:
+    """The pieces ``first:last`` of a chunk, counted within it, or one half of their tokens.
 
-    ``half`` is None for all rows of the piece, or 0 or 1 for the first or second half of them,
-    when two ranks share a pair of chunks.
+    ``half`` is None for all, or 0 or 1 for the first or second half, when two ranks share a pair of
+    chunks.
     """
 
-    rows: int
-    columns: int
+    chunk: int
+    first: int
+    last: int
     half: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows against columns that are their own part, causally, or all of which they see."""
+
+    rows: Part
+    columns: Part
 
 
 @dataclass(frozen=True)
@@ -113,16 +122,12 @@ def pieces_of(chunk: int, ranks: int) -> tuple[int, ...]:
     return (0,) if ranks == 1 else (chunk, 2 * ranks - 1 - chunk)
 
 
-def chunk_of(piece: int, ranks: int) -> int:
-    """The chunk (and rank) that owns a piece."""
-    return 0 if ranks == 1 else min(piece, 2 * ranks - 1 - piece)
-
-
 @cache
 def difference_cover(ranks: int) -> tuple[int, ...]:
     """A set A with 0 in it, whose differences modulo ``ranks`` give every residue.
 
-    Up to 64 ranks the smallest known; beyond, {0..k-1} with the multiples of k, of some 2 sqrt(P).
+    Up to 64 ranks the smallest known; beyond, {0..k-1} with the multiples of k, of some 2 sqrt(P),
+    less what is not needed.
     """
     if ranks in COVERS:
         return COVERS[ranks]
@@ -132,7 +137,12 @@ def difference_cover(ranks: int) -> tuple[int, ...]:
     small = set(range(step))
     # differences need reach only P/2 either way
     large = {multiple % ranks for multiple in range(0, ranks // 2 + 2 * step, step)}
-    return tuple(sorted(small | large))
+    cover = small | large
+    for element in sorted(cover - {0}):
+        rest = cover - {element}
+        if len({(a - b) % ranks for a, b in product(rest, repeat=2)}) == ranks:
+            cover = rest
+    return tuple(sorted(cover))
 
 
 @cache
@@ -148,7 +158,7 @@ def schedule(ranks: int, rank: int) -> tuple[Stage, ...]:
             # the rank across holds the same pair: the lower of the two takes the first halves
             half = 0 if rank < ranks // 2 else 1
         x, y = (rank + first) % ranks, (rank + second) % ranks
-        tasks[stage] += _between(x, y, ranks, half)
+        tasks[stage] += _between(x, y, half)
     return tuple(
         Stage((rank + offset) % ranks, (rank - offset) % ranks if offset else None, tuple(ready))
         for offset, ready in zip(cover, tasks, strict=True)
@@ -166,15 +176,18 @@ def _pair_with(difference: int, cover: tuple[int, ...], ranks: int) -> tuple[int
 
 
 def _within(chunk: int, ranks: int) -> list[Task]:
-    """A chunk with itself: each piece's triangle, and the later piece's rows on the earlier."""
-    pieces = pieces_of(chunk, ranks)
-    tasks = [Task(piece, piece) for piece in pieces]
-    if len(pieces) == 2:
-        tasks.append(Task(pieces[1], pieces[0]))
-    return tasks
+    """A chunk with itself: one triangle, since its pieces stand in the order of the sequence."""
+    whole = Part(chunk, 0, len(pieces_of(chunk, ranks)))
+    return [Task(whole, whole)]
 
 
-def _between(x: int, y: int, ranks: int, half: int | None) -> list[Task]:
-    """Two chunks: their four pairs of pieces, each with the later piece as rows."""
-    pairs = product(pieces_of(x, ranks), pieces_of(y, ranks))
-    return [Task(max(pair), min(pair), half) for pair in pairs]
+def _between(x: int, y: int, half: int | None) -> list[Task]:
+    """Two chunks, of which the outer has the earliest and the latest of the four pieces.
+
+    The latest sees the inner chunk, and the inner chunk sees the earliest.
+    """
+    outer, inner = min(x, y), max(x, y)
+    return [
+        Task(Part(outer, 1, 2, half), Part(inner, 0, 2)),
+        Task(Part(inner, 0, 2, half), Part(outer, 0, 1)),
+    ]

@@ -9,6 +9,7 @@ from megalard.kernels.relation_kl import (
     chunk_mask,
     document_mask,
     full_mask,
+    places_mask,
     segment_bounds,
     segment_mask,
 )
@@ -52,6 +53,22 @@ def test_chunk_pairs_tile_the_whole_mask(layout, causal):
                 *bounds, row_offset=row, n=size, col_offset=col, m=size + 2, causal=causal
             )
             assert_mask_is(mask, allowed[:, row : row + size, col : col + size + 2])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_places_that_are_not_neighbours_see_what_they_see_in_the_sequence(layout, causal):
+    s = 24
+    ids_bs = segment_ids(layout, 2, s)
+    bounds, allowed = segment_bounds(ids_bs), dense_allowed(ids_bs, causal)
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 7, 24):
+        rows, cols = (torch.randperm(s, generator=generator)[:size].sort().values for _ in range(2))
+        for own, other in ((rows, cols), (rows, rows), (rows, rows[:3]), (rows[:3], rows)):
+            mask = places_mask(*bounds, own, other, causal=causal)
+            assert_mask_is(mask, allowed[:, own][:, :, other])
+            common = min(len(own), len(other))
+            assert mask.causal == (causal and torch.equal(own[:common], other[:common]))
 
 
 def test_causal_and_full_masks():

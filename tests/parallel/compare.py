@@ -15,14 +15,14 @@ from tests.parallel.cases import CASES, run_reference
 # of all keys. An exchange that is missing or doubled changes a gradient by 10 % or more.
 FP32_TOLERANCE = 5e-5
 
-_references: dict[str, dict] = {}
+_references: dict[tuple[str, str], dict] = {}
 
 
-def reference(name: str, models: Path, start: dict) -> dict:
-    """The plain reference's results for a case, computed once."""
-    if name not in _references:
-        _references[name] = run_reference(CASES[name], models / name, start)
-    return _references[name]
+def reference(name: str, models: Path, start: dict, dtype: str = "float32") -> dict:
+    """The plain reference's results for a case, computed once for weights loaded in ``dtype``."""
+    if (name, dtype) not in _references:
+        _references[name, dtype] = run_reference(CASES[name], models / name, start)
+    return _references[name, dtype]
 
 
 def assert_step_matches(ours: dict, plain: dict, tolerance: float) -> None:

@@ -18,8 +18,11 @@ LAYOUTS = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (1, 1, 4), (2, 1, 2), (1,
 
 # A bf16 gradient is itself 1e-2 to 1e-1 from float64, where terms cancel, and another order of
 # summation draws another error of that size. What a layout must not do is add to it: measured
-# against float64 it may be twice as far off as one GPU, plus the rounding of the tensor itself.
-BF16_FACTOR, BF16_ROUNDING = 2.0, 1e-2
+# against float64 it may be twice as far off as one GPU, plus the rounding of the tensor itself. The
+# norms of two independent errors of m elements differ by chance too: their ratio's logarithm has a
+# standard deviation of 1 / sqrt(m), of which 4.5 allow for thousands of tensors, and come to more
+# than twice for the biases and norms of fewer than 42 elements.
+BF16_FACTOR, BF16_DEVIATIONS, BF16_ROUNDING = 2.0, 4.5, 1e-2
 
 
 @pytest.fixture(scope="session", params=LAYOUTS, ids=lambda axes: "dp{}-cp{}-tp{}".format(*axes))
@@ -48,10 +51,11 @@ def test_fp32_step_matches_one_process(name, layout, models):
 def test_bf16_step_is_as_exact_as_on_one_gpu(name, layout, models):
     single = run(models, (1, 1, 1), "bfloat16")[name]
     ours = run(models, layout, "bfloat16")[name]
-    plain = reference(name, models, ours["start"])
+    plain = reference(name, models, ours["start"], "bfloat16")
     assert ours["loss"] == pytest.approx(plain["loss"], rel=5e-2)
     for kind in ("gradients", "weights"):
         for tensor, value in plain[kind].items():
-            allowed = BF16_FACTOR * relative_error(single[kind][tensor], value) + BF16_ROUNDING
+            factor = max(BF16_FACTOR, math.exp(BF16_DEVIATIONS / math.sqrt(value.numel())))
+            allowed = factor * relative_error(single[kind][tensor], value) + BF16_ROUNDING
             error = relative_error(ours[kind][tensor], value)
             assert error < allowed, f"{kind} of {tensor} off by {error:.2e}, one GPU {allowed:.2e}"

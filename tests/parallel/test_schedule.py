@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from megalard.parallel.schedule import (
-    chunk_of,
     difference_cover,
     pieces_of,
     schedule,
@@ -16,11 +16,12 @@ RANKS = range(1, 65)
 FETCHES = {1: 0, 2: 1, 3: 1, 4: 2, 5: 2, 6: 2, 7: 2, 8: 3, 12: 3, 13: 3, 16: 4, 32: 6}
 
 
-def row_parts(task, length):
-    """The task's rows within its piece, and whether its pairs are a triangle."""
-    middle = (length + 1) // 2
-    rows = {None: range(length), 0: range(middle), 1: range(middle, length)}[task.half]
-    return rows, task.rows == task.columns
+def places(part, ranks, length):
+    """Where a part's tokens stand in the sequence, for pieces of ``length``."""
+    pieces = pieces_of(part.chunk, ranks)[part.first : part.last]
+    tokens = [piece * length + i for piece in pieces for i in range(length)]
+    middle = (len(tokens) + 1) // 2
+    return {None: tokens, 0: tokens[:middle], 1: tokens[middle:]}[part.half]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -39,27 +40,28 @@ def test_a_cover_that_is_not_tabulated_is_computed(ranks):
     cover = difference_cover(ranks)
     assert {(a - b) % ranks for a in cover for b in cover} == set(range(ranks))
     assert len(cover) <= 2 * ranks**0.5 + 2
+    assert all(stage.tasks for stage in schedule(ranks, 0)), "a chunk is fetched in vain"
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_every_pair_once_and_equal_work(ranks):
     length = 3  # odd, so that halves differ
-    seen, work = set(), []
+    tokens = length * (1 if ranks == 1 else 2 * ranks)
+    seen, work = np.zeros((tokens, tokens), dtype=int), []
     for rank in range(ranks):
-        pairs = 0
+        before = seen.sum()
         for stage in schedule(ranks, rank):
             for task in stage.tasks:
-                rows, triangle = row_parts(task, length)
-                for row in rows:
-                    key = (task.rows, row, task.columns)
-                    assert key not in seen
-                    seen.add(key)
-                    pairs += row + 1 if triangle else length
-        work.append(pairs)
-    pieces = 1 if ranks == 1 else 2 * ranks
-    assert len(seen) == length * pieces * (pieces + 1) // 2
-    # a shared pair of chunks has four pairs of pieces, each with one row more on one side
-    assert max(work) - min(work) <= 4 * length
+                rows, columns = (
+                    np.array(places(part, ranks, length)) for part in (task.rows, task.columns)
+                )
+                allowed = columns[None, :] <= rows[:, None]
+                assert allowed.all() or task.rows == task.columns
+                seen[np.ix_(rows, columns)] += allowed
+        work.append(seen.sum() - before)
+    assert (seen == np.tri(tokens, dtype=int)).all()
+    # the shared rows are those of one piece and of two; of an odd piece one half has a row more
+    assert max(work) - min(work) <= 2 * length
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -69,8 +71,7 @@ def test_tasks_wait_only_for_chunks_that_are_there(ranks):
         for stage in schedule(ranks, rank):
             here.add(stage.chunk)
             for task in stage.tasks:
-                assert {chunk_of(task.rows, ranks), chunk_of(task.columns, ranks)} <= here
-                assert task.columns <= task.rows
+                assert {task.rows.chunk, task.columns.chunk} <= here
         assert len(here) == len(difference_cover(ranks))
 
 
@@ -87,4 +88,3 @@ def test_sends_meet_receives(ranks):
 def test_pieces_are_owned_once(ranks):
     pieces = [piece for chunk in range(ranks) for piece in pieces_of(chunk, ranks)]
     assert sorted(pieces) == list(range(len(pieces)))
-    assert all(piece in pieces_of(chunk_of(piece, ranks), ranks) for piece in pieces)
