@@ -20,9 +20,9 @@ from megalard.parallel.mesh import SINGLE, Axis
 
 @contextmanager
 def progress_bar(title: str, total: int, axis: Axis = SINGLE) -> Iterator[Callable[[int], None]]:
-    """A bar of ``total`` bytes over all ranks; yields what each part of this rank's advances by.
+    """A bar of the ``total`` bytes that are rank 0's part; yields what it advances by.
 
-    Rank 0 counts its own part for every rank's. Nothing is drawn where there is no terminal.
+    Nothing is drawn on other ranks, or where there is no terminal.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -35,4 +35,5 @@ def progress_bar(title: str, total: int, axis: Axis = SINGLE) -> Iterator[Callab
     disable = axis.rank != 0 or not console.is_terminal
     with Progress(*columns, console=console, disable=disable) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count * axis.size)
+        yield lambda count: bar.advance(task, count)
+        bar.update(task, completed=total)

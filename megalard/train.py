@@ -99,6 +99,11 @@ def train(config: Config) -> None:
                 if export_is_due(config, number):
                     export(f"step-{number:06d}")
             export("student")
+            asked, _ = stop.agreed(False)
+        if asked:
+            if first:
+                print(f"{asked}: the student is complete; it was not evaluated", flush=True)
+            return
         evaluator.after(teacher, student.decoder, tokens_a_step * steps)
 
 

@@ -33,6 +33,10 @@ SHAPES = {
 }
 
 
+# the folders that --stall makes and removes
+STALLED = ("synchronous", "asynchronous")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -215,6 +219,7 @@ def stall(options: argparse.Namespace) -> None:
 
     from megalard import config as settings
     from megalard.checkpoint.base import Origins
+    from megalard.checkpoint.convert import check_target
     from megalard.checkpoint.load import load_decoder
     from megalard.checkpoint.saver import Saver
     from megalard.checkpoint.sharded import checkpoint_axis
@@ -223,6 +228,8 @@ def stall(options: argparse.Namespace) -> None:
     from megalard.distill.student import build_student
     from megalard.model.rope import rope_table, scaled_config
     from megalard.model.spec import spec_from_config
+    from megalard.parallel.agreement import checked_on_all_ranks
+    from megalard.parallel.collectives import all_reduce
     from megalard.parallel.mesh import build_mesh
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -237,6 +244,8 @@ def stall(options: argparse.Namespace) -> None:
         parallel=settings.ParallelConfig(tp=world),
     )
     mesh = build_mesh("auto", world)
+    with checked_on_all_ranks(mesh.world):
+        check_target(options.folder)
     random = RandomWeights(options.size)
     dtype = torch.bfloat16
     teacher = load_decoder(
@@ -264,7 +273,7 @@ def stall(options: argparse.Namespace) -> None:
     steps(5)
     plain = statistics.median(steps(options.steps))
     lines = [f"a step: {plain:.3f} s; state: {state_bytes / 1e9:.2f} GB a rank"]
-    for kind in ("synchronous", "asynchronous"):
+    for kind in STALLED:
         chosen = settings.CheckpointConfig(asynchronous=kind == "asynchronous", keep_last=1)
         head = {"kind": "training", "config": model_config(options.size), "trained": None}
         head |= {"training": None, "written_by": {}}
@@ -280,9 +289,11 @@ def stall(options: argparse.Namespace) -> None:
             saver.save(number + 1)
             held = time.perf_counter() - began
             after, wrote = [], time.perf_counter()
-            while len(after) < options.steps:
+            writing = torch.ones(1, device=mesh.device)
+            while len(after) < options.steps or writing:  # the same on every rank
                 after += steps(1)
-                if saver.is_writing():
+                all_reduce(writing.fill_(saver.is_writing()), mesh.world, dist.ReduceOp.MAX)
+                if writing:
                     wrote = time.perf_counter()
             slowed = max(0.0, sum(after) - plain * len(after))
         share = (held + slowed) / (50 * plain)
@@ -293,7 +304,8 @@ def stall(options: argparse.Namespace) -> None:
         )
     if mesh.world.rank == 0:
         print("\n".join(lines), flush=True)
-        shutil.rmtree(options.folder, ignore_errors=True)
+        for kind in STALLED:
+            shutil.rmtree(options.folder / kind, ignore_errors=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -301,7 +313,12 @@ def stall(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = parse()
     if arguments.stall:
-        stall(arguments)
+        from megalard.errors import UserError
+
+        try:
+            stall(arguments)
+        except UserError as error:
+            sys.exit(f"megalard: error: {error}")
     elif arguments.worker:
         worker(arguments)
     else:

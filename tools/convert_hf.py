@@ -62,6 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def convert(options: argparse.Namespace) -> None:
     # Imported late: --help should not wait for torch and transformers.
     from megalard.checkpoint import convert as work
+    from megalard.checkpoint.hf_writer import bytes_of_rank
     from megalard.checkpoint.sharded import checkpoint_axis
     from megalard.checkpoint.source import open_model
     from megalard.parallel.agreement import checked_on_all_ranks
@@ -90,7 +91,12 @@ def convert(options: argparse.Namespace) -> None:
             print(f"would write {what} to {options.target}; nothing was written")
         return
     began = time.perf_counter()
-    with progress_bar(f"{options.command} {options.source.name}", total, mesh.world) as advance:
+    title, part = f"{options.command} {options.source.name}", total // mesh.world.size
+    if options.command == "export" and not adapter:
+        part = bytes_of_rank(weights, file_bytes, mesh.world)
+    if mesh.world.size > 1:
+        title += f", one of {mesh.world.size} parts"
+    with progress_bar(title, part, mesh.world) as advance:
         if options.command == "import":
             axis = checkpoint_axis(mesh)
             work.import_model(model, options.target, mesh, axis, file_bytes, advance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -82,14 +82,8 @@ def import_model(
             planner=LazySavePlanner(partial(_read_box, source.weights)),
             file_bytes=file_bytes,
             progress=progress,
+            before_commit=agreed,
         )
-        try:
-            agreed()
-        except UserError:
-            # new checksums would vouch for damaged tensors
-            if axis.rank == 0:
-                shutil.rmtree(directory, ignore_errors=True)
-            raise
 
 
 def _read_box(weights: Weights, name: str, start, size) -> torch.Tensor:
@@ -215,6 +209,15 @@ def check_target(directory: str | Path) -> None:
         raise UserError(f"cannot read {directory}: {error.strerror}") from None
     if taken:
         raise UserError(f"{directory} is not empty: choose another directory")
+    if not directory.name or directory.is_mount():
+        # it is written beside its name, and renamed
+        raise UserError(f"{directory} cannot be given a new content: choose a directory in it")
+    # the first that exists of those it lies in
+    above = next(path for path in directory.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{above} is no directory: {directory} cannot be made")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into {above}: choose another place than {directory}")
 
 
 def size_of(weights: Weights) -> int:
@@ -237,7 +240,8 @@ def parse_size(text: str) -> int:
     number = text.rstrip("BKMGTIbkmgti ")
     try:
         value = float(number) * units[text[len(number) :].strip().upper()]
-    except (ValueError, KeyError):
+        int(value)
+    except (ValueError, KeyError, OverflowError):
         raise UserError(f"{json.dumps(text)} is no size: write it as 4GiB or 500MB") from None
     if not value >= 1:
         raise UserError(f"a file size of {text} holds nothing: write it as 4GiB or 500MB")

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megalard.checkpoint.merged import Weights
-from megalard.checkpoint.storage import PARTIAL, split_by_size
+from megalard.checkpoint.partial import abandon, begin, commit, partial_path
+from megalard.checkpoint.storage import split_by_size
 from megalard.checkpoint.tensor_file import (
     Entry,
     in_file_order,
     read_ahead,
-    sync_directory,
     write_tensor_file,
 )
 from megalard.errors import UserError
@@ -32,6 +32,12 @@ def plan_files(weights: Weights, file_bytes: int) -> list[dict[str, Entry]]:
         {name: entries[name] for name in in_file_order({n: entries[n] for n in names})}
         for names in split_by_size(entries, file_bytes)
     ]
+
+
+def bytes_of_rank(weights: Weights, file_bytes: int, axis: Axis) -> int:
+    """Of the files that ``write_huggingface`` has this rank write."""
+    files = plan_files(weights, file_bytes)[axis.rank :: axis.size]
+    return sum(entry.nbytes for entries in files for entry in entries.values())
 
 
 def write_huggingface(
@@ -62,7 +68,7 @@ def write_huggingface(
         UserError: on every rank, when any cannot write; what was there before is as it was.
     """
     directory = Path(directory)
-    partial = directory.with_name(directory.name + PARTIAL)
+    partial = partial_path(directory)
     files = plan_files(weights, file_bytes)
     count = len(files)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -71,9 +77,7 @@ def write_huggingface(
     try:
         with _told(directory, axis):
             if axis.rank == 0:
-                directory.parent.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
+                begin(directory)
         with _told(directory, axis):
             for name, entries in list(zip(names, files, strict=True))[axis.rank :: axis.size]:
                 tensors = map(weights.read, entries)
@@ -89,10 +93,10 @@ def write_huggingface(
         with _told(directory, axis):
             if axis.rank == 0:
                 _write_rest(partial, names, files, config, companions)
-                _replace(partial, directory)
+                commit(partial, directory)
     except BaseException:  # an interrupted export leaves nothing either
         if axis.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            abandon(partial)
         raise
 
 
@@ -120,15 +124,3 @@ def _write_rest(partial: Path, names, files, config: dict, companions: Iterable[
     for path in partial.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    sync_directory(partial)
-
-
-def _replace(partial: Path, directory: Path) -> None:
-    """Give ``partial`` its name; the old save goes only once the new one is whole."""
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    sync_directory(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)

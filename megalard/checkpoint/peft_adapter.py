@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megalard.checkpoint.merged import Weights
-from megalard.checkpoint.storage import PARTIAL
+from megalard.checkpoint.partial import PARTIAL
 from megalard.checkpoint.tensor_file import (
     DamagedFile,
     Entry,

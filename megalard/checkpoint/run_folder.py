@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megalard.checkpoint.storage import PARTIAL
+from megalard.checkpoint.partial import PARTIAL
 
 _COMPLETE = re.compile(r"step-(\d+)")
 _REMOVED = ".removed"

@@ -7,7 +7,6 @@ has to read. ``ShardedWeights`` reads slices without any other rank.
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -21,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megalard.checkpoint.manifest import ID_KEY, MANIFEST, Manifest, check_sums, read_manifest
-from megalard.checkpoint.storage import PARTIAL, STATE_PREFIXES, ShardReader, ShardWriter
+from megalard.checkpoint.partial import abandon, commit
+from megalard.checkpoint.storage import STATE_PREFIXES, ShardReader, ShardWriter
 from megalard.checkpoint.tensor_file import DTYPES, DamagedFile, TensorFile
 from megalard.errors import UserError
 from megalard.parallel.agreement import checked_on_all_ranks
@@ -87,6 +87,7 @@ def save_sharded(
     planner: dcp.SavePlanner | None = None,
     file_bytes: int | None = None,
     progress: Callable[[int], None] = lambda count: None,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a checkpoint; a collective call of all ranks. It appears complete or not at all.
 
@@ -97,6 +98,7 @@ def save_sharded(
         head: the manifest's sections but tensors and files, equal on every rank.
         axis: all ranks, with a group that CPU tensors travel in.
         companions: files copied beside the shards.
+        before_commit: called on every rank when everything is written and has no name yet.
 
     Raises:
         UserError: on every rank, when any cannot write; what was there before is as it was.
@@ -114,13 +116,29 @@ def save_sharded(
             process_group=axis.group,
             no_dist=axis.size == 1,
         )
-    except (CheckpointException, OSError) as error:
+        before_commit()
+        with checked_on_all_ranks(axis):
+            if axis.rank == 0:
+                _commit(writer)
+    except BaseException as error:  # an interrupted save leaves nothing either
         if axis.rank == 0:
-            shutil.rmtree(directory.with_name(directory.name + PARTIAL), ignore_errors=True)
-        raise UserError(
-            f"cannot write checkpoint {directory}: {_reason(error)}; what was saved before is "
-            "untouched"
-        ) from None
+            abandon(writer.partial)
+        if isinstance(error, (CheckpointException, OSError)):
+            raise _cannot_write(directory, error) from None
+        raise
+
+
+def _commit(writer: ShardWriter) -> None:
+    try:
+        commit(writer.partial, writer.directory)
+    except OSError as error:
+        raise _cannot_write(writer.directory, error) from None
+
+
+def _cannot_write(directory: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"cannot write checkpoint {directory}: {_reason(error)}; what was saved before is untouched"
+    )
 
 
 def load_sharded(weights: ShardedWeights, tensors: dict[str, torch.Tensor], axis: Axis) -> None:

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megalard.checkpoint.manifest import ID_KEY, Manifest, identity, write_manifest
+from megalard.checkpoint.partial import begin, partial_path
 from megalard.checkpoint.tensor_file import (
     DTYPES,
     NAMES,
@@ -44,13 +45,11 @@ from megalard.checkpoint.tensor_file import (
     file_sha256,
     in_file_order,
     read_ahead,
-    sync_directory,
     write_tensor_file,
 )
 
 SHARDING_KEY, OFFSETS_KEY = "DCP_SHARDING_INFO", "saved_offsets"
 STATE_PREFIXES = ("optimizer.", "rng.")
-PARTIAL = ".partial"
 FILE_BYTES = 4 * 2**30
 
 
@@ -61,7 +60,7 @@ def _ready(value) -> Future:
 
 
 class ShardWriter(StorageWriter):
-    """Writes a checkpoint beside its final name and renames it once everything is on the disk.
+    """Writes a checkpoint beside its final name, which it is to get once all is on the disk.
 
     Args:
         directory: the checkpoint's final name.
@@ -81,7 +80,7 @@ class ShardWriter(StorageWriter):
     ):
         self.directory, self.head = Path(directory), head
         self.companions, self.file_bytes, self.progress = list(companions), file_bytes, progress
-        self.partial = self.directory.with_name(self.directory.name + PARTIAL)
+        self.partial = partial_path(self.directory)
         self.identity = identity(head)
 
     def reset(self, checkpoint_id=None) -> None:
@@ -93,9 +92,7 @@ class ShardWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
         if is_coordinator:
-            self.directory.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir()
+            begin(self.directory)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -138,7 +135,7 @@ class ShardWriter(StorageWriter):
         return [WriteResult(items[name].index, entries[name].nbytes, where) for name in entries]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """The coordinator's last act: companions, manifest, and the final name."""
+        """The coordinator's last act: companions and manifest."""
         tensors: dict[str, dict] = {}
         files: dict[str, dict] = {}
         for result in (result for part in results for result in part):
@@ -160,9 +157,6 @@ class ShardWriter(StorageWriter):
         files |= self._copy_companions()
         body = {**self.head, "id": self.identity, "tensors": dict(sorted(tensors.items()))}
         write_manifest(self.partial, {**body, "files": dict(sorted(files.items()))})
-        sync_directory(self.partial)
-        os.rename(self.partial, self.directory)
-        sync_directory(self.directory.parent)
 
     def _copy_companions(self) -> dict[str, dict]:
         (self.partial / "config.json").write_text(json.dumps(self.head["config"], indent=2) + "\n")

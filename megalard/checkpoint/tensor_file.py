@@ -223,7 +223,11 @@ class TensorFileWriter:
         self._hashed: Future | None = None
         self._flushed: Future | None = None
         self._unflushed = 0
-        self._put(memoryview(len(text).to_bytes(8, "little") + text))
+        try:
+            self._put(memoryview(len(text).to_bytes(8, "little") + text))
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, tensor: torch.Tensor) -> None:
         """Append the next tensor, which must have the promised dtype and shape."""

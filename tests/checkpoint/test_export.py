@@ -357,6 +357,14 @@ def test_an_interrupted_save_leaves_the_previous_one_whole(error, made, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
+def test_a_copy_that_was_put_aside_is_left_alone(made, tmp_path):
+    """The student of an earlier run, renamed by somebody, when the run saves again."""
+    for name in ("student.old", "student"):
+        made.save(tmp_path / name)
+    made.save(tmp_path / "student")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "student.old"]
+
+
 def test_an_unwritable_directory_is_told_in_one_sentence(made, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*student") as caught:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megalard import train
 from megalard.checkpoint import saver
 from megalard.checkpoint.manifest import read_manifest
 from megalard.checkpoint.run_folder import checkpoint_path
@@ -145,6 +146,19 @@ def test_a_signal_saves_and_exits_with_0(number, job, tmp_path):
     assert wait_for(ranks) == [0, 0]
     steps = metrics_so_far(output)
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > step
+
+
+def test_a_signal_while_the_student_is_saved_ends_the_run_after_it(job, tmp_path, monkeypatch):
+    output, save = tmp_path / "output", train.save_student
+
+    def save_student(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*args)
+
+    monkeypatch.setattr(train, "save_student", save_student)
+    monkeypatch.setattr(train.Evaluator, "after", lambda *args: pytest.fail("it was evaluated"))
+    main(arguments(job, output))
+    assert (output / "student" / "config.json").exists()
 
 
 def metrics_so_far(output: Path) -> list[int]:

@@ -10,12 +10,14 @@ import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megalard.parallel import agreement
 from tests.jobs import save_tokenizer
 from tests.models import make_model
 from tests.ranks import run_ranks
@@ -88,10 +90,70 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("command", [("import", "hf"), ("export", "sharded")], ids=lambda c: c[0])
+def test_neighbours_of_the_target_are_left_alone(command, folder, tmp_path, capsys):
+    """It is written beside its name; a folder there that no conversion left is somebody's."""
+    arguments = (command[0], folder / command[1], tmp_path / "out")
+    for name in ("out.old", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("x")
+    assert convert(*arguments) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "it is in the way, move it elsewhere" in line and "out.partial" in line
+    assert len(list(tmp_path.glob("*/precious"))) == 2 and not (tmp_path / "out").exists()
+    # but what a killed one left is removed
+    (tmp_path / "out.partial" / "precious").rename(tmp_path / "out.partial" / ".unfinished")
+    assert convert(*arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
+    assert not any(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
+
+
+def test_nothing_has_its_name_before_its_source_is_known_to_be_whole(folder, tmp_path, monkeypatch):
+    seen = []
+
+    def slow(self, *arguments):
+        seen.append((tmp_path / "out").exists())
+
+    monkeypatch.setattr("megalard.checkpoint.source.Model.check_sums", slow)
+    agree = agreement.gather_objects
+    monkeypatch.setattr(
+        agreement,
+        "gather_objects",
+        lambda *args: seen.append((tmp_path / "out").exists()) or agree(*args),
+    )
+    assert convert("import", folder / "sharded", tmp_path / "out") == 0
+    assert len(seen) > 1 and not any(seen[:-1])
+
+
+def test_a_target_that_cannot_be_made_is_told_by_a_dry_run_too(folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "mounted").mkdir()
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
+        patch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
+        patch.chdir(tmp_path)
+        (tmp_path / "locked").mkdir()
+        for target, sentence in (
+            (tmp_path / "file" / "x", "is no directory"),
+            (tmp_path / "mounted", "choose a directory in it"),
+            (tmp_path / "locked" / "x", "cannot write into"),
+        ):
+            for command in (("import", folder / "hf"), ("export", folder / "sharded")):
+                assert convert(*command, target, "--dry-run") == 1
+                assert sentence in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert convert("export", folder / "sharded", ".", "--dry-run") == 1
+    assert "choose a directory in it" in capsys.readouterr().err
+    monkeypatch.undo()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("import", "/nowhere", "OUT"), "no model directory at /nowhere"),
+        (("export", "SHARDED", "OUT", "--file-size", "inf"), '"inf" is no size'),
         (("export", "SHARDED", "OUT", "--file-size", "big"), '"big" is no size'),
         (("export", "SHARDED", "OUT", "--format", "peft"), "is no checkpoint of a run"),
     ],
@@ -157,8 +219,36 @@ def test_a_conversion_shows_its_progress_on_a_terminal(folder, tmp_path, capsys,
         monkeypatch.setenv(variable, "1")
     assert convert("export", folder / "sharded", tmp_path / "out") == 0
     printed = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
-    size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert "export sharded" in printed and f"{size / 2**10:.1f}/" in printed, printed
+    size = sum(x.nbytes for x in load_file(tmp_path / "out" / "model.safetensors").values()) / 2**10
+    assert "export sharded" in printed and f"{size:.1f}/{size:.1f} KiB" in printed, printed
+
+
+def _progress_of_rank_0(command: list[str], file: str) -> None:
+    advanced = []
+    bar = "megalard.progress.progress_bar"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bar, lambda title, total, axis: _noted(total, axis, advanced))
+        _run_script(command)
+    if advanced:
+        Path(file).write_text(json.dumps(advanced))
+
+
+@contextmanager
+def _noted(total, axis, advanced):
+    counts = []
+    yield counts.append
+    if axis.rank == 0:
+        advanced += [total, sum(counts)]
+
+
+@pytest.mark.parametrize("file_size", ["4GiB", "100KB"])
+def test_progress_of_several_processes_ends_where_it_should(file_size, folder, tmp_path):
+    command = ("export", folder / "sharded", tmp_path / "back", "--file-size", file_size)
+    words = [str(word) for word in ("tools/convert_hf.py", *command)]
+    run_ranks(2, _progress_of_rank_0, words, str(tmp_path / "seen"))
+    total, counted = json.loads((tmp_path / "seen").read_text())
+    # the files' headers are counted too
+    assert total < counted < 1.05 * total
 
 
 def test_inspect_tells_what_is_in_it(folder, capsys):
