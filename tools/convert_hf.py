@@ -25,11 +25,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("import", "write a sharded checkpoint"),
-        ("export", "write a Hugging Face directory or a PEFT adapter"),
+    for name, text, more in (
+        (
+            "import",
+            "write a sharded checkpoint",
+            "    python tools/convert_hf.py import /models/llama2-7b /checkpoints/llama2-7b\n"
+            "    torchrun --nproc-per-node 4 tools/convert_hf.py import MODEL_DIR CHECKPOINT\n\n"
+            "The second writes the slices of tensor parallel size 4; any size reads either.",
+        ),
+        (
+            "export",
+            "write a Hugging Face directory or a PEFT adapter",
+            "    python tools/convert_hf.py export /checkpoints/llama2-7b MODEL_DIR\n"
+            "    python tools/convert_hf.py export RUN/checkpoints/step-000144 MODEL_DIR\n"
+            "    python tools/convert_hf.py export RUN/checkpoints/step-000144 DIR --format peft\n\n"
+            "Under torchrun the processes share the files: choose a --file-size that gives each some.",
+        ),
     ):
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.\n\n{more}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_argument("source", type=Path, help="model or checkpoint directory to read")
         command.add_argument("target", type=Path, help="directory to write; new or empty")
         command.add_argument(
