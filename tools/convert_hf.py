@@ -38,8 +38,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             "write a Hugging Face directory or a PEFT adapter",
             "    python tools/convert_hf.py export /checkpoints/llama2-7b MODEL_DIR\n"
             "    python tools/convert_hf.py export RUN/checkpoints/step-000144 MODEL_DIR\n"
-            "    python tools/convert_hf.py export RUN/checkpoints/step-000144 DIR --format peft\n\n"
-            "Under torchrun the processes share the files: choose a --file-size that gives each some.",
+            "    python tools/convert_hf.py export RUN/checkpoints/step-000144 DIR "
+            "--format peft\n\n"
+            "Under torchrun the processes share the files: choose a --file-size that gives each "
+            "some.",
         ),
     ):
         command = commands.add_parser(

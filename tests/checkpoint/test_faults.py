@@ -10,14 +10,14 @@ import shutil
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalard.checkpoint.convert import export_model, import_model
+from megalard.checkpoint.convert import export_adapter, export_model, import_model, size_of
 from megalard.checkpoint.manifest import MANIFEST, VERSION, _digest
 from megalard.checkpoint.run_folder import checkpoint_path, checkpoints, discard, unfinished
 from megalard.checkpoint.sharded import (
@@ -31,7 +31,7 @@ from megalard.errors import UserError
 from megalard.parallel.layout import Layout
 from megalard.parallel.mesh import SINGLE, build_mesh
 from megalard.train import main
-from tests.jobs import STEPS, arguments, make_job, metrics
+from tests.jobs import STEPS, arguments, interrupted, make_job, metrics
 from tests.models import make_model
 from tests.ranks import run_ranks, start_ranks, wait_for
 
@@ -101,13 +101,19 @@ def job(tmp_path_factory):
     return folder
 
 
+def _main_with_output_to(log: str, command: list[str]) -> None:
+    with open(log, "a") as file, redirect_stdout(file):
+        main(command)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(ranks, job, tmp_path):
     chance, output, kills = random.Random(ranks), tmp_path / "output", 0
+    left_behind, log = [], tmp_path / "log"
     keep = ("checkpoint.save_every=1", "checkpoint.keep_last=9")
     command = arguments(job, output, *keep, f"parallel.tp={ranks}")
     while not (output / "student").exists():
-        started = start_ranks(ranks, main, command)
+        started = start_ranks(ranks, _main_with_output_to, str(log), command)
         if kills < 4:
             begun = len(checkpoints(output / "checkpoints"))
             while any(rank.is_alive() for rank in started):
@@ -119,8 +125,13 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(ranks, job, tmp
                 rank.kill()
             kills += 1
             wait_for(started)
+            left_behind += unfinished(output / "checkpoints")
         else:
             assert wait_for(started) == [0] * ranks
+    printed = log.read_text()
+    for path in left_behind:
+        assert f"{path.name} is a save that was not finished: removed" in printed
+    assert printed.count("resuming from") == kills
     assert [line["step"] for line in metrics(output)] == list(range(1, STEPS + 1))
     whole = load_file(job / "whole" / "student" / "model.safetensors")
     found = load_file(output / "student" / "model.safetensors")
@@ -179,15 +190,19 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(ranks, asynchronous,
 
 def test_a_full_disk_stops_a_conversion(tmp_path, job):
     source = open_model(job / "model")
-    with mounted(tmp_path / "small", "size=100k") as disk:
-        mesh = build_mesh("cpu", 1)
-        for work in (
-            lambda: import_model(source, disk / "sharded", mesh, SINGLE),
-            lambda: export_model(source, disk / "model", SINGLE),
-        ):
-            with pytest.raises(UserError, match="No space left on device"):
-                work()
-            assert list(disk.iterdir()) == []
+    trained = open_model(checkpoint_path(job / "whole" / "checkpoints", STEPS))
+    mesh, chance = build_mesh("cpu", 1), random.Random(0)
+    for work, needed in (
+        (lambda disk: import_model(source, disk / "out", mesh, SINGLE), size_of(source.weights)),
+        (lambda disk: export_model(source, disk / "out", SINGLE), size_of(source.weights)),
+        (lambda disk: export_adapter(trained, disk / "out"), size_of(trained.trained)),
+    ):
+        for _ in range(8):
+            size = chance.randrange(4096, needed + 4096)  # the small files need more
+            with mounted(tmp_path / "small", f"size={size}") as disk:
+                with pytest.raises(UserError, match="No space left on device"):
+                    work(disk)
+                assert list(disk.iterdir()) == []
 
 
 def test_an_unwritable_directory_is_named(tmp_path, job, capfd):
@@ -380,8 +395,8 @@ def test_a_manifest_that_is_none_is_told(content, copy, tmp_path):
     assert str(copy / MANIFEST) in damage_of(copy, tmp_path / "out")
 
 
-def test_nothing_is_unpickled(copy, monkeypatch, tmp_path):
-    """Loading a checkpoint runs no code from it."""
+def test_nothing_is_unpickled(copy, job, monkeypatch, tmp_path):
+    """Loading a checkpoint runs no code from it: a model, an adapter, a run that goes on."""
     import pickle
 
     def refuse(*args, **kwargs):
@@ -392,3 +407,9 @@ def test_nothing_is_unpickled(copy, monkeypatch, tmp_path):
     monkeypatch.setattr(pickle, "Unpickler", refuse)
     monkeypatch.setattr(torch, "load", refuse)
     export_model(open_model(copy), tmp_path / "out", SINGLE)
+    trained = open_model(checkpoint_path(job / "whole" / "checkpoints", STEPS))
+    export_adapter(trained, tmp_path / "adapter")
+    export_model(open_model(tmp_path / "adapter"), tmp_path / "merged", SINGLE)
+    output = interrupted(job / "whole", tmp_path / "output")
+    main(arguments(job, output, *SAVE, f"data.cache={job / 'whole' / 'tokens'}"))
+    assert (output / "student" / "config.json").exists()

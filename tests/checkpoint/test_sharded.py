@@ -124,7 +124,7 @@ def test_every_rank_of_any_size_reads_its_slices(family, written, read, models):
             assert_same_bits(model.weights.read(name, layout), part, f"{name} of rank {rank}")
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", SIZES)
 def test_torch_loads_at_another_size(ranks, models):
     run_ranks(ranks, _load_all, str(models), ranks)
 
