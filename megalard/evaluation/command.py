@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from megalard.evaluation.suite import Suite, make_samples, read_text, run_suite
 from megalard.evaluation.tasks import TASKS, sentence_filler, text_filler
 from megalard.model.decoder import Decoder
 from megalard.model.rope import rope_table
-from megalard.parallel.agreement import checked_on_all_ranks
+from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks
 from megalard.parallel.layout import check_divisible
 from megalard.parallel.mesh import Mesh
 
@@ -254,9 +255,13 @@ def _warnings(job: _Job) -> list[str]:
 
 
 def _load(model: Model, mesh: Mesh, dtype: torch.dtype) -> Decoder:
-    with checked_on_all_ranks(mesh.world):
-        rope = rope_table(model.spec)
-        return load_decoder(model.spec, rope, mesh.tp, model.weights, mesh.device, dtype)
+    """Where the files' checksums are recorded they are compared meanwhile."""
+    with checked_meanwhile(partial(model.check_sums, mesh.world), mesh.world) as wait_for_checksums:
+        with checked_on_all_ranks(mesh.world):
+            rope = rope_table(model.spec)
+            decoder = load_decoder(model.spec, rope, mesh.tp, model.weights, mesh.device, dtype)
+        wait_for_checksums()
+    return decoder
 
 
 def _settings(options: Namespace, job: _Job, mesh: Mesh) -> dict:

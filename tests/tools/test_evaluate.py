@@ -146,6 +146,18 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_a_damaged_checkpoint_is_not_measured(folder, tmp_path, capsys):
+    shutil.copytree(folder / "sharded", tmp_path / "copy")
+    (shard,) = (tmp_path / "copy").glob("weights-*")
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 4
+    shard.write_bytes(content)
+    models = (folder / "model", tmp_path / "copy")
+    assert evaluate(*models, *QUICK, "--output", tmp_path / "out" / "a") == 1
+    assert f"{shard} is damaged" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
