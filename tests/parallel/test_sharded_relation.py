@@ -35,20 +35,19 @@ def length_of(ranks: int) -> int:
     return 3 * (1 if ranks == 1 else 2 * ranks) * (8 if ranks == 1 else 1)
 
 
-def make_batch(ranks: int):
+def make_batch(n: int, blocks: int = 3):
     """A packed block, a left- and right-padded one, and one nearly empty."""
-    n = length_of(ranks)
     third = n // 3
     layouts = [[(0, third), (third, n - 1), (n - 1, n)], [(2, n - 3)], [(0, 2)]]
     tokens = torch.zeros(n, dtype=torch.int64).numpy()
-    return collate([(tokens, documents) for documents in layouts])
+    return collate([(tokens, documents) for documents in layouts[:blocks]])
 
 
-def make_operands(ranks: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(ranks)
-    shape = (3, length_of(ranks), DIM)
+def make_operands(n: int, dim: int = DIM) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Student's and teacher's vectors of each kind, [3, heads, n, dim]."""
+    generator = torch.Generator().manual_seed(n)
     return {
-        kind: tuple(torch.randn(shape[0], heads, *shape[1:], generator=generator) for _ in range(2))
+        kind: tuple(torch.randn(3, heads, n, dim, generator=generator) for _ in range(2))
         for kind, heads in HEADS.items()
     }
 
@@ -68,11 +67,11 @@ def run_all(results: str) -> None:
 
 
 def one_rank(ranks: int, axis: Axis) -> dict:
-    batch = make_batch(ranks)
-    shard = SequenceShard(length_of(ranks), axis)
+    n = length_of(ranks)
+    batch, shard = make_batch(n), SequenceShard(n, axis)
     operands = {
         kind: Operand(shard.cut(s, 2).contiguous(), shard.cut(t, 2).contiguous())
-        for kind, (s, t) in make_operands(ranks).items()
+        for kind, (s, t) in make_operands(n).items()
     }
     plan = RelationPlan(shard, batch.doc_start_bn, batch.doc_end_bn)
     sums, grads = relation_sums(operands, WEIGHTS, plan, True)
@@ -87,10 +86,9 @@ def one_rank(ranks: int, axis: Axis) -> dict:
     }
 
 
-def dense(ranks: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    batch, operands = make_batch(ranks), make_operands(ranks)
-    n = length_of(ranks)
-    i = torch.arange(n)
+def dense(batch, operands, weights=WEIGHTS) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Sums and gradients in float64, of operands on the batch's device."""
+    i = torch.arange(batch.shard.length, device=batch.doc_start_bn.device)
     start, end = batch.doc_start_bn[:, None, :, None], batch.doc_end_bn[:, None, :, None]
     allowed = (i >= start) & (i < end) & (i[None, :] <= i[:, None])
     student = {kind: s.double().requires_grad_() for kind, (s, _) in operands.items()}
@@ -98,16 +96,16 @@ def dense(ranks: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
 
     def log_softmax(rows, columns):
         columns = columns.repeat_interleave(rows.shape[1] // columns.shape[1], dim=1)
-        scores = rows @ columns.transpose(-1, -2) / math.sqrt(DIM)
+        scores = rows @ columns.transpose(-1, -2) / math.sqrt(rows.shape[3])
         return scores.masked_fill(~allowed, -1e30).log_softmax(-1)
 
     sums = {}
-    for name in WEIGHTS:
+    for name in weights:
         row, column = ("q", "k") if name == "qk" else (name, name)
         log_s = log_softmax(student[row], student[column])
         log_t = log_softmax(teacher[row], teacher[column])
         sums[name] = (log_t.exp() * (log_t - log_s) * allowed).sum()
-    sum(WEIGHTS[name] * total for name, total in sums.items()).backward()
+    sum(weights[name] * total for name, total in sums.items()).backward()
     return (
         {name: float(total.detach()) for name, total in sums.items()},
         {kind: x.grad for kind, x in student.items()},
@@ -123,7 +121,8 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_loss_and_gradients_match_dense_float64(ranks, results):
-    sums, grads = dense(ranks)
+    n = length_of(ranks)
+    sums, grads = dense(make_batch(n), make_operands(n))
     parts = results[ranks]
     assert len(parts) == ranks
     for name, expected in sums.items():
