@@ -64,7 +64,11 @@ def inspect(directory: Path, options: argparse.Namespace, bases: dict) -> tuple[
         adapter = (directory / ADAPTER_CONFIG).is_file()
         return (describe_adapter if adapter else describe_model)(directory), True
     except UserError as error:
-        return {"complete": "no", "problem": str(error)}, False
+        return _unusable(error), False
+
+
+def _unusable(error: Exception) -> dict:
+    return {"complete": "no", "problem": str(error)}
 
 
 def inspect_checkpoint(
@@ -120,24 +124,31 @@ def find_checkpoints(directory: Path) -> tuple[Path, list[Path]]:
     """The folder of a run's checkpoints, and them; none where the directory is one itself."""
     from megalard.checkpoint.manifest import is_checkpoint
     from megalard.checkpoint.run_folder import checkpoints
-    from megalard.errors import UserError
+    from megalard.checkpoint.tensor_file import cannot_read
 
+    if is_checkpoint(directory):
+        return directory, []
+    folder = directory
     try:
-        folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-        found = [] if is_checkpoint(directory) else [path for _, path in checkpoints(folder)]
-    except (OSError, UserError):
-        return directory, []  # what is wrong with it is told by inspect
-    return folder, found
+        if (directory / "checkpoints").is_dir():
+            folder = directory / "checkpoints"
+        return folder, [path for _, path in checkpoints(folder)]
+    except OSError as error:
+        raise cannot_read(folder, error) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     from megalard.checkpoint.run_folder import unfinished
+    from megalard.errors import UserError
 
     directory, bases = options.directory, {}
-    folder, found = find_checkpoints(directory)
+    try:
+        folder, found = find_checkpoints(directory)
+        facts, good = ({}, True) if found else inspect(directory, options, bases)
+    except UserError as error:
+        found, facts, good = [], _unusable(error), False
     if not found:
-        facts, good = inspect(directory, options, bases)
         if options.json:
             print(json.dumps({"directory": str(directory), **facts}, indent=2))
         else:

@@ -184,6 +184,11 @@ def _check_kind(manifest: Manifest) -> None:
     for section in sections:
         if not isinstance(manifest.body[section], dict):
             raise ValueError(f"its section {section} is no JSON object")
+    if manifest.kind == "training":
+        Path(manifest.base["path"])
+        for file in manifest.base["files"].values():
+            if type(file["size"]) is not int or type(file["sha256"]) is not str:
+                raise ValueError("its base has a file without size or sha256")
     if not isinstance(manifest.body["id"], str):
         raise ValueError("its id is no text")
 

@@ -22,6 +22,7 @@ _COUNTS = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+_ROPE_SECTIONS = ("rope_scaling", "rope_parameters")
 _OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
 
 # what transformers takes where config.json is silent and the value is not the usual one
@@ -194,18 +195,13 @@ def _check_numbers(config: dict, where: str) -> None:
                 f"{where}/config.json has {json.dumps(value)} as {key}, which has to be a whole "
                 f"number from {least} on: correct it, or download it again"
             )
-    for key in ("rms_norm_eps", "rope_theta"):
-        value = config.get(key)
+    ropes = [config.get(key) or {} for key in _ROPE_SECTIONS]
+    for section, key in ((config, "rms_norm_eps"), *((s, "rope_theta") for s in (config, *ropes))):
+        value = section.get(key)
         if value is not None and type(value) not in (int, float):
             raise UserError(
                 f"{where}/config.json has {json.dumps(value)} as {key}, which has to be a number: "
                 "correct it, or download it again"
-            )
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise UserError(
-                f"{where}/config.json has {json.dumps(config[key])} as {key}, which has to be a "
-                "JSON object: correct it, or download it again"
             )
 
 
@@ -224,6 +220,12 @@ def _refuse(config: dict, family: str | None, where: str) -> None:
         refuse(
             _REFUSED[max(known, key=len)] if known else "its layers are not known to this decoder"
         )
+    for key in _ROPE_SECTIONS:
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(
+                f"{where}/config.json has {json.dumps(config[key])} as {key}, which has to be a "
+                "JSON object: correct it, or download it again"
+            )
     if config.get("num_local_experts") or config.get("num_experts"):
         refuse("it is a mixture of experts")
     if config.get("hidden_act", "silu") != "silu":
