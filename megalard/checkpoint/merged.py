@@ -43,8 +43,8 @@ def merge_lora(
 
     Beside W it takes one block of rows. A block has the bits of the whole product: compared with
     MKL 2024.2 on 184 shapes of 16 or more columns, in blocks of 2^16 elements and 64 rows or
-    more. Products of fewer columns differ, as do single rows; cuBLAS, which chooses its kernel by
-    the shape, is given the whole.
+    more. Products of fewer columns may differ, as may single rows; cuBLAS, which chooses its
+    kernel by the shape, is given the whole.
     """
     rows, columns = original.shape
     blocks = 1
