@@ -93,6 +93,11 @@ def _look(config: Config, directory: Path) -> Output:
             others = [other.name for _, other in saved[:-1]]
             hint = f"; remove {path} to go on from {others[-1]}" if others else ""
             raise UserError(f"{error}{hint}") from None
+        if manifest.kind != "training":
+            raise UserError(
+                f"{path} is a whole model and no checkpoint of a run: move it out of "
+                f"{output.checkpoints}"
+            )
         _compare(manifest.training["config"], to_dict(config), directory)
         return Output(directory, False, path)
     # stopped before its first checkpoint: the same command starts again

@@ -82,6 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def convert(options: argparse.Namespace) -> None:
     # Imported late: --help should not wait for torch and transformers.
     from megalard.checkpoint import convert as work
+    from megalard.checkpoint.describe import readable
     from megalard.checkpoint.hf_writer import bytes_of_rank
     from megalard.checkpoint.sharded import checkpoint_axis
     from megalard.checkpoint.source import open_model
@@ -104,7 +105,7 @@ def convert(options: argparse.Namespace) -> None:
     first = mesh.world.rank == 0
     total = work.size_of(weights)
     what = (
-        f"{len(weights.names())} tensors, {total / 1e9:.2f} GB, of {options.source} ({model.kind})"
+        f"{len(weights.names())} tensors, {readable(total)}, of {options.source} ({model.kind})"
     )
     if options.dry_run:
         if first:

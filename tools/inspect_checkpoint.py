@@ -3,9 +3,11 @@
     python tools/inspect_checkpoint.py CHECKPOINT             a sharded checkpoint or a run's
     python tools/inspect_checkpoint.py RUN                    every checkpoint of a run
     python tools/inspect_checkpoint.py CHECKPOINT --tensors   every tensor and its slices too
+    python tools/inspect_checkpoint.py MODEL_DIR              a Hugging Face model or an adapter
 
-Reads every file to compare its checksum; --no-checksums looks at names and lengths only. Exit
-status: 0 everything is complete and every checksum holds, 1 something is not.
+Reads every file to compare its checksum, those of the base model a run's checkpoint refers to as
+well; --no-checksums looks at names and lengths only, --no-base leaves the base model out. Exit
+status: 0 everything is complete and every recorded checksum holds, 1 something is not.
 """
 
 from __future__ import annotations
@@ -20,65 +22,160 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("directory", type=Path, help="a checkpoint, or a run's output directory")
+    parser.add_argument(
+        "directory", type=Path, help="a checkpoint, a run's output directory, a model or an adapter"
+    )
     parser.add_argument("--tensors", action="store_true", help="list every tensor and its slices")
     parser.add_argument(
         "--no-checksums", action="store_true", help="do not read the files to compare checksums"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a checkpoint")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="base model of a run's checkpoint, if it has moved"
+    )
+    parser.add_argument(
+        "--no-base", action="store_true", help="do not look for the base model's files"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object; a run's has its checkpoints in a list",
+    )
+    options = parser.parse_args(arguments)
+    if options.no_base and options.base:
+        parser.error("--no-base leaves the base model out, which --base DIR gives")
+    return options
 
 
-def inspect(directory: Path, options: argparse.Namespace) -> bool:
-    """Print one checkpoint; gives whether it is complete and its checksums hold."""
+def inspect(directory: Path, options: argparse.Namespace, bases: dict) -> tuple[dict, bool]:
+    """What is in one directory, and whether it is complete and its checksums hold.
+
+    Args:
+        bases: what was found wrong with base models so far, as the checkpoints of a run share one.
+    """
+    from megalard.checkpoint.manifest import is_checkpoint
+    from megalard.checkpoint.peft_adapter import ADAPTER_CONFIG
+    from megalard.errors import UserError
+
+    try:
+        if is_checkpoint(directory):
+            return inspect_checkpoint(directory, options, bases)
+        from megalard.checkpoint.describe import describe_adapter, describe_model
+
+        adapter = (directory / ADAPTER_CONFIG).is_file()
+        return (describe_adapter if adapter else describe_model)(directory), True
+    except UserError as error:
+        return _unusable(error), False
+
+
+def _unusable(error: Exception) -> dict:
+    return {"complete": "no", "problem": str(error)}
+
+
+def inspect_checkpoint(
+    directory: Path, options: argparse.Namespace, bases: dict
+) -> tuple[dict, bool]:
+    """The same of a directory with a manifest."""
+    from megalard.checkpoint.describe import base_problem, describe
     from megalard.checkpoint.sharded import ShardedWeights
-    from megalard.checkpoint.source import describe
     from megalard.errors import UserError
     from megalard.progress import progress_bar
 
-    try:
-        weights = ShardedWeights(directory)
-    except UserError as error:
-        print(f"{directory}: NOT USABLE: {error}")
-        return False
-    facts = describe(weights.manifest)
+    weights = ShardedWeights(directory)
+    facts, sums = describe(weights.manifest), not options.no_checksums
     problem = None
-    if not options.no_checksums:
+    if sums:
         with progress_bar("checksums", facts["bytes"]) as advance:
             try:
                 weights.check_sums(progress=advance)
             except UserError as error:
                 problem = str(error)
-    facts["checksums"] = problem or ("not compared" if options.no_checksums else "hold")
-    if options.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        print(f"{directory}")
-        for key, value in facts.items():
-            print(f"  {key:<12} {value}")
+    facts["checksums"] = problem or ("hold" if sums else "not compared")
+    note, wrong = weights.manifest.base, None
+    if note is not None and not options.no_base:
+        place = options.base or Path(note["path"])
+        key = json.dumps([str(place), note["files"]])
+        if key not in bases:
+            size = sum(file["size"] for file in note["files"].values())
+            with progress_bar("base model", size if sums else 0) as advance:
+                bases[key] = base_problem(weights.manifest, place, sums, advance)
+        wrong = bases[key]
+        there = "are there, checksums hold" if sums else "are there, checksums not compared"
+        facts["base files"] = wrong or there
     if options.tensors:
-        for name, tensor in weights.manifest.tensors.items():
-            places = ", ".join(f"{c['file']} at {c['offsets']}" for c in tensor["chunks"])
-            print(f"  {name}  {tensor['dtype']} {tensor['shape']}  {places}")
-    return problem is None
+        facts["slices"] = weights.manifest.tensors
+    return facts, not (problem or wrong)
+
+
+def show(directory: Path, facts: dict) -> None:
+    """Print what is in one directory, for people."""
+    if "problem" in facts:
+        print(f"{directory}: NOT USABLE: {facts['problem']}")
+        return
+    print(f"{directory}")
+    for key, value in facts.items():
+        if key != "slices":
+            print(f"  {key:<12} {value}")
+    for name, tensor in facts.get("slices", {}).items():
+        places = ", ".join(f"{c['file']} at {c['offsets']}" for c in tensor["chunks"])
+        print(f"  {name}  {tensor['dtype']} {tensor['shape']}  {places}")
+
+
+def find_checkpoints(directory: Path) -> tuple[Path, list[Path]]:
+    """The folder of a run's checkpoints, and them; none where the directory is one itself."""
+    from megalard.checkpoint.manifest import is_checkpoint
+    from megalard.checkpoint.run_folder import checkpoints
+    from megalard.checkpoint.tensor_file import cannot_read
+
+    if is_checkpoint(directory):
+        return directory, []
+    folder = directory
+    try:
+        if (directory / "checkpoints").is_dir():
+            folder = directory / "checkpoints"
+        return folder, [path for _, path in checkpoints(folder)]
+    except OSError as error:
+        raise cannot_read(folder, error) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    from megalard.checkpoint.manifest import is_checkpoint
-    from megalard.checkpoint.run_folder import checkpoints, unfinished
+    from megalard.checkpoint.run_folder import unfinished
+    from megalard.errors import UserError
 
-    directory = options.directory
-    folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-    found = [path for _, path in checkpoints(folder)]
-    if is_checkpoint(directory) or not found:
-        return 0 if inspect(directory, options) else 1
-    good = [inspect(path, options) for path in found]
-    for path in unfinished(folder):
+    directory, bases = options.directory, {}
+    try:
+        folder, found = find_checkpoints(directory)
+        facts, good = ({}, True) if found else inspect(directory, options, bases)
+    except UserError as error:
+        found, facts, good = [], _unusable(error), False
+    if not found:
+        if options.json:
+            print(json.dumps({"directory": str(directory), **facts}, indent=2))
+        else:
+            show(directory, facts)
+        return 0 if good else 1
+    results = [inspect(path, options, bases) for path in found]
+    good = [is_good for _, is_good in results]
+    newest = "the newest has a problem"
+    if good[-1]:
+        newest = f"the next start goes on from {found[-1].name}"
+    left = unfinished(folder)
+    if options.json:
+        listed = [
+            {"directory": str(path), **facts}
+            for path, (facts, _) in zip(found, results, strict=True)
+        ]
+        summary = {
+            "checkpoints": listed,
+            "unfinished": [str(path) for path in left],
+            "newest": newest,
+        }
+        print(json.dumps(summary, indent=2))
+        return 0 if all(good) else 1
+    for path, (facts, _) in zip(found, results, strict=True):
+        show(path, facts)
+    for path in left:
         print(f"{path}: a save that was not finished; the next start removes it")
-    newest = (
-        f"the next start goes on from {found[-1].name}" if good[-1] else "the newest is damaged"
-    )
     print(f"{len(found)} complete checkpoints; {newest}")
     return 0 if all(good) else 1
 

@@ -34,8 +34,7 @@ def generate(
     """
     chunks = -(-tokens // CHUNK_TOKENS)
     # not forked from a process in which the tokenizer's threads have run
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["synthetic_text"])
+    context = multiprocessing.get_context("spawn")
     work = partial(make_chunk, tokenizer, stores, native)
     with ProcessPoolExecutor(min(workers, chunks), mp_context=context) as pool:
         for documents in pool.map(work, range(seed * 1_000_003, seed * 1_000_003 + chunks)):

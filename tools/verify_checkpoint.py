@@ -6,13 +6,16 @@
 
 Each of the two may be a Hugging Face directory, a sharded checkpoint, a run's checkpoint or a PEFT
 adapter; the last two are merged into their base model as they are read. Recorded checksums are
-compared as well. Exit status: 0 the same, 1 different, 2 one of them cannot be read.
+compared as well. For --logits the text is read by A's tokenizer (its own, or its base model's), or
+by B's where A has none. Exit status: 0 the same, 1 different, 2 they could not be compared, for
+whatever reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
 
@@ -36,7 +39,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "trainer's decoder; needs the memory of one model at a time",
     )
     parser.add_argument(
-        "--tokens", type=int, default=512, metavar="N", help="tokens of it to read (default: 512)"
+        "--tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of it to read, 1 or more (default: 512)",
     )
     parser.add_argument(
         "--tolerance",
@@ -67,6 +74,9 @@ def verify(options: argparse.Namespace) -> bool:
     if options.logits_only and options.logits is None:
         raise UserError("--logits-only needs --logits TEXT")
     models = [open_model(path, options.base) for path in (options.a, options.b)]
+    # before the tensors, which may take hours
+    text = options.logits
+    tokens = None if text is None else compare.read_tokens(models, text, options.tokens)
     checked = sum(model.checked_bytes() for model in models)
     if checked:
         with progress_bar("checksums", checked) as advance:
@@ -83,8 +93,7 @@ def verify(options: argparse.Namespace) -> bool:
     print(f"{kinds[0]} and {kinds[1]}: ", end="")
     print(f"{len(lines)} tensors differ" if lines else f"{count} tensors, every bit the same")
     same = not lines
-    if options.logits is not None:
-        tokens = compare.read_tokens(models[0], options.logits, options.tokens)
+    if tokens is not None:
         found = compare.logits_difference(*models, tokens)
         close = found.relative <= options.tolerance
         same = close and (same or options.logits_only)
@@ -107,6 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception:  # Python's own exit status would be 1, which says that they differ
+        traceback.print_exc()
+        return 2
 
 
 if __name__ == "__main__":

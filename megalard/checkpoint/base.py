@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megalard.checkpoint.manifest import Manifest, check_sums
 from megalard.checkpoint.merged import Weights
-from megalard.checkpoint.tensor_file import file_sha256
+from megalard.checkpoint.tensor_file import cannot_read, file_sha256
 from megalard.errors import UserError
 from megalard.parallel.agreement import checked_on_all_ranks, gather_objects
 from megalard.parallel.mesh import SINGLE, Axis
@@ -84,20 +84,25 @@ def check_base(
     share: Axis = SINGLE,
     progress=lambda count: None,
     whose: str = "base model",
+    sums: bool = True,
 ) -> None:
     """Refuse a base whose files are not those the checkpoint was written against.
 
-    A rank of ``share`` looks at every file's length and reads its share of them.
+    A rank of ``share`` looks at every file's length and, with ``sums``, reads its share of them.
 
     Raises:
         UserError: naming the first file that is missing or differs.
     """
     for name, file in base["files"].items():
         path = Path(directory) / name
-        if not path.is_file() or path.stat().st_size != file["size"]:
+        try:
+            same = path.is_file() and path.stat().st_size == file["size"]
+        except OSError as error:
+            raise cannot_read(path, error) from None
+        if not same:
             raise UserError(
                 f"{path} is not the file the checkpoint was trained on: give the {whose}'s own "
                 "directory"
             )
-    files = list(base["files"].items())[share.rank :: share.size]
+    files = list(base["files"].items())[share.rank :: share.size] if sums else []
     check_sums(directory, files, f"the checkpoint's note of its {whose}", progress)

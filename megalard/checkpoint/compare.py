@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,16 +69,23 @@ class LogitsDifference:
     agreement: float
 
 
-def read_tokens(model: Model, text: Path, count: int) -> torch.Tensor:
-    """The first tokens of a text file in the model's own tokenizer, int64 [count].
+def read_tokens(models: Sequence[Model], text: Path, count: int) -> torch.Tensor:
+    """The first tokens of a text file in the first tokenizer that the models have, int64 [count].
 
     Raises:
-        UserError: there is no tokenizer, or no text.
+        UserError: there is no tokenizer, no text, it has ids that a model does not know, or the
+            models' vocabularies differ, so that their logits cannot be compared.
     """
-    folder = model.directory
-    if not any(path.name.startswith("tokenizer") for path in model.companions) and model.base:
-        folder = model.base.directory
-    tokenizer = load_tokenizer(folder)
+    if count < 1:
+        raise UserError(f"{count} tokens are nothing to compare logits on: give 1 or more")
+    sizes = {model.spec.vocab_size for model in models}
+    if len(sizes) > 1:
+        each = " and ".join(f"{model.directory} has {model.spec.vocab_size}" for model in models)
+        raise UserError(
+            f"logits over different vocabularies cannot be compared ({each} entries): compare the "
+            "tensors alone"
+        )
+    tokenizer = load_tokenizer(_tokenizer_folder(models))
     ids: list[int] = []
     for document in read_documents([text], "text", lambda size: None):
         ids += tokenizer.encode_batch([document])[0]
@@ -86,7 +93,22 @@ def read_tokens(model: Model, text: Path, count: int) -> torch.Tensor:
             break
     if len(ids) < 2:
         raise UserError(f"{text} has {len(ids)} tokens: give a longer text")
+    if max(ids) >= min(sizes):
+        raise UserError(
+            f"{text} has the token {max(ids)} in the tokenizer of {_tokenizer_folder(models)}, but "
+            f"the models have {min(sizes)} entries: give a text without it, or another tokenizer"
+        )
     return torch.tensor(ids[:count])
+
+
+def _tokenizer_folder(models: Sequence[Model]) -> Path:
+    """Of the first model that has a tokenizer, itself or in its base; else the first model's."""
+    for model in models:
+        for folder in (model, model.base):
+            names = [path.name for path in folder.companions] if folder else []
+            if "tokenizer.json" in names or "tokenizer.model" in names:
+                return folder.directory
+    return models[0].directory
 
 
 @torch.no_grad()

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megalard.checkpoint.merged import Weights
-from megalard.checkpoint.partial import abandon, begin, commit, partial_path
+from megalard.checkpoint.partial import abandon, begin, cannot_write, commit, partial_path
 from megalard.checkpoint.storage import split_by_size
 from megalard.checkpoint.tensor_file import (
     Entry,
     in_file_order,
     read_ahead,
+    sync_files,
     write_tensor_file,
 )
-from megalard.errors import UserError
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import SINGLE, Axis
 
@@ -107,8 +106,7 @@ def _told(directory: Path, axis: Axis) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            raise UserError(f"cannot write {directory}: {error.strerror or error}{where}") from None
+            raise cannot_write(directory, error) from None
 
 
 def _write_rest(partial: Path, names, files, config: dict, companions: Iterable[Path]) -> None:
@@ -121,6 +119,4 @@ def _write_rest(partial: Path, names, files, config: dict, companions: Iterable[
     for file in companions:
         if file.is_file():
             shutil.copyfile(file, partial / file.name)
-    for path in partial.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    sync_files(partial)

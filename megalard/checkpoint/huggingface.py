@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megalard.checkpoint.tensor_file import DTYPES, DamagedFile, TensorFile
+from megalard.checkpoint.tensor_file import DTYPES, DamagedFile, TensorFile, cannot_read
 from megalard.errors import UserError
 from megalard.parallel.layout import Layout
 
@@ -16,8 +16,8 @@ class HuggingFaceWeights:
     """The tensors of a directory of safetensors files, single or indexed.
 
     Raises:
-        UserError: no safetensors files, a file that the index names is missing, a truncated or
-            damaged file, or a tensor that stands in two files.
+        UserError: no safetensors files, a file that the index names is missing, cannot be read, is
+            truncated or damaged, or a tensor that stands in two files.
     """
 
     def __init__(self, model_dir: str | Path):
@@ -35,21 +35,30 @@ class HuggingFaceWeights:
 
     def _paths(self) -> list[Path]:
         index = self.directory / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{index} is not a safetensors index: download it again") from None
-            missing = [name for name in names if not (self.directory / name).is_file()]
-            if missing:
-                raise UserError(f"{self.directory} lacks {', '.join(missing)}, named by its index")
-            return [self.directory / name for name in names]
-        paths = sorted(self.directory.glob("*.safetensors"))
+        try:
+            if index.exists():
+                return self._indexed(index)
+            files = sorted(self.directory.iterdir()) if self.directory.is_dir() else []
+        except OSError as error:
+            raise cannot_read(error.filename or self.directory, error) from None
+        paths = [path for path in files if path.suffix == ".safetensors"]
         if not paths:
-            pickled = any(self.directory.glob("*.bin"))
+            pickled = any(path.suffix == ".bin" for path in files)
             fix = "convert its .bin files to safetensors" if pickled else "check the path"
             raise UserError(f"{self.directory} has no .safetensors files: {fix}")
         return paths
+
+    def _indexed(self, index: Path) -> list[Path]:
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is not a safetensors index: download it again") from None
+        missing = [name for name in sorted(names) if not (self.directory / name).is_file()]
+        if missing:
+            raise UserError(f"{self.directory} lacks {', '.join(missing)}, named by its index")
+        return [self.directory / name for name in sorted(names)]
 
     def names(self) -> list[str]:
         """All tensor names, in the order of the files."""
@@ -70,10 +79,16 @@ class HuggingFaceWeights:
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
         """The tensor, or this rank's slice of it, in the file's dtype, on the CPU."""
         part = self._slice(name)
-        if layout is None or layout.dim is None:
-            return part[:]
-        stop = layout.start + layout.length
-        return part[layout.start : stop] if layout.dim == 0 else part[:, layout.start : stop]
+        index = slice(None)
+        if layout is not None and layout.dim is not None:
+            wanted = slice(layout.start, layout.start + layout.length)
+            index = wanted if layout.dim == 0 else (slice(None), wanted)
+        try:
+            return part[index]
+        except OSError as error:
+            raise cannot_read(self._where[name], error) from None
+        except DamagedFile as error:
+            raise _damaged(self._where[name], error) from None
 
     def _slice(self, name: str):
         if name not in self._where:
@@ -84,5 +99,11 @@ class HuggingFaceWeights:
 def _open(path: Path) -> TensorFile:
     try:
         return TensorFile(path)
-    except (DamagedFile, OSError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}): fetch it again") from None
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except DamagedFile as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: DamagedFile) -> UserError:
+    return UserError(f"{path} is truncated or damaged ({error}): fetch it again")

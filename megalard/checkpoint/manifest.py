@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from megalard import __version__
-from megalard.checkpoint.tensor_file import DTYPES, file_sha256
+from megalard.checkpoint.tensor_file import DTYPES, cannot_read, file_sha256
 from megalard.errors import UserError
 from megalard.parallel.mesh import Mesh
 
@@ -114,8 +115,15 @@ def write_manifest(directory: Path, body: dict) -> None:
 
 
 def is_checkpoint(directory: str | Path) -> bool:
-    """Whether the directory has a manifest, good or bad."""
-    return (Path(directory) / MANIFEST).is_file()
+    """Whether the directory has a manifest, good or bad.
+
+    Raises:
+        UserError: the directory may not be entered.
+    """
+    try:
+        return (Path(directory) / MANIFEST).is_file()
+    except OSError as error:
+        raise cannot_read(directory, error) from None
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -123,7 +131,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 
     Raises:
         UserError: there is none, it is damaged or of another version, a file is missing, cut short,
-            or its name leads out of the directory.
+            or its name leads out of the directory, or a tensor's slices do not make it up.
     """
     directory = Path(directory)
     path = directory / MANIFEST
@@ -132,7 +140,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     except FileNotFoundError:
         raise UserError(f"{directory} has no {MANIFEST}: it is no sharded checkpoint") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise cannot_read(path, error) from None
     except ValueError:
         raise UserError(f"{path} is damaged: it is not JSON; use another checkpoint") from None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
@@ -146,15 +154,104 @@ def read_manifest(directory: str | Path) -> Manifest:
     if checksum != _digest(body) or any(section not in body for section in _SECTIONS):
         raise UserError(f"{path} is damaged: its checksum does not hold; use another checkpoint")
     manifest = Manifest(directory, body)
-    for name, file in manifest.files.items():
-        _check_length(directory, name, file["size"])
-    for tensor in manifest.tensors.values():
-        assert tensor["dtype"] in DTYPES, tensor["dtype"]
+    try:
+        _check_kind(manifest)
+        for name, file in manifest.files.items():
+            _check_length(directory, name, file["size"])
+            if not isinstance(file["sha256"], str):
+                raise ValueError(f"the sha256 of {name} is no text")
+        for name, tensor in manifest.tensors.items():
+            _check_tensor(name, tensor, manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise incomplete(manifest, error) from None
     return manifest
 
 
+def incomplete(manifest: Manifest, error: Exception) -> UserError:
+    """The sentence about a manifest in which an entry is missing or is not what it should be."""
+    what = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
+    return UserError(
+        f"{manifest.directory / MANIFEST} is not as megalard writes it ({what}): use another "
+        "checkpoint"
+    )
+
+
+def _check_kind(manifest: Manifest) -> None:
+    needed = {"model": [], "training": ["base", "trained", "training"]}
+    if manifest.kind not in needed:
+        raise ValueError(f"its kind is {manifest.kind!r}")
+    sections = ("config", "written_by", "tensors", "files", *needed[manifest.kind])
+    for section in sections:
+        if not isinstance(manifest.body[section], dict):
+            raise ValueError(f"its section {section} is no JSON object")
+    if manifest.kind == "training":
+        Path(manifest.base["path"])
+        for file in manifest.base["files"].values():
+            if type(file["size"]) is not int or type(file["sha256"]) is not str:
+                raise ValueError("its base has a file without size or sha256")
+    if not isinstance(manifest.body["id"], str):
+        raise ValueError("its id is no text")
+
+
+def _check_tensor(name: str, tensor: dict, manifest: Manifest) -> None:
+    """Refuse a tensor that its slices do not cover, each element once."""
+    path, shape = manifest.directory / MANIFEST, tensor["shape"]
+    if tensor["dtype"] not in DTYPES:
+        raise UserError(
+            f"{path} has the tensor {name} of dtype {tensor['dtype']}, which is not one of "
+            f"{', '.join(DTYPES)}: use another checkpoint"
+        )
+    _check_numbers(name, shape)
+    for chunk in tensor["chunks"]:
+        if chunk["file"] not in manifest.files:
+            raise UserError(
+                f"{path} has a slice of {name} in {chunk['file']!r}, which is not among its files: "
+                "use another checkpoint"
+            )
+        _check_numbers(name, chunk["offsets"])
+        _check_numbers(name, chunk["shape"])
+        corners = zip(chunk["offsets"], chunk["shape"], shape, strict=True)
+        if any(offset + length > whole for offset, length, whole in corners):
+            raise UserError(
+                f"{path} has a slice of {name} at {chunk['offsets']} of shape {chunk['shape']}, "
+                f"outside its shape {shape}: use another checkpoint"
+            )
+    chunks = [chunk for chunk in tensor["chunks"] if math.prod(chunk["shape"])]
+    covered = sum(math.prod(chunk["shape"]) for chunk in chunks)
+    if covered != math.prod(shape) or _overlap(chunks):
+        raise UserError(
+            f"{path} has slices of {name} that overlap or leave gaps in its shape {shape}: use "
+            "another checkpoint"
+        )
+
+
+def _check_numbers(name: str, numbers: list) -> None:
+    if type(numbers) is not list or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"{numbers!r} is no shape or place of {name}")
+
+
+def _overlap(chunks: list[dict]) -> bool:
+    """Whether two boxes have an element in common."""
+    if len(chunks) < 2:
+        return False
+    # along the dim with the most corners only neighbours can meet, however many slices there are
+    places = list(zip(*(chunk["offsets"] for chunk in chunks), strict=True))
+    if not places:
+        return True
+    dim = max(range(len(places)), key=lambda d: len(set(places[d])))
+    ordered = sorted(chunks, key=lambda chunk: chunk["offsets"][dim])
+    for number, one in enumerate(ordered):
+        for other in ordered[number + 1 :]:
+            if other["offsets"][dim] >= one["offsets"][dim] + one["shape"][dim]:
+                break
+            boxes = zip(one["offsets"], one["shape"], other["offsets"], other["shape"], strict=True)
+            if all(a < b + m and b < a + n for a, n, b, m in boxes):
+                return True
+    return False
+
+
 def _check_length(directory: Path, name: str, size: int) -> None:
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise UserError(f"{directory / MANIFEST} names the file {name!r} outside its directory")
     try:
         found = (directory / name).stat().st_size
@@ -164,7 +261,7 @@ def _check_length(directory: Path, name: str, size: int) -> None:
             "another checkpoint"
         ) from None
     except OSError as error:
-        raise UserError(f"cannot read {directory / name}: {error.strerror}") from None
+        raise cannot_read(directory / name, error) from None
     if found != size:
         raise UserError(
             f"{directory / name} has {found} bytes, its manifest says {size}: restore the file, or "
@@ -193,7 +290,7 @@ def check_sums(
         try:
             found = file_sha256(path, progress)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
+            raise cannot_read(path, error) from None
         if found != file["sha256"]:
             raise UserError(
                 f"{path} is damaged or of another model: its sha256 is {found[:12]}…, {whose} says "

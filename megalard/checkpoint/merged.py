@@ -8,7 +8,10 @@ from typing import Protocol
 
 import torch
 
+from megalard.errors import UserError
 from megalard.parallel.layout import Layout
+
+BLOCK_ELEMENTS = 2**22  # of fp32, 16 MiB
 
 
 class Weights(Protocol):
@@ -36,11 +39,77 @@ def trained_parts(name: str, trained: Iterable[str]) -> list[str]:
 def merge_lora(
     original: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """W + scale B A in fp32 on ``lora_a``'s device, rounded to W's dtype."""
-    product = lora_b @ lora_a
-    product *= scale
-    product += original.to(product)
-    return product.to(original.dtype)
+    """W + scale B A in fp32 on ``lora_a``'s device, rounded to W's dtype, in W's own memory.
+
+    Beside W it takes one block of rows. A block has the bits of the whole product: compared with
+    MKL 2024.2 on 184 shapes of 16 or more columns, in blocks of 2^16 elements and 64 rows or
+    more. Products of fewer columns may differ, as may single rows; cuBLAS, which chooses its
+    kernel by the shape, is given the whole.
+    """
+    rows, columns = original.shape
+    blocks = 1
+    if lora_a.device.type == "cpu" and columns >= 16:
+        blocks = max(1, -(-rows // max(64, BLOCK_ELEMENTS // columns)))
+    for number in range(blocks):
+        block = slice(number * rows // blocks, (number + 1) * rows // blocks)
+        product = lora_b[block] @ lora_a
+        product *= scale
+        product += original[block].to(product)
+        original[block] = product.to(original.dtype)
+    return original
+
+
+def check_trained(base: Weights, trained: Weights, names: Iterable[str]) -> None:
+    """Refuse trained tensors that are no part of a base, or of other shapes than its own.
+
+    Args:
+        names: the tensors the merged model has.
+
+    Raises:
+        UserError: naming the first.
+    """
+    known, parts = set(names), set(trained.names())
+    own = "give the model it was trained on with --base"
+    for part in trained.names():
+        stem, _, last = part.rpartition(".")
+        is_lora = last in ("lora_A", "lora_B")
+        name = f"{stem}.weight" if is_lora else part
+        if name not in known:
+            raise UserError(
+                f"{trained.directory} has {part}, but {base.directory} has no tensor {name} of "
+                f"its own to put it into: {own}"
+            )
+        shape, found = base.shape(name), trained.shape(part)
+        if is_lora:
+            pair = [f"{stem}.lora_A", f"{stem}.lora_B"]
+            missing = [other for other in pair if other not in parts]
+            if missing:
+                raise UserError(
+                    f"{trained.directory} has {part} without {missing[0]}: it is damaged; use "
+                    "another copy"
+                )
+            (rank, columns), (rows, inner) = (_matrix(trained, other) for other in pair)
+            if rank != inner:
+                raise UserError(
+                    f"{trained.directory} has {stem}.lora_A of rank {rank} and lora_B of rank "
+                    f"{inner}: it is damaged; use another copy"
+                )
+            found = (rows, columns)
+        if found != shape:
+            raise UserError(
+                f"{trained.directory} was trained on {name} of shape {list(found)}, but in "
+                f"{base.directory} it has shape {list(shape)}: {own}"
+            )
+
+
+def _matrix(weights: Weights, name: str) -> tuple[int, int]:
+    shape = weights.shape(name)
+    if len(shape) != 2:
+        raise UserError(
+            f"{name} in {weights.directory} has shape {list(shape)} and is no matrix: use another "
+            "copy"
+        )
+    return shape
 
 
 class MergedWeights:
@@ -52,6 +121,9 @@ class MergedWeights:
         scale: LoRA's alpha / rank.
         tied: whether the head is the embedding; one that stands in the base is then left out, as
             it would no longer be equal to a trained embedding.
+
+    Raises:
+        UserError: a trained tensor is no part of the base, or of another shape.
     """
 
     def __init__(self, base: Weights, trained: Weights, scale: float, tied: bool):
@@ -59,6 +131,7 @@ class MergedWeights:
         self.directory = trained.directory
         self._trained = set(trained.names())
         self._names = [n for n in base.names() if not (tied and n == "lm_head.weight")]
+        check_trained(base, trained, self._names)
 
     def names(self) -> list[str]:
         return self._names

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from megalard.checkpoint.tensor_file import sync_directory
+from megalard.errors import UserError
 
 PARTIAL = ".partial"
 _MARK = ".unfinished"
@@ -53,6 +54,13 @@ def commit(partial: Path, directory: Path) -> None:
     sync_directory(directory.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def cannot_write(directory: Path, error: OSError) -> UserError:
+    """One sentence; a full disk's error may name the file that was being copied to it."""
+    named = error.filename if error.errno != errno.ENOSPC else None
+    where = f" ({named})" if named else ""
+    return UserError(f"cannot write {directory}: {error.strerror or error}{where}")
 
 
 def abandon(partial: Path) -> None:

@@ -7,6 +7,7 @@ with the config that lies beside the adapter.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -15,12 +16,13 @@ from pathlib import Path
 import torch
 
 from megalard.checkpoint.merged import Weights
-from megalard.checkpoint.partial import PARTIAL
+from megalard.checkpoint.partial import abandon, begin, cannot_write, commit, partial_path
 from megalard.checkpoint.tensor_file import (
     DamagedFile,
     Entry,
     TensorFile,
-    sync_directory,
+    cannot_read,
+    sync_files,
     write_tensor_file,
 )
 from megalard.errors import UserError
@@ -28,7 +30,17 @@ from megalard.parallel.layout import Layout
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_VARIANTS = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "alora_invocation_tokens")
+# what makes something else of the weights than W + alpha / r B A
+_VARIANTS = (
+    "use_dora",
+    "use_rslora",
+    "use_qalora",
+    "alpha_pattern",
+    "rank_pattern",
+    "alora_invocation_tokens",
+    "fan_in_fan_out",
+    "layer_replication",
+)
 
 
 def adapter_config(trained: dict, names: list[str], base: str) -> dict:
@@ -77,23 +89,33 @@ class AdapterWeights:
         scale: alpha / r.
 
     Raises:
-        UserError: a file is missing or damaged, or it is no plain LoRA on projections.
+        UserError: a file is missing or damaged, it is no plain LoRA on projections, or its pairs
+            are incomplete or not of the rank the config gives.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
+        path = self.directory / ADAPTER_WEIGHTS
+        self.config = _read_config(self.directory / ADAPTER_CONFIG)
+        self.scale = _scale(self.config, self.directory)
         try:
-            self.config = json.loads((self.directory / ADAPTER_CONFIG).read_text())
-            self._file = TensorFile(self.directory / ADAPTER_WEIGHTS)
+            self._file = TensorFile(path)
         except OSError as error:
-            raise UserError(f"cannot read the adapter {directory}: {error}") from None
-        except (DamagedFile, ValueError) as error:
-            raise UserError(f"the adapter {directory} is damaged ({error})") from None
-        odd = [key for key in _VARIANTS if self.config.get(key)]
-        if self.config.get("peft_type") != "LORA" or odd:
-            raise UserError(f"the adapter {directory} is no plain LoRA ({', '.join(odd)})")
-        self.scale = self.config["lora_alpha"] / self.config["r"]
+            raise cannot_read(path, error) from None
+        except DamagedFile as error:
+            raise _damaged(path, error) from None
         self._names = {_our_name(name, self.directory): name for name in self._file.keys()}  # noqa: SIM118
+        if not self._names:
+            raise UserError(f"{path} holds no tensors, so it changes nothing: use another adapter")
+        for name in self._names:
+            shape, rank = self.shape(name), self.config["r"]
+            dim = 0 if name.endswith("lora_A") else 1
+            if len(shape) != 2 or shape[dim] != rank:
+                raise UserError(
+                    f"tensor {self._names[name]} in {path} has shape {list(shape)}, which is not "
+                    f"of the rank r = {rank} in its {ADAPTER_CONFIG}: the files do not belong "
+                    "together"
+                )
 
     def names(self) -> list[str]:
         return list(self._names)
@@ -110,7 +132,52 @@ class AdapterWeights:
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
         """The tensor in fp32."""
         assert layout is None, "adapters are read whole"
-        return self._file.read(self._names[name]).float()
+        try:
+            return self._file.read(self._names[name]).float()
+        except OSError as error:
+            raise cannot_read(self._file.path, error) from None
+        except DamagedFile as error:
+            raise _damaged(self._file.path, error) from None
+
+
+def _damaged(path: Path, error: DamagedFile) -> UserError:
+    return UserError(f"{path} is truncated or damaged ({error}): use another copy")
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is not JSON; use another copy") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object: use another copy")
+    return config
+
+
+def _scale(config: dict, directory: Path) -> float:
+    """alpha / r of a plain LoRA."""
+    kind = config.get("peft_type")
+    odd = [key for key in _VARIANTS if config.get(key)]
+    if kind != "LORA" or odd:
+        what = f"sets {', '.join(odd)}" if kind == "LORA" else f"is of peft_type {kind}"
+        raise UserError(
+            f"the adapter {directory} is no plain LoRA (it {what}): merge it with peft and give "
+            "the merged model"
+        )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise _bad_setting(directory, "r", rank, "a whole number from 1 on")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise _bad_setting(directory, "lora_alpha", alpha, "a number")
+    return alpha / rank
+
+
+def _bad_setting(directory: Path, key: str, value, wanted: str) -> UserError:
+    path = directory / ADAPTER_CONFIG
+    found = "has no" if value is None else f"gives {json.dumps(value)} as"
+    return UserError(f"{path} {found} {key}: set it to what the adapter was trained with, {wanted}")
 
 
 def _our_name(name: str, directory: Path) -> str:
@@ -157,10 +224,9 @@ def write_adapter(
     check_lora(weights.directory, trained)
     names = weights.names()
     entries = {adapter_name(n): Entry(weights.dtype(n), weights.shape(n)) for n in names}
-    partial = directory.with_name(directory.name + PARTIAL)
+    partial = partial_path(directory)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        begin(directory)
         tensors = map(weights.read, names)
         metadata = {"format": "pt"}
         write_tensor_file(partial / ADAPTER_WEIGHTS, entries, tensors, metadata, progress)
@@ -171,10 +237,10 @@ def write_adapter(
             (partial / name).write_text(json.dumps(value, indent=2) + "\n")
         for file in companions:
             shutil.copyfile(file, partial / file.name)
+        sync_files(partial)
         before_commit()
-        partial.rename(directory)
-        sync_directory(directory.parent)
+        commit(partial, directory)
     except OSError as error:
-        raise UserError(f"cannot write {directory}: {error.strerror}") from None
+        raise cannot_write(directory, error) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        abandon(partial)

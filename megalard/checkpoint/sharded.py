@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from megalard.checkpoint.manifest import ID_KEY, MANIFEST, Manifest, check_sums, read_manifest
 from megalard.checkpoint.partial import abandon, commit
 from megalard.checkpoint.storage import STATE_PREFIXES, ShardReader, ShardWriter
-from megalard.checkpoint.tensor_file import DTYPES, DamagedFile, TensorFile
+from megalard.checkpoint.tensor_file import DTYPES, DamagedFile, TensorFile, cannot_read
 from megalard.errors import UserError
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.layout import Layout
@@ -106,8 +106,10 @@ def save_sharded(
     directory = Path(directory)
     sizes = {} if file_bytes is None else {"file_bytes": file_bytes}
     writer = ShardWriter(directory, head, companions, progress=progress, **sizes)
-    # a rank of an uneven vocabulary may hold no rows
-    tensors = {name: value for name, value in tensors.items() if _local(value).numel()}
+    # a rank of an uneven vocabulary may hold no rows; a tensor without elements is kept
+    tensors = {
+        name: value for name, value in tensors.items() if _local(value).numel() or not value.numel()
+    }
     try:
         dcp.save(
             tensors,
@@ -195,6 +197,8 @@ class ShardedWeights:
 
     def names(self) -> list[str]:
         """The weights' names; the optimizer's tensors are not among them."""
+        if self.manifest.kind == "model":  # which has no optimizer, whatever its tensors' names
+            return list(self.manifest.tensors)
         return [name for name in self.manifest.tensors if not name.startswith(STATE_PREFIXES)]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -217,7 +221,7 @@ class ShardedWeights:
 
     def read_box(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """The box of ``size`` at ``start``, put together from the saved slices it meets."""
-        out = None
+        out = None  # the slices cover it: read_manifest has seen to that
         for chunk in self._tensor(name)["chunks"]:
             at, length = chunk["offsets"], chunk["shape"]
             low = [max(a, b) for a, b in zip(start, at, strict=True)]
@@ -245,7 +249,9 @@ class ShardedWeights:
             self._open[file] = self._open_file(file)
         try:
             return self._open[file].read(name, start, size)
-        except (DamagedFile, OSError) as error:
+        except OSError as error:
+            raise cannot_read(self.directory / file, error) from None
+        except DamagedFile as error:
             raise UserError(f"cannot read {self.directory / file}: {error}") from None
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
@@ -272,7 +278,9 @@ class ShardedWeights:
         path = self.directory / name
         try:
             file = TensorFile(path)
-        except (DamagedFile, OSError) as error:
+        except OSError as error:
+            raise cannot_read(path, error) from None
+        except DamagedFile as error:
             raise UserError(f"{path} is damaged ({error}): use another checkpoint") from None
         if file.metadata.get(ID_KEY) != self.manifest.body["id"]:
             raise UserError(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from megalard.checkpoint.base import check_base
 from megalard.checkpoint.huggingface import HuggingFaceWeights
-from megalard.checkpoint.manifest import Manifest, is_checkpoint
+from megalard.checkpoint.load import empty_decoder
+from megalard.checkpoint.manifest import Manifest, incomplete, is_checkpoint
 from megalard.checkpoint.merged import MergedWeights, Weights
 from megalard.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterWeights
 from megalard.checkpoint.sharded import ShardedWeights
-from megalard.checkpoint.storage import STATE_PREFIXES
-from megalard.checkpoint.tensor_file import DTYPES
+from megalard.checkpoint.tensor_file import cannot_read
 from megalard.data.tokenizer import TOKENIZER_FILES
 from megalard.errors import UserError
+from megalard.model.rope import rope_table
 from megalard.model.spec import ModelSpec, read_spec, spec_from_config
 from megalard.parallel.mesh import SINGLE, Axis
 
@@ -86,10 +86,14 @@ def open_model(directory: str | Path, base: str | Path | None = None) -> Model:
         companions = _companions(directory)
         if manifest.kind == "model":
             return Model(directory, "sharded", spec, weights, companions, manifest)
-        origin = _open_base(directory, base, manifest.base["path"])
-        lora = manifest.trained["lora"]
-        scale = lora["alpha"] / lora["rank"] if lora else 0.0
+        try:
+            noted, lora = manifest.base["path"], manifest.trained["lora"]
+            scale = lora["alpha"] / lora["rank"] if lora else 0.0
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise incomplete(manifest, error) from None
+        origin = _open_base(directory, base, noted)
         merged = MergedWeights(origin.weights, weights, scale, spec.tied_embeddings)
+        _check_shapes(origin, spec, directory)
         return Model(directory, "training", spec, merged, companions, manifest, weights, origin)
     if (directory / ADAPTER_CONFIG).is_file():
         adapter = AdapterWeights(directory)
@@ -97,6 +101,7 @@ def open_model(directory: str | Path, base: str | Path | None = None) -> Model:
         own = (directory / "config.json").is_file()
         spec = read_spec(directory) if own else origin.spec
         merged = MergedWeights(origin.weights, adapter, adapter.scale, spec.tied_embeddings)
+        _check_shapes(origin, spec, directory)
         companions = _companions(directory) or origin.companions
         return Model(directory, "adapter", spec, merged, companions, None, adapter, origin)
     spec = read_spec(directory)
@@ -125,58 +130,28 @@ def check_recorded_sums(directory: str | Path, share: Axis = SINGLE) -> None:
 
 def _open_base(directory: Path, given: str | Path | None, noted: str | None) -> Model:
     path = given or noted
-    if not path or not Path(path).is_dir():
+    try:
+        found = bool(path) and Path(path).is_dir()
+        itself = found and Path(path).samefile(directory)
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    if not found or itself:
         raise UserError(
             f"the base model of {directory} is not at {path}: give its directory with --base"
         )
     return open_model(path)
 
 
+def _check_shapes(base: Model, spec: ModelSpec, directory: Path) -> None:
+    """Refuse a base that is not of the shape a training checkpoint or an adapter is for."""
+    for name, layout in empty_decoder(spec, rope_table(spec), SINGLE).layouts.items():
+        found = base.weights.shape(name)
+        if found != layout.full_shape:
+            raise UserError(
+                f"tensor {name} in {base.directory} has shape {list(found)}, but {directory} is "
+                f"for {list(layout.full_shape)}: give the model it was trained on with --base"
+            )
+
+
 def _companions(directory: Path) -> tuple[Path, ...]:
     return tuple(path for name in COMPANIONS if (path := directory / name).is_file())
-
-
-def describe(manifest: Manifest) -> dict:
-    """What a checkpoint holds, in words and numbers, for people."""
-    body, sizes, counts = manifest.body, {}, {}
-    for name, tensor in manifest.tensors.items():
-        group = name.split(".")[0] if name.startswith(STATE_PREFIXES) else "weights"
-        count = math.prod(tensor["shape"])
-        counts[group] = counts.get(group, 0) + 1
-        sizes[group] = sizes.get(group, 0) + count * DTYPES[tensor["dtype"]].itemsize
-    writer, trained, training = body["written_by"], manifest.trained, manifest.training
-    facts = {
-        "kind": {"model": "a whole model", "training": "a run's state"}[manifest.kind],
-        "model": f"{manifest.config['model_type']}, "
-        f"{manifest.config['num_hidden_layers']} layers of {manifest.config['hidden_size']}",
-        "tensors": ", ".join(f"{n} {g} ({sizes[g] / 1e9:.3f} GB)" for g, n in counts.items()),
-        "files": len(manifest.files),
-        "bytes": sum(file["size"] for file in manifest.files.values()),
-        "written by": f"{writer['ranks']} ranks (dp {writer['dp']} x cp {writer['cp']} x tp "
-        f"{writer['tp']}) on {writer['device']}, "
-        + ", ".join(f"{name} {version}" for name, version in writer["libraries"].items()),
-        "trained": "nothing" if trained is None else _trained(trained),
-        "step": "none" if training is None else _position(training),
-        "base": "none" if manifest.base is None else manifest.base["path"],
-        "teacher": "the base" if manifest.teacher is None else manifest.teacher["path"],
-        "complete": "yes",
-    }
-    if manifest.training is None:
-        del facts["teacher"]
-    return facts
-
-
-def _position(training: dict) -> str:
-    steps = training["config"]["optimizer"]["steps"]
-    read = sum(stream["blocks_read"] for stream in training["data"].values())
-    return f"{training['step']} of {steps}, seed {training['seed']}, {read} blocks read"
-
-
-def _trained(trained: dict) -> str:
-    count = sum(math.prod(shape) for shape in trained["tensors"].values())
-    how = trained["mode"]
-    if trained["lora"]:
-        how += " rank {rank}, alpha {alpha:g} on {}".format(
-            ", ".join(trained["lora"]["targets"]), **trained["lora"]
-        )
-    return f"{how}: {count:,} parameters in {len(trained['tensors'])} tensors"

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from megalard.errors import UserError
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -64,6 +66,7 @@ class TensorFile:
 
     Raises:
         DamagedFile: the header is not one, or the file is not as long as it says.
+        UserError: a tensor is of a dtype that is not among ``DTYPES``.
         OSError: the file cannot be read.
     """
 
@@ -87,6 +90,11 @@ class TensorFile:
             entries, spans = {}, []
             for name, value in header.items():
                 first, last = value["data_offsets"]
+                if isinstance(value["dtype"], str) and value["dtype"] not in DTYPES:
+                    raise UserError(
+                        f"{self.path} has the tensor {name} of dtype {value['dtype']}, which is "
+                        f"not supported: convert it to one of {', '.join(DTYPES)}, or leave it out"
+                    )
                 dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
                 entry = Entry(dtype, shape, 8 + length + first)
                 if entry.nbytes != last - first:
@@ -324,6 +332,21 @@ def file_sha256(path: str | Path, progress: Callable[[int], None] = lambda count
             digest.update(view[:count])
             progress(count)
     return digest.hexdigest()
+
+
+def cannot_read(path: str | Path, error: OSError) -> UserError:
+    """The sentence about a file or a directory that the system does not let us read."""
+    return UserError(
+        f"cannot read {path}: {error.strerror or error}; check its permissions and its disk"
+    )
+
+
+def sync_files(directory: Path) -> None:
+    """Wait until every file of a directory, and its names, are on the disk."""
+    for path in directory.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sync_directory(directory)
 
 
 def sync_directory(path: str | Path) -> None:

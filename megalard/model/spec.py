@@ -14,6 +14,17 @@ from megalard.errors import UserError
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_ROPE_SECTIONS = ("rope_scaling", "rope_parameters")
+_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
+
 # what transformers takes where config.json is silent and the value is not the usual one
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _DEFAULTS = {
@@ -96,6 +107,7 @@ def spec_from_config(config: dict, where: str) -> ModelSpec:
     family = config.get("model_type")
     _refuse(config, family, where)
     hf_config, config = config, {**_DEFAULTS[family], **config}
+    _check_numbers(config, where)
     try:
         heads = config["num_attention_heads"]
         layers = config["num_hidden_layers"]
@@ -173,6 +185,26 @@ def _windows(config: dict, family: str, layers: int) -> tuple[int | None, ...]:
     return tuple(window if layer >= first else None for layer in range(layers))
 
 
+def _check_numbers(config: dict, where: str) -> None:
+    """Refuse what is no number where one is needed; a missing one is told elsewhere."""
+    for key in (*_COUNTS, *_OPTIONAL_COUNTS):
+        value, least = config.get(key), 1 if key in _COUNTS else 0
+        optional = key not in config or (value is None and key in _OPTIONAL_COUNTS)
+        if not optional and (type(value) is not int or value < least):
+            raise UserError(
+                f"{where}/config.json has {json.dumps(value)} as {key}, which has to be a whole "
+                f"number from {least} on: correct it, or download it again"
+            )
+    ropes = [config.get(key) or {} for key in _ROPE_SECTIONS]
+    for section, key in ((config, "rms_norm_eps"), *((s, "rope_theta") for s in (config, *ropes))):
+        value = section.get(key)
+        if value is not None and type(value) not in (int, float):
+            raise UserError(
+                f"{where}/config.json has {json.dumps(value)} as {key}, which has to be a number: "
+                "correct it, or download it again"
+            )
+
+
 def _refuse(config: dict, family: str | None, where: str) -> None:
     def refuse(reason: str) -> None:
         raise UserError(
@@ -188,6 +220,12 @@ def _refuse(config: dict, family: str | None, where: str) -> None:
         refuse(
             _REFUSED[max(known, key=len)] if known else "its layers are not known to this decoder"
         )
+    for key in _ROPE_SECTIONS:
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(
+                f"{where}/config.json has {json.dumps(config[key])} as {key}, which has to be a "
+                "JSON object: correct it, or download it again"
+            )
     if config.get("num_local_experts") or config.get("num_experts"):
         refuse("it is a mixture of experts")
     if config.get("hidden_act", "silu") != "silu":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import random
@@ -33,6 +32,7 @@ from megalard.parallel.mesh import SINGLE, build_mesh
 from megalard.train import main
 from tests.jobs import STEPS, arguments, interrupted, make_job, metrics
 from tests.models import make_model
+from tests.permissions import give_up_rights
 from tests.ranks import run_ranks, start_ranks, wait_for
 
 ROWS = 40_000
@@ -222,12 +222,7 @@ def test_an_unwritable_directory_is_named(tmp_path, job, capfd):
 
 def _without_the_right_to_write_anywhere(log: str, command: list[str]) -> None:
     """As somebody who is not root: the capability to pass over permissions is given up."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    assert libc.capget(header, sets) == 0
-    for word in range(3):  # effective, permitted, inheritable
-        sets[word] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-    assert libc.capset(header, sets) == 0
+    give_up_rights()
     _main_with_errors_to(log, command)
 
 

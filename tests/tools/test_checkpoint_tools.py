@@ -270,7 +270,18 @@ def test_inspect_finds_damage(folder, tmp_path, capsys):
     shard.unlink()
     assert inspect(copy) == 1
     assert "NOT USABLE" in capsys.readouterr().out
-    assert inspect(folder / "hf") == 1
+    assert inspect(copy, "--json") == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["complete"] == "no" and f"{copy} lacks {shard.name}" in facts["problem"]
+
+
+def test_inspect_tells_what_another_directory_is(folder, tmp_path, capsys):
+    assert inspect(folder / "hf") == 0
+    printed = capsys.readouterr().out
+    for words in ("a Hugging Face model", "qwen2, 3 layers of 32", "kB)", "none are recorded"):
+        assert words in printed
+    assert inspect(tmp_path) == 1
+    assert f"{tmp_path} has no config.json" in capsys.readouterr().out
 
 
 def damaged(folder: Path, copy: Path) -> Path:
