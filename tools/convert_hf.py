@@ -104,9 +104,7 @@ def convert(options: argparse.Namespace) -> None:
             work.check_adapter(model)
     first = mesh.world.rank == 0
     total = work.size_of(weights)
-    what = (
-        f"{len(weights.names())} tensors, {readable(total)}, of {options.source} ({model.kind})"
-    )
+    what = f"{len(weights.names())} tensors, {readable(total)}, of {options.source} ({model.kind})"
     if options.dry_run:
         if first:
             print(f"would write {what} to {options.target}; nothing was written")
