@@ -13,6 +13,7 @@ from megalard.assemble import Plan
 from megalard.data.loader import StreamLoaders
 from megalard.distill.step import Distiller
 from megalard.errors import UserError
+from megalard.kernels.relation_kl import describe_kernels
 from megalard.model.rope import rope_table
 from megalard.monitor import peak_memory_bytes
 from megalard.parallel.agreement import gather_objects
@@ -53,6 +54,7 @@ def preflight(distiller: Distiller, plan: Plan, loaders: StreamLoaders) -> None:
     tokens = config.tokens_a_step
     steps = config.optimizer.steps
     console.print(
+        f"relation kernels: {describe_kernels(mesh.device)}\n"
         f"ranks: dp {mesh.dp.size} x cp {mesh.cp.size} x tp {mesh.tp.size} on {mesh.device.type}\n"
         f"loss: {' -> '.join(f'{loss:.5f}' for loss in losses)}\n"
         f"gradients: all {len(trained)} trained tensors finite and not zero\n"

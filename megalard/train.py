@@ -24,6 +24,7 @@ from megalard.config_file import describe_keys, load_config
 from megalard.distill.step import Distiller
 from megalard.errors import RankError, UserError
 from megalard.evaluation.run import Evaluator
+from megalard.kernels.relation_kl import describe_kernels
 from megalard.monitor import Monitor
 from megalard.parallel.mesh import build_mesh
 from megalard.preflight import preflight
@@ -70,6 +71,8 @@ def train(config: Config) -> None:
         done, known = resume(output, distiller, origins, tokens, axis)
         steps, tokens_a_step = config.optimizer.steps, config.tokens_a_step
         first = mesh.world.rank == 0
+        if first and mesh.device.type == "cuda":
+            print(f"relation kernels: {describe_kernels(mesh.device)}", flush=True)
         monitor = Monitor(output.directory, steps, tokens_a_step, config.run.log_every, first, done)
         describe = partial(describe_run, distiller, plan.student_config, tokens, loaders)
         source = origins.base

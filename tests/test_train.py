@@ -167,6 +167,7 @@ def test_preflight_reports_and_writes_nothing(job, tmp_path, capsys):
         "cos/sin factor: teacher 1.0000, student 1.0000 (linear)",
         "trained: 1,920 parameters in 18 tensors",
         "3 x model.layers.self_attn.q_proj.lora_A [4, 32]",
+        "relation kernels: plain torch",
         "gradients: all 18 trained tensors finite and not zero",
         "peak memory:",
         f"s a step of {BATCH * CONTEXT} tokens",

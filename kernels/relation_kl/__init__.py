@@ -10,7 +10,13 @@ from .mask import (
     segment_bounds,
     segment_mask,
 )
-from .op import relation_backward, relation_forward, relation_kl, relation_partials
+from .op import (
+    describe_kernels,
+    relation_backward,
+    relation_forward,
+    relation_kl,
+    relation_partials,
+)
 from .statistics import Partials, RelationStatistics, finish, merge, rescale
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "RelationStatistics",
     "causal_mask",
     "chunk_mask",
+    "describe_kernels",
     "document_mask",
     "finish",
     "full_mask",

@@ -28,7 +28,7 @@ from .backward import FP16_LOG2_GAIN, split_weight
 from .hopper_order import BLOCK, reduction_order
 from .hopper_reduce import STEP, TILE, flat, reduce_columns, step_start
 from .hopper_slab import from_slab, in_order, slab_offsets
-from .hopper_tiles import ROWS, descriptor, own_block, tile_range
+from .hopper_tiles import ROWS, descriptor, own_block, thread_barrier, tile_range
 from .operands import Operands
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
@@ -117,7 +117,7 @@ def _step(
     mbarrier.wait(d_free.index(slot), (step // 2 & 1) ^ 1)
     d.index(slot * 2 + GROUP).store(delta)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     mbarrier.arrive(d_ready.index(slot))
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(free.index(stage))

@@ -30,7 +30,7 @@ from .hopper_sums import (
     sweep_student,
     sweep_teacher,
 )
-from .hopper_tiles import ROWS, descriptor, own_block, tile_range
+from .hopper_tiles import ROWS, descriptor, own_block, thread_barrier, tile_range
 from .operands import Operands
 from .statistics import Partials, RelationStatistics
 
@@ -238,7 +238,7 @@ def _consume(
         failed = gl.max((live & ~((l_s < LIMIT) & (l_t < LIMIT))).to(gl.int32), 0)
         flag = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0])) + failed
         flags.index(attempt * 2 + GROUP).store(flag)
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(done)
         if PARTIAL:
             gl.store(out, gl.where(live, top_s * (scale_s * LN2), float("-inf")), mask=inside)

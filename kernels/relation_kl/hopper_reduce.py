@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_slab import as_slab, slab_offsets
-from .hopper_tiles import ROWS
+from .hopper_tiles import ROWS, thread_barrier
 
 STEP: gl.constexpr = gl.constexpr(64)  # columns multiplied at a time
 TILE: gl.constexpr = gl.constexpr(128)  # columns between two turns
@@ -52,7 +52,7 @@ def _turn(counter):
 @gluon.jit
 def _pass_turn(counter):
     """One more block has added to a tile."""
-    gl.thread_barrier()
+    thread_barrier()
     gl.atomic_add(counter, 1, sem="release", scope="gpu")
 
 
@@ -100,5 +100,5 @@ def reduce_columns(smem, bars, place, span, buffer, turns, last_rows, group):
             gl.atomic_add(target, as_slab(part), sem="relaxed", scope="gpu")
     if last > first:
         _pass_turn(counter)
-    gl.thread_barrier()
+    thread_barrier()
     mbarrier.arrive(reduced)

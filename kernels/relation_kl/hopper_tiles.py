@@ -6,6 +6,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS: gl.constexpr = gl.constexpr(64)  # of one warpgroup
+# Of one partition's threads. triton 3.7 calls it by another name.
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit

@@ -45,6 +45,17 @@ def relation_kl(
     return _RelationKL.apply(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t, backend)
 
 
+def describe_kernels(device: torch.device) -> str:
+    """Which kernels the relation takes on a device, to tell the user."""
+    if device.type != "cuda" or hopper is None:
+        return "plain torch"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "Triton"
+    if hopper.AVAILABLE:
+        return "Hopper's"
+    return f"Triton; Hopper's, which are faster, are not used: {hopper.REASON}"
+
+
 @torch.no_grad()
 def relation_forward(
     rows_s: Tensor,

@@ -21,27 +21,34 @@ class Target:
         return 0
 
 
-def main() -> None:
-    triton.runtime.driver.set_active(Target())
-    x = torch.empty(2, 4, 512, 128, dtype=torch.bfloat16)
+def kernels(d: int, self_relation: bool):
+    """(name, compiled kernel) of the forms of forward and backward for one head_dim."""
+    x = torch.empty(2, 4, 512, d, dtype=torch.bfloat16)
     interval, stats = torch.empty(2, 512, dtype=torch.int32), torch.empty(5, 2, 4, 512)
     rows, wide = descriptor(x, 64), descriptor(x, 128)
-    forward = hopper_forward._forward_kernel.warmup(
+    yield "forward", hopper_forward._forward_kernel.warmup(
         rows, rows, wide, wide, interval, interval, stats, 2, 4, 1, 512, 8, 0.1, 0.1,
-        STAGES=2, PARTIAL=False, grid=(1,), num_warps=4, maxnreg=168,
+        STAGES=2 if d == 128 else 3, PARTIAL=not self_relation,
+        grid=(1,), num_warps=4, maxnreg=168,
     )  # fmt: skip
-    backward = hopper_backward._backward_kernel.warmup(
+    yield "backward", hopper_backward._backward_kernel.warmup(
         rows, rows, rows, rows, stats, stats, stats, stats, interval, interval, interval, interval,
         x, stats, interval, *x.stride()[:3], 2, 4, 1, 512, 512, 8, 0.1, 0.1, 0.1,
-        STAGES=3, SELF=True, WEIGHTED=False, HAS_UNIT=True, LOG2_GAIN=0,
-        grid=(1,), num_warps=4, maxnreg=128,
+        STAGES=3, SELF=self_relation, WEIGHTED=not self_relation, HAS_UNIT=self_relation,
+        LOG2_GAIN=0, grid=(1,), num_warps=4, maxnreg=128,
     )  # fmt: skip
-    for name, kernel in (("forward", forward), ("backward", backward)):
-        shared = kernel.metadata.shared
-        ptx = kernel.asm["ptx"]
-        print(name, shared, "bytes of shared memory")
-        assert shared <= 227 << 10
-        assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Target())
+    for d, self_relation in ((128, True), (64, False)):
+        for name, kernel in kernels(d, self_relation):
+            shared = kernel.metadata.shared
+            ptx = kernel.asm["ptx"]
+            print(f"{name}, head_dim {d}: {shared} bytes of shared memory")
+            assert shared <= 227 << 10
+            assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
+            assert "setmaxnreg" in ptx
 
 
 if __name__ == "__main__":

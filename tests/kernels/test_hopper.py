@@ -9,7 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megalard.kernels.relation_kl import causal_mask, chunk_mask, full_mask, segment_bounds
+from megalard.kernels.relation_kl import (
+    causal_mask,
+    chunk_mask,
+    describe_kernels,
+    full_mask,
+    segment_bounds,
+)
 from tests.kernels.oracle import segment_ids
 
 hopper = pytest.importorskip("megalard.kernels.relation_kl.hopper")
@@ -95,6 +101,18 @@ def test_other_devices_and_versions_take_plain_triton(on_hopper, monkeypatch):
     assert not hopper.serves(relation)
 
 
+def test_the_user_is_told_which_kernels_run(on_hopper, monkeypatch):
+    gpu = torch.device("cuda:0")
+    assert describe_kernels(torch.device("cpu")) == "plain torch"
+    assert describe_kernels(gpu) == "Hopper's"
+    monkeypatch.setattr(hopper, "AVAILABLE", False)
+    monkeypatch.setattr(hopper, "REASON", "the reason")
+    assert describe_kernels(gpu).startswith("Triton; ")
+    assert describe_kernels(gpu).endswith(": the reason")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert describe_kernels(gpu) == "Triton"
+
+
 def test_two_short_operands_take_the_plain_backward(on_hopper):
     assert hopper.pays_backward(fake_relation())
     for columns, pays in ((4096, False), (16384, True)):
@@ -176,7 +194,7 @@ def test_masks_know_whether_they_are_causal():
     assert not full_mask(1, 5, 5).causal
 
 
-@pytest.mark.skipif(not hopper.AVAILABLE, reason="needs the version of triton they are written for")
+@pytest.mark.skipif(hopper.hopper_forward is None, reason=hopper.REASON)
 def test_both_kernels_compile_for_hopper():
     """For a target without a device, in a process of its own since this one may interpret."""
     script = Path(__file__).with_name("compile_hopper.py")
