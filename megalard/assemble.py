@@ -8,9 +8,10 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from megalard.data.tokenizer import Tokenizer, load_tokenizer
 from megalard.distill.reach import reach_of
 from megalard.distill.student import Student, build_student
 from megalard.errors import UserError
+from megalard.locks import hold
 from megalard.model.decoder import Decoder
 from megalard.model.rope import rope_table, scaled_config, write_rope
 from megalard.model.spec import ModelSpec, read_spec, spec_from_config
@@ -123,24 +125,42 @@ def _check_stream(stream: StreamConfig, native: int, student: ModelSpec, mesh: M
     reach_of(stream.objective, student.num_layers)
 
 
-def prepare_output(config: Config, mesh: Mesh) -> Output:
+@contextmanager
+def prepare_output(config: Config, mesh: Mesh) -> Iterator[Output]:
     """Make the output directory, or find the run in it to go on with; a collective call.
 
+    Until the block ends no other process may run there.
+
     Raises:
-        UserError: on every rank; see ``find_output``, or the directory cannot be written.
+        UserError: on every rank; see ``find_output``, the directory cannot be written, or another
+            process runs there.
     """
     output = find_output(config, mesh)
-    with checked_on_all_ranks(mesh.world):
-        if mesh.world.rank == 0 and output.fresh:
-            text = json.dumps(to_dict(config), indent=2) + "\n"
-            try:
-                output.directory.mkdir(parents=True, exist_ok=True)
-                (output.directory / "run.json").write_text(text)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write to run.output {output.directory}: {error.strerror}"
-                ) from None
-    return output
+    with ExitStack() as held:
+        with checked_on_all_ranks(mesh.world):
+            if mesh.world.rank == 0:
+                held.enter_context(_claim(output, config))
+        yield output
+
+
+def _claim(output: Output, config: Config) -> IO[bytes]:
+    note = output.directory / "run.json"
+    try:
+        output.directory.mkdir(parents=True, exist_ok=True)
+        file = hold(note, f"to run.output {output.directory}")
+        if note.stat().st_size == 0:
+            note.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        elif output.fresh:
+            file.close()
+            raise UserError(
+                f"another process has begun a run in run.output {output.directory}: start this "
+                "command again to go on with it, or choose another directory"
+            )
+    except OSError as error:
+        raise UserError(
+            f"cannot write to run.output {output.directory}: {error.strerror}"
+        ) from None
+    return file
 
 
 @contextmanager

@@ -105,7 +105,9 @@ def _look(config: Config, directory: Path) -> Output:
     exported = (directory / "student").exists() or any(directory.glob("step-*"))
     if started.is_file() and not exported:
         try:
-            _compare(json.loads(started.read_text()), to_dict(config), directory)
+            text = started.read_text()
+            if text:  # else it was stopped before it wrote that
+                _compare(json.loads(text), to_dict(config), directory)
         except (OSError, ValueError):
             raise taken from None
         return output
@@ -156,8 +158,9 @@ def resume(
     """
     leftovers = unfinished(output.checkpoints) if axis.rank == 0 else []
     for path in leftovers:
-        print(f"{path} is a save that was not finished: removed", flush=True)
         shutil.rmtree(path, ignore_errors=True)
+        how = "cannot be removed" if path.exists() else "removed"
+        print(f"{path} is a save that was not finished: {how}", flush=True)
     if output.checkpoint is None:
         if not output.fresh and axis.rank == 0:
             print(f"{output.directory} holds no complete checkpoint: from the start", flush=True)

@@ -9,7 +9,7 @@ import argparse
 import errno
 import os
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 
 import torch
@@ -57,9 +57,9 @@ def train(config: Config) -> None:
     """Run the whole job. Every rank calls it; rank 0 writes and reports."""
     choose_kernels(config.run.deterministic)
     mesh = build_mesh(config.run.device, config.parallel.tp, config.parallel.cp)
-    with StopSignals(mesh) as stop:
+    with StopSignals(mesh) as stop, ExitStack() as held:
         plan = assemble.make_plan(config, mesh)
-        output = assemble.prepare_output(config, mesh)
+        output = held.enter_context(assemble.prepare_output(config, mesh))
         with assemble.undone_on_error(output, mesh):
             tokens = assemble.open_streams(config, output.directory, plan, mesh)
             loaders = assemble.make_loaders(config, tokens, plan, mesh)

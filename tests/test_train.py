@@ -269,6 +269,7 @@ def truncate_weights(model: Path) -> None:
 
 def duplicate_weights(model: Path) -> None:
     shutil.copy(model / "model.safetensors", model / "again.safetensors")
+    (model / "model.safetensors").rename(model / "weights.safetensors")
 
 
 def cut_vocabulary(model: Path) -> None:

@@ -5,9 +5,10 @@
     python tools/inspect_checkpoint.py CHECKPOINT --tensors   every tensor and its slices too
     python tools/inspect_checkpoint.py MODEL_DIR              a Hugging Face model or an adapter
 
-Reads every file to compare its checksum, those of the base model a run's checkpoint refers to as
-well; --no-checksums looks at names and lengths only, --no-base leaves the base model out. Exit
-status: 0 everything is complete and every recorded checksum holds, 1 something is not.
+Reads every file to compare its checksum, those of the base model (and of the teacher, where it is
+another) a run's checkpoint refers to as well; --no-checksums looks at names and lengths only,
+--no-base leaves the models it refers to out. Exit status: 0 everything is complete and every
+recorded checksum holds, 1 something is not.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--base", type=Path, metavar="DIR", help="base model of a run's checkpoint, if it has moved"
     )
     parser.add_argument(
-        "--no-base", action="store_true", help="do not look for the base model's files"
+        "--no-base", action="store_true", help="do not look for the base's and teacher's files"
     )
     parser.add_argument(
         "--json",
@@ -50,7 +51,7 @@ def inspect(directory: Path, options: argparse.Namespace, bases: dict) -> tuple[
     """What is in one directory, and whether it is complete and its checksums hold.
 
     Args:
-        bases: what was found wrong with base models so far, as the checkpoints of a run share one.
+        bases: what was found wrong with base models so far, as the checkpoints of a run share them.
     """
     from megalard.checkpoint.manifest import is_checkpoint
     from megalard.checkpoint.peft_adapter import ADAPTER_CONFIG
@@ -90,20 +91,22 @@ def inspect_checkpoint(
             except UserError as error:
                 problem = str(error)
     facts["checksums"] = problem or ("hold" if sums else "not compared")
-    note, wrong = weights.manifest.base, None
-    if note is not None and not options.no_base:
-        place = options.base or Path(note["path"])
+    good = problem is None
+    for whose, note in (("base", weights.manifest.base), ("teacher", weights.manifest.teacher)):
+        if note is None or options.no_base:
+            continue
+        place = (whose == "base" and options.base) or Path(note["path"])
         key = json.dumps([str(place), note["files"]])
         if key not in bases:
             size = sum(file["size"] for file in note["files"].values())
-            with progress_bar("base model", size if sums else 0) as advance:
-                bases[key] = base_problem(weights.manifest, place, sums, advance)
-        wrong = bases[key]
+            with progress_bar(f"{whose} model", size if sums else 0) as advance:
+                bases[key] = base_problem(note, place, sums, f"{whose} model", advance)
         there = "are there, checksums hold" if sums else "are there, checksums not compared"
-        facts["base files"] = wrong or there
+        facts[f"{whose} files"] = bases[key] or there
+        good = good and bases[key] is None
     if options.tensors:
         facts["slices"] = weights.manifest.tensors
-    return facts, not (problem or wrong)
+    return facts, good
 
 
 def show(directory: Path, facts: dict) -> None:
@@ -132,7 +135,12 @@ def find_checkpoints(directory: Path) -> tuple[Path, list[Path]]:
     try:
         if (directory / "checkpoints").is_dir():
             folder = directory / "checkpoints"
-        return folder, [path for _, path in checkpoints(folder)]
+        # in a run's own directory a step's export may have such a name
+        return folder, [
+            path
+            for _, path in checkpoints(folder)
+            if is_checkpoint(path) or not any(path.glob("model*.safetensors"))
+        ]
     except OSError as error:
         raise cannot_read(folder, error) from None
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megalard.checkpoint.load import load_decoder
+from megalard.checkpoint.merged import BLOCK_ELEMENTS
 from megalard.checkpoint.source import Model
 from megalard.data.batch import collate
 from megalard.data.sources import read_documents
@@ -49,12 +50,23 @@ def _first_difference(x: torch.Tensor, y: torch.Tensor) -> str | None:
     bytes_x, bytes_y = (t.contiguous().reshape(-1).view(torch.uint8) for t in (x, y))
     if torch.equal(bytes_x, bytes_y):
         return None
-    differ = (bytes_x != bytes_y).view(-1, x.element_size()).any(1).view(x.shape)
-    index = [int(i) for i in differ.nonzero()[0]]
-    largest = (x.double() - y.double()).abs().nan_to_num(float("inf")).max()
+    first, count, largest = 0, 0, 0.0
+    for start in range(0, x.numel(), BLOCK_ELEMENTS):
+        a, b = (t.reshape(-1)[start : start + BLOCK_ELEMENTS] for t in (x, y))
+        part = slice(start * x.element_size(), (start + len(a)) * x.element_size())
+        differ = (bytes_x[part] != bytes_y[part]).view(-1, x.element_size()).any(1)
+        found = int(differ.sum())
+        if not found:
+            continue
+        first = first if count else start + int(differ.to(torch.uint8).argmax())
+        count += found
+        gap = (a[differ].double() - b[differ].double()).abs().nan_to_num(float("inf")).max()
+        largest = max(largest, float(gap))
+    index = [int(i) for i in np.unravel_index(first, tuple(x.shape))]
+    one, other = (float(t.reshape(-1)[first]) for t in (x, y))
     return (
-        f"{int(differ.sum())} of {x.numel()} elements differ, the first at {index} "
-        f"({float(x[tuple(index)])!r} and {float(y[tuple(index)])!r}), at most by {largest:.3g}"
+        f"{count} of {x.numel()} elements differ, the first at {index} "
+        f"({one!r} and {other!r}), at most by {largest:.3g}"
     )
 
 

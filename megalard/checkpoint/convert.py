@@ -102,16 +102,21 @@ def weight_layouts(weights: Weights, spec: ModelSpec, axis: Axis) -> dict[str, L
         UserError: the model cannot be split over this many ranks.
     """
     check_divisible(spec, axis.size)
-    known = {*empty_decoder(spec, rope_table(spec), SINGLE).layouts, "lm_head.weight"}
-    layouts = {}
+    unknown, layouts = set(unknown_tensors(weights, spec)), {}
     for name in weights.names():
         shape = weights.shape(name)
-        whole = Layout(shape, None, 0, 0, axis.size)
-        split = (
-            parameter_layout(name, shape, spec, axis.rank, axis.size) if name in known else whole
+        layouts[name] = (
+            Layout(shape, None, 0, 0, axis.size)
+            if name in unknown
+            else parameter_layout(name, shape, spec, axis.rank, axis.size)
         )
-        layouts[name] = split
     return layouts
+
+
+def unknown_tensors(weights: Weights, spec: ModelSpec) -> list[str]:
+    """What stands in the files and is no part of the model, such as old files' ``inv_freq``."""
+    known = {*empty_decoder(spec, rope_table(spec), SINGLE).layouts, "lm_head.weight"}
+    return [name for name in weights.names() if name not in known]
 
 
 def check_complete(weights: Weights, spec: ModelSpec) -> None:
@@ -207,8 +212,12 @@ def check_target(directory: str | Path) -> None:
         taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
     except OSError as error:
         raise UserError(f"cannot read {directory}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{str(directory)!r} is no path: {error}") from None
     if taken:
         raise UserError(f"{directory} is not empty: choose another directory")
+    if directory.is_symlink():
+        raise UserError(f"{directory} is a link: give the directory it leads to, or another")
     if not directory.name or directory.is_mount():
         # it is written beside its name, and renamed
         raise UserError(f"{directory} cannot be given a new content: choose a directory in it")

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from megalard.checkpoint.base import check_base
-from megalard.checkpoint.convert import check_complete, size_of
+from megalard.checkpoint.convert import check_complete, size_of, unknown_tensors
 from megalard.checkpoint.huggingface import HuggingFaceWeights
 from megalard.checkpoint.manifest import Manifest, incomplete
 from megalard.checkpoint.merged import Weights
@@ -25,7 +25,7 @@ def describe(manifest: Manifest) -> dict:
     """
     try:
         return _describe(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise incomplete(manifest, error) from None
 
 
@@ -87,10 +87,13 @@ def describe_model(directory: Path) -> dict:
     """
     spec, weights = read_spec(directory), HuggingFaceWeights(directory)
     check_complete(weights, spec)
+    unknown = unknown_tensors(weights, spec)
+    beyond = {"not in model": f"{len(unknown)} tensors, such as {unknown[0]}"} if unknown else {}
     return {
         "kind": "a Hugging Face model",
         "model": _shape(spec.hf_config),
         **_contents(weights),
+        **beyond,
         "complete": "yes",
         "checksums": "none are recorded",
     }
@@ -126,15 +129,16 @@ def _contents(weights: Weights) -> dict:
 
 
 def base_problem(
-    manifest: Manifest, directory: Path, sums: bool, progress=lambda count: None
+    note: dict, directory: Path, sums: bool, whose: str, progress=lambda count: None
 ) -> str | None:
-    """What is wrong with the base that a run's checkpoint refers to, looked for in ``directory``.
+    """What is wrong with a model that a run's checkpoint refers to, looked for in ``directory``.
 
     Args:
+        note: the manifest's, of the base or the teacher.
         sums: whether to read its files and compare their checksums, beside names and lengths.
     """
     try:
-        check_base(manifest.base, directory, progress=progress, sums=sums)
+        check_base(note, directory, progress=progress, whose=whose, sums=sums)
     except UserError as error:
         return str(error)
     return None

@@ -53,7 +53,9 @@ def save_student(
         if mesh.world.rank == 0:
             files = dict.fromkeys([*companions, source.directory / _GENERATION])
             try:
-                write_huggingface(directory, merged, config, files, file_bytes=_SHARD_BYTES)
+                write_huggingface(
+                    directory, merged, config, files, file_bytes=_SHARD_BYTES, replace=True
+                )
             except UserError as raised:
                 error = str(raised)
                 merged.drain()
@@ -95,7 +97,7 @@ class _MergedTensors:
         """Take part in the gathers that are left."""
         for name in list(self._pending):
             if trained_parts(name, self.student.trained):
-                self.read(name)
+                self._gather(name)
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
         """The merged tensor in the source's dtype, on the CPU; a collective call if trained."""
@@ -104,15 +106,19 @@ class _MergedTensors:
         parts = trained_parts(name, self.student.trained)
         if not parts:
             return self.source.read(name)
-        layouts = self.student.decoder.layouts
-        full = {
-            part: gather_full(self.student.trained[part].detach(), layouts[part], self.axis)
-            for part in parts
-        }
+        full = self._gather(name)
         if name in full:
             return full[name].to("cpu", self.source.dtype(name))
         scale = self.student.decoder.get_submodule(name.removesuffix(".weight")).lora_scale
-        return merge_lora(self.source.read(name), full[parts[0]], full[parts[1]], scale).cpu()
+        pair = (full[part] for part in parts)
+        return merge_lora(name, self.source.read(name), *pair, scale).cpu()
+
+    def _gather(self, name: str) -> dict[str, torch.Tensor]:
+        layouts, trained = self.student.decoder.layouts, self.student.trained
+        return {
+            part: gather_full(trained[part].detach(), layouts[part], self.axis)
+            for part in trained_parts(name, trained)
+        }
 
 
 def gather_full(local: torch.Tensor, layout: Layout, axis: Axis) -> torch.Tensor:

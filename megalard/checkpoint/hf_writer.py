@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megalard.checkpoint.merged import Weights
-from megalard.checkpoint.partial import abandon, begin, cannot_write, commit, partial_path
+from megalard.checkpoint.partial import PartialFolder, cannot_write
 from megalard.checkpoint.storage import split_by_size
 from megalard.checkpoint.tensor_file import (
     Entry,
@@ -49,25 +49,27 @@ def write_huggingface(
     file_bytes: int = FILE_BYTES,
     progress: Callable[[int], None] = lambda count: None,
     ahead: bool = False,
+    replace: bool = False,
     before_commit: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a model; the ranks of the axis share the files. It appears complete or not at all.
 
     Args:
-        directory: where to; an earlier save there is replaced.
+        directory: where to.
         weights: read one tensor at a time, in the order of ``plan_files``.
         config: ``config.json``.
         companions: files copied beside the weights.
         file_bytes: a file ends before it would exceed this, unless one tensor alone does.
         ahead: read the next tensor in a thread while one is written; not for weights whose reading
             is a collective call.
+        replace: whether an earlier save gives way; else the directory must not exist or be empty.
         before_commit: called when everything is written and nothing has its name yet.
 
     Raises:
         UserError: on every rank, when any cannot write; what was there before is as it was.
     """
     directory = Path(directory)
-    partial = partial_path(directory)
+    partial = PartialFolder(directory, replace)
     files = plan_files(weights, file_bytes)
     count = len(files)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -76,12 +78,12 @@ def write_huggingface(
     try:
         with _told(directory, axis):
             if axis.rank == 0:
-                begin(directory)
+                partial.begin()
         with _told(directory, axis):
             for name, entries in list(zip(names, files, strict=True))[axis.rank :: axis.size]:
                 tensors = map(weights.read, entries)
                 write_tensor_file(
-                    partial / name,
+                    partial.path / name,
                     entries,
                     read_ahead(tensors) if ahead else tensors,
                     {"format": "pt"},
@@ -91,11 +93,11 @@ def write_huggingface(
         before_commit()
         with _told(directory, axis):
             if axis.rank == 0:
-                _write_rest(partial, names, files, config, companions)
-                commit(partial, directory)
+                _write_rest(partial.path, names, files, config, companions)
+                partial.commit()
     except BaseException:  # an interrupted export leaves nothing either
         if axis.rank == 0:
-            abandon(partial)
+            partial.abandon()
         raise
 
 

@@ -41,7 +41,13 @@ class HuggingFaceWeights:
             files = sorted(self.directory.iterdir()) if self.directory.is_dir() else []
         except OSError as error:
             raise cannot_read(error.filename or self.directory, error) from None
-        paths = [path for path in files if path.suffix == ".safetensors"]
+        # beside it others lie in other formats of the same weights; dotfiles are file systems' own
+        single = [path for path in files if path.name == "model.safetensors"]
+        paths = single or [
+            path
+            for path in files
+            if path.suffix == ".safetensors" and not path.name.startswith(".")
+        ]
         if not paths:
             pickled = any(path.suffix == ".bin" for path in files)
             fix = "convert its .bin files to safetensors" if pickled else "check the path"
@@ -51,9 +57,9 @@ class HuggingFaceWeights:
     def _indexed(self, index: Path) -> list[Path]:
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
-            if not all(isinstance(name, str) for name in names):
+            if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{index} is not a safetensors index: download it again") from None
         missing = [name for name in sorted(names) if not (self.directory / name).is_file()]
         if missing:

@@ -141,7 +141,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise UserError(f"{directory} has no {MANIFEST}: it is no sharded checkpoint") from None
     except OSError as error:
         raise cannot_read(path, error) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not JSON; use another checkpoint") from None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise UserError(f"{path} does not describe a megalard checkpoint: check the path")
@@ -185,10 +185,11 @@ def _check_kind(manifest: Manifest) -> None:
         if not isinstance(manifest.body[section], dict):
             raise ValueError(f"its section {section} is no JSON object")
     if manifest.kind == "training":
-        Path(manifest.base["path"])
-        for file in manifest.base["files"].values():
-            if type(file["size"]) is not int or type(file["sha256"]) is not str:
-                raise ValueError("its base has a file without size or sha256")
+        for note in filter(None, (manifest.base, manifest.teacher)):
+            Path(note["path"])
+            for file in note["files"].values():
+                if type(file["size"]) is not int or type(file["sha256"]) is not str:
+                    raise ValueError("a model it refers to has a file without size or sha256")
     if not isinstance(manifest.body["id"], str):
         raise ValueError("its id is no text")
 

@@ -37,7 +37,7 @@ def trained_parts(name: str, trained: Iterable[str]) -> list[str]:
 
 
 def merge_lora(
-    original: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
+    name: str, original: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """W + scale B A in fp32 on ``lora_a``'s device, rounded to W's dtype, in W's own memory.
 
@@ -45,17 +45,26 @@ def merge_lora(
     MKL 2024.2 on 184 shapes of 16 or more columns, in blocks of 2^16 elements and 64 rows or
     more. Products of fewer columns may differ, as may single rows; cuBLAS, which chooses its
     kernel by the shape, is given the whole.
+
+    Raises:
+        UserError: naming W, where the sum is finite and does not fit its dtype (fp16).
     """
     rows, columns = original.shape
     blocks = 1
     if lora_a.device.type == "cpu" and columns >= 16:
-        blocks = max(1, -(-rows // max(64, BLOCK_ELEMENTS // columns)))
+        blocks = max(1, min(-(-rows // max(64, BLOCK_ELEMENTS // columns)), rows // 64))
     for number in range(blocks):
         block = slice(number * rows // blocks, (number + 1) * rows // blocks)
         product = lora_b[block] @ lora_a
         product *= scale
         product += original[block].to(product)
-        original[block] = product.to(original.dtype)
+        rounded = product.to(original.dtype)
+        if original.dtype == torch.float16 and bool((rounded.isinf() & product.isfinite()).any()):
+            raise UserError(
+                f"{name} with LoRA merged into it reaches {float(product.abs().max()):.3g}, more "
+                "than float16 holds: convert the base model to bfloat16 first"
+            )
+        original[block] = rounded
     return original
 
 
@@ -154,7 +163,7 @@ class MergedWeights:
             return self.trained.read(name, layout).to(self.base.dtype(name))
         # merged whole and then cut: a product of slices may round differently
         lora_a, lora_b = (self.trained.read(part) for part in parts)
-        merged = merge_lora(self.base.read(name), lora_a, lora_b, self.scale)
+        merged = merge_lora(name, self.base.read(name), lora_a, lora_b, self.scale)
         if layout is None or layout.dim is None:
             return merged
         return merged.narrow(layout.dim, layout.start, layout.length).contiguous()

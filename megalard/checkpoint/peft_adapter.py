@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megalard.checkpoint.merged import Weights
-from megalard.checkpoint.partial import abandon, begin, cannot_write, commit, partial_path
+from megalard.checkpoint.partial import PartialFolder, cannot_write
 from megalard.checkpoint.tensor_file import (
     DamagedFile,
     Entry,
@@ -40,7 +40,14 @@ _VARIANTS = (
     "alora_invocation_tokens",
     "fan_in_fan_out",
     "layer_replication",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "arrow_config",
+    "use_bdlora",
 )
+# initializations that change the base as well, which the adapter doesn't hold
+_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def adapter_config(trained: dict, names: list[str], base: str) -> dict:
@@ -116,6 +123,12 @@ class AdapterWeights:
                     f"of the rank r = {rank} in its {ADAPTER_CONFIG}: the files do not belong "
                     "together"
                 )
+            other = name[:-1] + ("B" if name.endswith("A") else "A")
+            if other not in self._names:
+                raise UserError(
+                    f"{path} has {self._names[name]} without its {other.rpartition('.')[2]}: it is "
+                    "damaged; use another copy"
+                )
 
     def names(self) -> list[str]:
         return list(self._names)
@@ -158,8 +171,10 @@ def _read_config(path: Path) -> dict:
 
 def _scale(config: dict, directory: Path) -> float:
     """alpha / r of a plain LoRA."""
-    kind = config.get("peft_type")
+    kind, start = config.get("peft_type"), config.get("init_lora_weights")
     odd = [key for key in _VARIANTS if config.get(key)]
+    if isinstance(start, str) and start.startswith(_CHANGING_BASE):
+        odd.append(f"init_lora_weights {start}, which changes the base model")
     if kind != "LORA" or odd:
         what = f"sets {', '.join(odd)}" if kind == "LORA" else f"is of peft_type {kind}"
         raise UserError(
@@ -224,23 +239,23 @@ def write_adapter(
     check_lora(weights.directory, trained)
     names = weights.names()
     entries = {adapter_name(n): Entry(weights.dtype(n), weights.shape(n)) for n in names}
-    partial = partial_path(directory)
+    partial = PartialFolder(directory)
     try:
-        begin(directory)
+        partial.begin()
         tensors = map(weights.read, names)
         metadata = {"format": "pt"}
-        write_tensor_file(partial / ADAPTER_WEIGHTS, entries, tensors, metadata, progress)
+        write_tensor_file(partial.path / ADAPTER_WEIGHTS, entries, tensors, metadata, progress)
         for name, value in (
             (ADAPTER_CONFIG, adapter_config(trained, names, base)),
             ("config.json", config),
         ):
-            (partial / name).write_text(json.dumps(value, indent=2) + "\n")
+            (partial.path / name).write_text(json.dumps(value, indent=2) + "\n")
         for file in companions:
-            shutil.copyfile(file, partial / file.name)
-        sync_files(partial)
+            shutil.copyfile(file, partial.path / file.name)
+        sync_files(partial.path)
         before_commit()
-        commit(partial, directory)
+        partial.commit()
     except OSError as error:
         raise cannot_write(directory, error) from None
     finally:
-        abandon(partial)
+        partial.abandon()

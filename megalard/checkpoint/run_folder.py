@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: ``step-000050`` is complete, anything with a suffix is not."""
+"""The folder of a run's checkpoints: ``step-000050`` is complete, with a suffix it is not."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
-from megalard.checkpoint.partial import PARTIAL
-
 _COMPLETE = re.compile(r"step-(\d+)")
+_UNFINISHED = re.compile(r"step-\d+\.(partial|removed)")
 _REMOVED = ".removed"
 
 
@@ -28,7 +27,8 @@ def unfinished(folder: Path) -> list[Path]:
     """What a save or a removal that was killed left behind."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.endswith((PARTIAL, _REMOVED)))
+    found = (path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name))
+    return sorted(path for path in found if path.is_dir())
 
 
 def discard(path: Path) -> None:

@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megalard.checkpoint.manifest import ID_KEY, MANIFEST, Manifest, check_sums, read_manifest
-from megalard.checkpoint.partial import abandon, commit
 from megalard.checkpoint.storage import STATE_PREFIXES, ShardReader, ShardWriter
 from megalard.checkpoint.tensor_file import DTYPES, DamagedFile, TensorFile, cannot_read
 from megalard.errors import UserError
@@ -124,7 +123,7 @@ def save_sharded(
                 _commit(writer)
     except BaseException as error:  # an interrupted save leaves nothing either
         if axis.rank == 0:
-            abandon(writer.partial)
+            writer.folder.abandon()
         if isinstance(error, (CheckpointException, OSError)):
             raise _cannot_write(directory, error) from None
         raise
@@ -132,7 +131,7 @@ def save_sharded(
 
 def _commit(writer: ShardWriter) -> None:
     try:
-        commit(writer.partial, writer.directory)
+        writer.folder.commit()
     except OSError as error:
         raise _cannot_write(writer.directory, error) from None
 

@@ -68,12 +68,15 @@ class Model:
         return sum(file["size"] for files in parts for file in files.values())
 
 
-def open_model(directory: str | Path, base: str | Path | None = None) -> Model:
+def open_model(
+    directory: str | Path, base: str | Path | None = None, above: tuple[Path, ...] = ()
+) -> Model:
     """Open what is there; no weight is read yet.
 
     Args:
         directory: a Hugging Face model, a sharded checkpoint or a PEFT adapter.
         base: the base model of a training checkpoint or an adapter, if it has moved.
+        above: the models that this one is the base of, directly and indirectly.
 
     Raises:
         UserError: nothing of the kind is there, it is damaged, or its base is missing.
@@ -91,13 +94,14 @@ def open_model(directory: str | Path, base: str | Path | None = None) -> Model:
             scale = lora["alpha"] / lora["rank"] if lora else 0.0
         except (KeyError, TypeError, ZeroDivisionError) as error:
             raise incomplete(manifest, error) from None
-        origin = _open_base(directory, base, noted)
+        origin = _open_base(directory, base, noted, above)
         merged = MergedWeights(origin.weights, weights, scale, spec.tied_embeddings)
         _check_shapes(origin, spec, directory)
         return Model(directory, "training", spec, merged, companions, manifest, weights, origin)
     if (directory / ADAPTER_CONFIG).is_file():
         adapter = AdapterWeights(directory)
-        origin = _open_base(directory, base, adapter.config.get("base_model_name_or_path"))
+        noted = adapter.config.get("base_model_name_or_path")
+        origin = _open_base(directory, base, noted, above)
         own = (directory / "config.json").is_file()
         spec = read_spec(directory) if own else origin.spec
         merged = MergedWeights(origin.weights, adapter, adapter.scale, spec.tied_embeddings)
@@ -128,18 +132,20 @@ def check_recorded_sums(directory: str | Path, share: Axis = SINGLE) -> None:
         open_model(directory).check_sums(share)
 
 
-def _open_base(directory: Path, given: str | Path | None, noted: str | None) -> Model:
-    path = given or noted
+def _open_base(
+    directory: Path, given: str | Path | None, noted: object, above: tuple[Path, ...]
+) -> Model:
+    path, above = given or noted, (*above, directory)
     try:
-        found = bool(path) and Path(path).is_dir()
-        itself = found and Path(path).samefile(directory)
+        found = bool(path) and isinstance(path, (str, Path)) and Path(path).is_dir()
+        again = found and any(Path(path).samefile(model) for model in above)
     except OSError as error:
         raise cannot_read(path, error) from None
-    if not found or itself:
+    if not found or again:
         raise UserError(
             f"the base model of {directory} is not at {path}: give its directory with --base"
         )
-    return open_model(path)
+    return open_model(path, above=above)
 
 
 def _check_shapes(base: Model, spec: ModelSpec, directory: Path) -> None:

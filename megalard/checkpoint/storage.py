@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megalard.checkpoint.manifest import ID_KEY, Manifest, identity, write_manifest
-from megalard.checkpoint.partial import begin, partial_path
+from megalard.checkpoint.partial import PartialFolder
 from megalard.checkpoint.tensor_file import (
     DTYPES,
     NAMES,
@@ -80,7 +80,8 @@ class ShardWriter(StorageWriter):
     ):
         self.directory, self.head = Path(directory), head
         self.companions, self.file_bytes, self.progress = list(companions), file_bytes, progress
-        self.partial = partial_path(self.directory)
+        self.folder = PartialFolder(self.directory)
+        self.partial = self.folder.path
         self.identity = identity(head)
 
     def reset(self, checkpoint_id=None) -> None:
@@ -92,7 +93,7 @@ class ShardWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
         if is_coordinator:
-            begin(self.directory)
+            self.folder.begin()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan

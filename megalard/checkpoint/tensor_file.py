@@ -6,6 +6,7 @@ and no more, whatever the file's size. Both ways go through one tensor at a time
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -96,12 +97,16 @@ class TensorFile:
                         f"not supported: convert it to one of {', '.join(DTYPES)}, or leave it out"
                     )
                 dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+                if any(type(size) is not int or size < 0 for size in shape):
+                    raise ValueError
                 entry = Entry(dtype, shape, 8 + length + first)
                 if entry.nbytes != last - first:
                     raise ValueError
                 entries[name] = entry
                 spans.append((first, last))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            if not isinstance(metadata, dict):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DamagedFile("its header is not a safetensors header") from None
         expected = 0
         for first, last in sorted(spans):
@@ -336,9 +341,10 @@ def file_sha256(path: str | Path, progress: Callable[[int], None] = lambda count
 
 def cannot_read(path: str | Path, error: OSError) -> UserError:
     """The sentence about a file or a directory that the system does not let us read."""
-    return UserError(
-        f"cannot read {path}: {error.strerror or error}; check its permissions and its disk"
-    )
+    fix = "check its permissions and its disk"
+    if error.errno == errno.EMFILE:
+        fix = "raise the limit of this shell with ulimit -n"
+    return UserError(f"cannot read {path}: {error.strerror or error}; {fix}")
 
 
 def sync_files(directory: Path) -> None:

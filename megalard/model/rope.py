@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -48,18 +49,31 @@ def apply_rope(x_bhsd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
 
 
 def rope_table(spec: ModelSpec) -> RopeTable:
-    """The table transformers builds for this model."""
+    """The table transformers builds for this model.
+
+    Raises:
+        UserError: it builds none from what ``config.json`` says.
+    """
     if spec.rope["rope_type"] == "dynamic":
         raise UserError("'dynamic' RoPE changes with the length read, so it has no table to distil")
-    config = LlamaConfig(
-        hidden_size=spec.hidden_size,
-        num_attention_heads=spec.num_heads,
-        num_key_value_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        max_position_embeddings=spec.max_positions,
-        rope_parameters=dict(spec.rope),
-    )
-    embedding = LlamaRotaryEmbedding(config)
+    try:
+        config = LlamaConfig(
+            hidden_size=spec.num_heads * spec.head_dim,
+            num_attention_heads=spec.num_heads,
+            num_key_value_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            max_position_embeddings=spec.max_positions,
+            rope_parameters=dict(spec.rope),
+        )
+        embedding = LlamaRotaryEmbedding(config)
+        if not embedding.inv_freq.isfinite().all():
+            raise ValueError("its frequencies are not finite")
+    except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+        missing = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"config.json describes a RoPE that transformers cannot build, {json.dumps(spec.rope)} "
+            f"({missing}): correct it, or download it again"
+        ) from None
     return RopeTable(embedding.inv_freq.clone(), float(embedding.attention_scaling))
 
 

@@ -94,9 +94,18 @@ BAD_ADAPTERS = {
     "A alone": (
         None,
         {f"{Q}.lora_A.weight": torch.ones(2, 32)},
-        "without model.layers.0.self_attn",
+        "q_proj.lora_A.weight without its lora_B",
     ),
-    "B alone": (None, {f"{Q}.lora_B.weight": torch.ones(32, 2)}, "q_proj.lora_B without model.lay"),
+    "B alone": (
+        None,
+        {f"{Q}.lora_B.weight": torch.ones(32, 2)},
+        "q_proj.lora_B.weight without its lora_A",
+    ),
+    "of another base": (
+        {"init_lora_weights": "pissa_niter_4"},
+        None,
+        "init_lora_weights pissa_niter_4, which changes the base model",
+    ),
     "no tensors": (None, {}, "holds no tensors, so it changes nothing"),
     "no such tensor": (
         None,
@@ -141,6 +150,31 @@ def test_another_base_is_named(models, tmp_path):
     told = refusal(open_model, adapter, models / "other")
     assert f"mlp.gate_proj.weight in {models / 'other'} has shape [40, 32]" in told
     assert f"{adapter} is for [48, 32]: give the model it was trained on with --base" in told
+
+
+def test_adapters_are_not_each_other_s_base(models, tmp_path):
+    for name, base in (("one", "two"), ("two", "one")):
+        make_adapter(tmp_path / name, tmp_path / base)
+    told = refusal(open_model, tmp_path / "one")
+    assert f"the base model of {tmp_path / 'two'} is not at {tmp_path / 'one'}" in told
+
+
+@pytest.mark.parametrize("base", [5, [], {"path": "x"}, None])
+def test_a_base_that_is_no_path_is_told(base, models, tmp_path):
+    adapter = make_adapter(
+        tmp_path / "adapter", models / "model", {"base_model_name_or_path": base}
+    )
+    assert "give its directory with --base" in refusal(open_model, adapter)
+
+
+def test_a_merge_that_fp16_does_not_hold_is_told(models, tmp_path):
+    source = shutil.copytree(models / "model", tmp_path / "source")
+    tensors = {k: v.half() for k, v in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors")
+    adapter = make_adapter(tmp_path / "adapter", source, {"lora_alpha": 1e6})
+    told = refusal(export_model, open_model(adapter), tmp_path / "out", SINGLE)
+    assert "self_attn.q_proj.weight with LoRA merged into it reaches" in told
+    assert "more than float16 holds" in told and not (tmp_path / "out").exists()
 
 
 def test_an_adapter_is_not_its_own_base(models, tmp_path):
@@ -339,7 +373,25 @@ def test_a_config_with_no_number_where_one_is_needed(key, value, models, tmp_pat
     assert f"{source}/config.json has {json.dumps(value)} as {key}, " in refusal(work)
 
 
-def test_an_index_of_numbers_is_told(models, tmp_path):
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear"},
+        {"rope_type": "spiral", "factor": 2.0},
+        {"rope_type": "yarn", "factor": "x", "original_max_position_embeddings": 32},
+        {"rope_type": "linear", "factor": 0},
+    ],
+    ids=str,
+)
+def test_a_rope_that_cannot_be_built_is_told(rope, models, tmp_path):
     source = shutil.copytree(models / "model", tmp_path / "source")
-    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
-    assert "is not a safetensors index" in refusal(open_model, source)
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 10000.0, **rope}
+    config["rope_theta"], config["rope_scaling"] = 10000.0, rope
+    (source / "config.json").write_text(json.dumps(config))
+
+    def work():
+        model = open_model(source)
+        check_complete(model.weights, model.spec)
+
+    assert "describes a RoPE that transformers cannot build" in refusal(work)

@@ -13,12 +13,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megalard.checkpoint import export
+from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.checkpoint.merged import MergedWeights
 from megalard.errors import UserError
 from megalard.model.lora import initial_a
 from megalard.parallel.mesh import Mesh, build_mesh
@@ -294,6 +297,14 @@ def test_a_tied_head_that_stands_in_the_files_stays_tied(mesh, saved, tmp_path):
     student.save(tmp_path / "student")
     ours = decoder_logits(student.student.decoder, TEXTS[0])
     assert_same_logits(ours, transformers_logits(tmp_path / "student", TEXTS[0]))
+
+
+def test_a_tied_head_in_the_files_is_left_out_of_what_is_merged(saved):
+    weights = HuggingFaceWeights(saved / "all-tied-table" / "teacher")
+    weights._where["lm_head.weight"] = weights._where["model.embed_tokens.weight"]
+    for tied in (True, False):
+        merged = MergedWeights(weights, SimpleNamespace(directory=None, names=list), 1.0, tied)
+        assert ("lm_head.weight" in merged.names()) == (not tied)
 
 
 def test_large_students_are_sharded_with_an_index(made, saved, tmp_path, monkeypatch):

@@ -122,9 +122,21 @@ def test_a_truncated_file_is_named(length, copy):
 
 def test_a_tensor_in_two_files_is_named(copy):
     tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").rename(copy / "model-1.safetensors")
     save_file({Q: tensors[Q]}, copy / "another.safetensors")
     sentence = refusal(HuggingFaceWeights, copy)
-    assert f"tensor {Q} stands in both another.safetensors and model.safetensors" in sentence
+    assert f"tensor {Q} stands in both another.safetensors and model-1.safetensors" in sentence
+
+
+def test_other_files_beside_a_single_one_are_left_alone(copy):
+    """As in transformers: Mistral's consolidated.safetensors, and what macOS leaves."""
+    expected = HuggingFaceWeights(copy).names()
+    save_file({"tok_embeddings.weight": torch.ones(2)}, copy / "consolidated.safetensors")
+    assert HuggingFaceWeights(copy).names() == expected
+    (copy / "model.safetensors").rename(copy / "weights.safetensors")
+    (copy / "consolidated.safetensors").unlink()
+    (copy / "._weights.safetensors").write_bytes(b"no header")
+    assert HuggingFaceWeights(copy).names() == expected
 
 
 def split(folder, *, index: dict | str | None = None) -> None:
@@ -149,7 +161,10 @@ def test_a_file_that_the_index_names_is_missing(copy):
     assert sentence == f"{copy} lacks model-00002-of-00002.safetensors, named by its index"
 
 
-@pytest.mark.parametrize("index", ["{ cut", "{}", "[]", '{"weight_map": []}'])
+@pytest.mark.parametrize(
+    "index",
+    ["{ cut", "{}", "[]", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}'],
+)
 def test_a_damaged_index_is_named(index, copy):
     split(copy, index=index)
     assert "is not a safetensors index" in refusal(HuggingFaceWeights, copy)

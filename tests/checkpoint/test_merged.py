@@ -31,7 +31,7 @@ def test_blocks_have_the_bits_of_the_whole(rows, columns, rank, dtype, monkeypat
     original, lora_a, lora_b = pair(rows, columns, rank)
     original = original.to(dtype)
     expected = whole(original.clone(), lora_a, lora_b, 1.7)
-    found = merge_lora(original, lora_a, lora_b, 1.7)
+    found = merge_lora("w", original, lora_a, lora_b, 1.7)
     assert found.dtype == dtype and torch.equal(found, expected)
 
 
@@ -54,6 +54,6 @@ def test_a_merge_takes_little_beside_the_weight():
     original, lora_a, lora_b = pair(3001, 4099, 8)
     original = original.bfloat16()
     with LargestMade() as made:
-        found = merge_lora(original, lora_a, lora_b, 0.5)
+        found = merge_lora("w", original, lora_a, lora_b, 0.5)
     assert found.data_ptr() == original.data_ptr()
     assert 0 < made.nbytes <= 4 * merged.BLOCK_ELEMENTS < original.nbytes

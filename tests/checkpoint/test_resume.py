@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalard import train
+from megalard import assemble, locks, train
 from megalard.checkpoint import saver
 from megalard.checkpoint.manifest import read_manifest
 from megalard.checkpoint.run_folder import checkpoint_path
 from megalard.checkpoint.sharded import ShardedWeights
+from megalard.resume import Output
 from megalard.train import main
 from tests.jobs import STEPS, arguments, interrupted, losses, make_job
 from tests.ranks import run_ranks, start_ranks, wait_for
@@ -104,8 +105,14 @@ def test_deterministic_kernels_are_a_setting_of_the_run(job, tmp_path, capsys):
 def test_it_says_what_it_goes_on_from(job, tmp_path, capfd):
     output = interrupted(job / "one", tmp_path / "output")
     (output / "checkpoints" / "step-000006.partial").mkdir()
+    for name in ("mine.partial", "notes.removed"):
+        (output / "checkpoints" / name).mkdir()
+    (output / "checkpoints" / "step-000005.partial").write_text("a file")
     main(arguments(job, output, *SAVE))
     printed = capfd.readouterr().out
+    assert printed.count("was not finished") == 1
+    left = {path.name for path in (output / "checkpoints").iterdir()}
+    assert left >= {"mine.partial", "notes.removed", "step-000005.partial"}
     assert "step-000006.partial is a save that was not finished: removed" in printed
     assert f"resuming from {output / 'checkpoints' / 'step-000004'} after step 4" in printed
     # and once finished there is nothing left to do but the export
@@ -279,6 +286,22 @@ def test_a_student_of_its_own_does_not_hide_a_changed_teacher(job, models, tmp_p
     output = interrupted(job / "one", tmp_path / "output")
     options = (f"model.student={job / 'model'}", f"model.teacher={models / 'changed'}")
     assert "note of its teacher" in refusal(capsys, job, output, *SAVE, *options)
+
+
+def test_a_run_that_goes_on_elsewhere_is_left_alone(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(locks, "_PATIENCE_S", 0.2)
+    output = interrupted(job / "one", tmp_path / "output")
+    (output / "checkpoints" / "step-000006.partial").mkdir()
+    with locks.hold(output / "run.json", "there"):
+        line = refusal(capsys, job, output, *SAVE)
+    assert f"another process is writing to run.output {output}" in line
+    assert (output / "checkpoints" / "step-000006.partial").exists()
+    # what was begun meanwhile, in a directory that this run found empty
+    with monkeypatch.context() as patches:
+        patches.setattr(assemble, "find_output", lambda *arguments: Output(output))
+        line = refusal(capsys, job, output, *SAVE)
+    assert f"another process has begun a run in run.output {output}" in line
+    main(arguments(job, output, *SAVE))
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(job, tmp_path, capsys):

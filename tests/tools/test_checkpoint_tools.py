@@ -108,6 +108,27 @@ def test_neighbours_of_the_target_are_left_alone(command, folder, tmp_path, caps
     assert not any(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("leads_to", ["empty", "nowhere"])
+def test_a_link_is_refused_as_a_target(leads_to, folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / leads_to)
+    for option in ((), ("--dry-run",)):
+        assert convert("export", folder / "sharded", tmp_path / "link", *option) == 1
+        assert "link is a link: give the directory it leads to" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(folder, tmp_path, monkeypatch, capsys):
+    def slow(self, *arguments):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").write_text("x")
+
+    monkeypatch.setattr("megalard.checkpoint.source.Model.check_sums", slow)
+    assert convert("export", folder / "sharded", tmp_path / "out") == 1
+    assert "Directory not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
 def test_nothing_has_its_name_before_its_source_is_known_to_be_whole(folder, tmp_path, monkeypatch):
     seen = []
 

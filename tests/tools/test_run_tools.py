@@ -96,6 +96,61 @@ def test_inspect_tells_whether_the_base_is_there_and_whole(job, checkpoint, tmp_
     assert "base files" not in capsys.readouterr().out
 
 
+def test_inspect_looks_at_a_teacher_of_its_own(job, tmp_path, capsys):
+    teacher, student = (shutil.copytree(job / "model", tmp_path / x) for x in ("teacher", "own"))
+    options = (f"model.teacher={teacher}", f"model.student={student}")
+    main(arguments(job, tmp_path / "run", *SAVE, *options))
+    capsys.readouterr()
+    assert inspect(tmp_path / "run") == 0
+    assert "teacher files are there, checksums hold" in capsys.readouterr().out
+    content = (teacher / "model.safetensors").read_bytes()
+    (teacher / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert inspect(tmp_path / "run") == 1
+    printed = capsys.readouterr().out
+    assert f"teacher files {teacher}/model.safetensors is damaged" in printed
+    assert "the newest has a problem" in printed
+    (teacher / "model.safetensors").unlink()
+    assert inspect(tmp_path / "run", "--no-checksums") == 1
+    assert inspect(tmp_path / "run", "--no-base") == 0
+
+
+def test_a_run_s_exports_are_no_checkpoints(job, tmp_path, capsys):
+    never = ("checkpoint.save_every=0", "checkpoint.export_every=1")
+    main(arguments(job, tmp_path / "run", *SAVE, *never))
+    capsys.readouterr()
+    assert (tmp_path / "run" / "step-000001" / "model.safetensors").exists()
+    assert inspect(tmp_path / "run") == 1
+    printed = capsys.readouterr().out
+    assert "complete checkpoints" not in printed and "NOT USABLE" in printed
+    assert inspect(tmp_path / "run" / "step-000001") == 0
+
+
+def test_inspect_tells_of_tensors_that_are_not_the_model_s(job, tmp_path, capsys):
+    model = shutil.copytree(job / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    assert inspect(model) == 0
+    assert "not in model 9 tensors, such as model.layers.2." in capsys.readouterr().out
+    assert inspect(job / "model") == 0
+    assert "not in model" not in capsys.readouterr().out
+
+
+def test_a_damaged_run_gives_no_adapter(job, checkpoint, tmp_path, capsys):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    shard = next(copy.glob("weights-*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert convert("export", copy, tmp_path / "out", "--format", "peft") == 1
+    assert f"{shard} is damaged" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_run_s_base_of_another_shape_is_told(job, checkpoint, tmp_path, capsys):
+    other = make_model("llama", tmp_path / "other", vocab_size=257, intermediate_size=40)
+    assert convert("export", checkpoint, tmp_path / "out", "--base", other) == 1
+    assert f"in {other} has shape [40, 32], but" in capsys.readouterr().err
+
+
 def test_inspect_prints_nothing_but_json(job, tmp_path, capsys):
     run = shutil.copytree(job / "run", tmp_path / "run")
     folder = run / "checkpoints"
