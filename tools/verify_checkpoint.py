@@ -60,7 +60,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lines", type=int, default=20, metavar="N", help="differences to print (default: 20)"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.lines < 0:
+        parser.error(f"--lines {options.lines}: give 0 or more")
+    if not options.tolerance >= 0:
+        parser.error(f"--tolerance {options.tolerance}: give 0 or more")
+    return options
 
 
 def verify(options: argparse.Namespace) -> bool:

@@ -192,6 +192,14 @@ def text(tmp_path):
     return tmp_path / "text.txt"
 
 
+@pytest.mark.parametrize("option", [("--lines", "-1"), ("--tolerance", "nan")], ids=str)
+def test_numbers_that_compare_nothing_are_told(option, job, capsys):
+    with pytest.raises(SystemExit) as caught:
+        verify(job / "model", job / "model", *option)
+    assert caught.value.code == 2
+    assert f"{' '.join(option)}: give 0 or more" in capsys.readouterr().err
+
+
 def test_logits_that_cannot_be_compared_are_told(job, tmp_path, text, capsys):
     other = make_model("llama", tmp_path / "other", vocab_size=300)
     capsys.readouterr()
