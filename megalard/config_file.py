@@ -167,7 +167,7 @@ def _pairs(overrides: list[str]):
         if not equals:
             position += 1
             if position == len(overrides):
-                raise UserError(f"--{key} needs a value")
+                raise UserError(f"--{key} needs a value: only --preflight and --help take none")
             value = overrides[position]
         yield key, value
         position += 1

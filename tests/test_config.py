@@ -127,7 +127,7 @@ def test_an_unknown_key_names_the_nearest_known_one(key, nearest):
         (["--optimizer", "3"], "'optimizer' is a section, got the value 3"),
         (["--run.seed", "1", "--run.seed.x", "3"], "'seed' is a value, not a section"),
         (["steps", "3"], "expected --section.key value, got 'steps'"),
-        (["--run.seed"], "--run.seed needs a value"),
+        (["--run.seed"], "--run.seed needs a value: only --preflight and --help"),
     ],
 )
 def test_wrong_types_and_forms_are_refused(overrides, sentence):
