@@ -95,6 +95,47 @@ for path in "${paths[@]}"; do
     list+="${list:+, }'${path//\'/\'\'}'"
 done
 
+# listens PROCESS SIGNAL: whether a handler of its own would get the signal
+listens() {
+    local caught
+    caught=$(sed -n 's/^SigCgt:\s*//p' "/proc/$1/status" 2>/dev/null) || return 1
+    [ -n "$caught" ] && [ $((16#$caught >> ($(kill -l "$2") - 1) & 1)) = 1 ]
+}
+
+# A rank that is still starting would die of a signal, and torchrun call that a failure: each gets it
+# once it listens. With no ranks there is nothing to save, and torchrun may end.
+pass_on() {
+    signalled=yes
+    local agent=${!:-} state children child deaf told=' '
+    if [ -z "$agent" ]; then
+        echo "SIG$1: stopped; nothing to save"
+        exit 0
+    fi
+    while read -r _ _ state _ <"/proc/$agent/stat" && [ "$state" != Z ]; do
+        children=$(cat /proc/"$agent"/task/*/children 2>/dev/null || true)
+        if [ -z "$children" ]; then
+            kill -s TERM "$agent" 2>/dev/null || true
+            stopped=$1
+            return 0
+        fi
+        deaf=''
+        for child in $children; do
+            if [[ $told = *" $child "* ]]; then continue; fi
+            if listens "$child" "$1"; then
+                kill -s "$1" "$child" 2>/dev/null || true
+                told+="$child "
+            else
+                deaf=yes
+            fi
+        done
+        [ -n "$deaf" ] || return 0
+        sleep 0.1
+    done 2>/dev/null
+}
+stopped=''
+trap 'pass_on TERM' TERM
+trap 'pass_on USR1' USR1
+
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [ -z "$gpus" ]; then
     gpus=$("$python" -c 'import torch; print(torch.cuda.device_count() or 1)')
@@ -119,10 +160,11 @@ else
     fi
     torchrun+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$rendezvous" --rdzv-id "$id")
     torchrun+=(--rdzv-conf "$settings" ${address:+--local-addr "$address"})
-    # With the shared store a node that joins later waits in vain for the address of a rank 0 that
-    # stayed (torch 2.13); without, every rendezvous tells it anew.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
+# The store that torchrun shares with its ranks outlives them, and with it what they told each other:
+# ranks that start again find the addresses of those before them, and a node that joins later waits
+# in vain for that of a rank 0 that stayed (torch 2.13). Not shared, it is made for every start.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 trainer=(-m megalard.train ${preflight:+"$preflight"} ${config:+--config "$config"})
 trainer+=(--model.teacher "$model" --data.paths "[$list]" --run.output "$output")
 trainer+=(${tp:+--parallel.tp "$tp"} ${cp:+--parallel.cp "$cp"} "$@")
@@ -141,23 +183,18 @@ set -m
 ) &
 agent=$!
 
-pass_on() {
-    signalled=yes
-    local children
-    children=$(cat /proc/"$agent"/task/*/children 2>/dev/null || true)
-    # shellcheck disable=SC2086
-    kill -s "$1" $children 2>/dev/null || kill -s TERM "$agent" 2>/dev/null || true
-}
-trap 'pass_on TERM' TERM
-trap 'pass_on USR1' USR1
 trap 'signalled=yes; kill -s INT "$agent" 2>/dev/null || true' INT
 
 # a signal ends the wait, but not what is waited for
 while true; do
     signalled='' status=0
-    wait "$agent" || status=$?
+    wait "$agent" 2>/dev/null || status=$?
     [ -n "$signalled" ] || break
 done
+if [ -n "$stopped" ]; then
+    echo "SIG$stopped: stopped while no ranks were running; nothing to save"
+    exit 0
+fi
 if [ "$status" != 0 ]; then
     echo "train.sh: error: the run failed with status $status; where the trainer knows why, a" \
         "line above torchrun's report begins with 'megalard: error'" >&2

@@ -53,11 +53,11 @@ def choose_kernels(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def train(config: Config) -> None:
+def train(config: Config, stop: StopSignals) -> None:
     """Run the whole job. Every rank calls it; rank 0 writes and reports."""
     choose_kernels(config.run.deterministic)
     mesh = build_mesh(config.run.device, config.parallel.tp, config.parallel.cp)
-    with StopSignals(mesh) as stop, ExitStack() as held:
+    with ExitStack() as held:
         plan = assemble.make_plan(config, mesh)
         output = held.enter_context(assemble.prepare_output(config, mesh))
         with assemble.undone_on_error(output, mesh):
@@ -84,25 +84,26 @@ def train(config: Config) -> None:
         def export(name: str) -> None:
             save_student(output.directory / name, student, source, plan.student_config, files, mesh)
 
-        with loaders, closing(monitor), saver, stop.after_a_step():
-            for number in range(done + 1, steps + 1):
-                batches = loaders.step(number - 1, mesh.device)
-                result = distiller.step(batches, number - 1)
-                monitor.step(number, result, mesh.device)
-                asked, failed = stop.agreed(saver.failed())
-                if failed:
-                    saver.wait()
-                if asked or saver.is_due(number):
-                    saver.save(number)
-                if asked:
-                    saver.wait()
-                    if first:
-                        print(f"{asked}: saved after step {number} and stopped", flush=True)
-                    return
-                if export_is_due(config, number):
-                    export(f"step-{number:06d}")
-            export("student")
-            asked, _ = stop.agreed(False)
+        with stop.after_a_step(mesh):
+            with loaders, closing(monitor), saver:
+                for number in range(done + 1, steps + 1):
+                    batches = loaders.step(number - 1, mesh.device)
+                    result = distiller.step(batches, number - 1)
+                    monitor.step(number, result, mesh.device)
+                    asked, failed = stop.agreed(mesh, saver.failed())
+                    if failed:
+                        saver.wait()
+                    if asked or saver.is_due(number):
+                        saver.save(number)
+                    if asked:
+                        saver.wait()
+                        if first:
+                            print(f"{asked}: saved after step {number} and stopped", flush=True)
+                        return
+                    if export_is_due(config, number):
+                        export(f"step-{number:06d}")
+                export("student")
+            asked, _ = stop.agreed(mesh, False)
         if asked:
             if first:
                 print(f"{asked}: the student is complete; it was not evaluated", flush=True)
@@ -143,8 +144,9 @@ def main(arguments: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(arguments)
     rank = int(os.environ.get("RANK", "0"))
     try:
-        config = load_config(options.config, overrides)
-        check(config) if options.preflight else train(config)
+        with StopSignals() as stop:
+            config = load_config(options.config, overrides)
+            check(config) if options.preflight else train(config, stop)
     except UserError as error:
         if rank == 0 or isinstance(error, RankError):
             print(f"megalard: error: {error}", file=sys.stderr, flush=True)

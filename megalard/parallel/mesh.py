@@ -76,7 +76,8 @@ def build_mesh(device: str, tp: int, cp: int = 1) -> Mesh:
         cp: context-parallel size; the data-parallel size is world / (cp * tp).
 
     Raises:
-        UserError: the world is not a multiple of cp * tp, or there is no such device.
+        UserError: the world is not a multiple of cp * tp, there is no such device, or torchrun is
+            to start ranks again and would hand them a store of stale addresses.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -88,6 +89,7 @@ def build_mesh(device: str, tp: int, cp: int = 1) -> Mesh:
     target = pick_device(device, local_rank)
     if world == 1:
         return Mesh(SINGLE, SINGLE, SINGLE, SINGLE, SINGLE, target)
+    _check_restarts()
     if target.type == "cuda":
         torch.cuda.set_device(target)
     if not dist.is_initialized():
@@ -99,6 +101,17 @@ def build_mesh(device: str, tp: int, cp: int = 1) -> Mesh:
     axes = {name: _axis(mesh.get_group(name)) for name in names}
     data = axes["dp"] if cp == 1 else _axis(mesh["dp", "cp"]._flatten("data").get_group())
     return Mesh(world=_axis(dist.group.WORLD), data=data, device=target, **axes)
+
+
+def _check_restarts() -> None:
+    """In torchrun's shared store the ranks of an earlier start left addresses (torch 2.13)."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            f"torchrun was given --max-restarts {restarts}, and ranks that it starts again would "
+            "look for each other where those before them were: start with launch/train.sh "
+            "--max-restarts, or set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+        )
 
 
 def pick_device(device: str, local_rank: int) -> torch.device:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megalard import assemble, locks, train
@@ -173,15 +174,30 @@ def metrics_so_far(output: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
 
-def test_a_signal_before_the_first_step_ends_the_run_at_once(job, tmp_path, monkeypatch):
-    def impatient(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
+def run_stuck(command: list[str], reached: Path) -> None:
+    """Each of two ranks waits for the other inside of gloo, where Python calls no handler."""
 
-    monkeypatch.setattr("megalard.assemble.load_models", impatient)
-    with pytest.raises(SystemExit) as caught:
-        main(arguments(job, tmp_path / "output"))
-    assert caught.value.code == 0
+    def wait(*_):
+        rank = dist.get_rank()
+        (reached / str(rank)).touch()
+        dist.recv(torch.zeros(1), src=1 - rank)
+
+    assemble.load_models = wait
+    main(command)
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(job, tmp_path):
+    command = arguments(job, tmp_path / "output", "parallel.tp=2")
+    (tmp_path / "reached").mkdir()
+    ranks = start_ranks(2, run_stuck, command, tmp_path / "reached")
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "reached").iterdir())) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGTERM)
+    assert wait_for(ranks, 20) == [0, 0]
+    main(arguments(job, tmp_path / "output"))
 
 
 def refusal(capsys, *command) -> str:

@@ -185,6 +185,52 @@ def test_two_nodes_are_one_of_two_ranks_though_one_is_lost_and_starts_again(job,
     assert_same_run(output, one)
 
 
+def ranks_of(node: subprocess.Popen) -> list[int]:
+    """The trainers among a node's processes, in the order of their ranks."""
+    found = {}
+    for pid in family(node.pid):
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found |= {word: pid for word in words if word.startswith(b"RANK=")}
+    return [found[word] for word in sorted(found)]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_ranks_start_again_when_one_is_killed(killed, job, one):
+    """The one that starts last is waited for, not looked for where it was before."""
+    output, log, late = job / f"again-{killed}", job / f"again-{killed}.log", job / f"late-{killed}"
+    late.mkdir()
+    # torchrun's own child of this rank, which Python runs before anything else
+    (late / "sitecustomize.py").write_text(f"""
+import os, time
+if (os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")) == ("{killed}", "1"):
+    time.sleep(6)
+""")
+    words = command(job, output, "--gpus", "2", "--max-restarts", "1")
+    node = start(TRAIN, words, log, PYTHONPATH=str(late))
+    wait_for(has(output / "metrics.jsonl", r'"step": 12,'), node, log)
+    os.kill(ranks_of(node)[killed], signal.SIGKILL)
+    finish(node, log)
+    assert "resuming from" in log.read_text()
+    assert_same_run(output, one)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_at_any_moment_of_the_start_ends_the_run_with_0(number, job, one):
+    """In the script, in torchrun, in ranks that do not listen yet, and before the first step."""
+    output, log = job / number.name, job / f"{number.name}.log"
+    words = command(job, output, "--gpus", "2", "--max-restarts", "2")
+    for moment in (0.3, 0.7, 1.5, 2.5, 3.5, 5):
+        node = start(TRAIN, words, log)
+        time.sleep(moment)
+        node.send_signal(number)
+        finish(node, log)
+    finish(start(TRAIN, words, log), log)
+    printed = log.read_text()
+    assert "error" not in printed and "Traceback" not in printed
+    assert "nothing to save" in printed
+    assert_same_run(output, one)
+
+
 def metrics_so_far(output: Path) -> list[str]:
     return (output / "metrics.jsonl").read_text().splitlines()
 

@@ -35,3 +35,12 @@ def test_ranks_that_tp_does_not_divide_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="3 processes were started: start a multiple of 2"):
         build_mesh("cpu", 2)
+
+
+def test_restarts_by_a_torchrun_that_shares_its_store_are_refused(monkeypatch):
+    """What is not refused is in tests/launch: train.sh, with the store of every start its own."""
+    environment = {"WORLD_SIZE": 2, "TORCHELASTIC_MAX_RESTARTS": 3}
+    for name, value in {**environment, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=r"--max-restarts 3.* set TORCH_DISABLE_SHARE_RDZV_TCP"):
+        build_mesh("cpu", 2)
