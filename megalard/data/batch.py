@@ -1,13 +1,15 @@
 """Blocks as tensors: the batch every part of the trainer reads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from megalard.data.blocks import Block
 from megalard.parallel.context import SequenceShard, Span
+from megalard.parallel.context_attention import attend_over_axis
 from megalard.parallel.mesh import Axis
 
 
@@ -48,6 +50,11 @@ class Batch:
     def spans(self) -> tuple[Span, ...]:
         """The parts of the documents that this rank's tokens are in."""
         return self.shard.spans(self.documents)
+
+    def attention(self) -> Callable[..., torch.Tensor]:
+        """``attend_over_axis`` of q, k, v and a window, for this batch's documents."""
+        known = {"shard": self.shard, "documents": self.documents, "spans": self.spans}
+        return partial(attend_over_axis, **known)
 
     @property
     def valid_tokens(self) -> int:

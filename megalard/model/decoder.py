@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalard.model.attention import attend
 from megalard.model.fuse import fused_on_gpu
 from megalard.model.rope import RopeTable, apply_rope
 from megalard.model.spec import ModelSpec
@@ -32,14 +31,14 @@ except ImportError:
 class Context:
     """What every layer needs to know of the block it reads.
 
-    ``cos`` and ``sin`` are [b, 1, s, head_dim] for the s tokens at hand, ``spans`` the documents
-    they are in (see ``attend``), and ``gather`` gives the k and v of all tokens of the block.
+    ``cos`` and ``sin`` are [b, 1, s, head_dim] for the s tokens at hand, and
+    ``attend(q, k, v, window)`` is their attention to the documents they are in
+    (``megalard.parallel.context_attention.attend_over_axis``).
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
-    spans: tuple
-    gather: Callable[[torch.Tensor], torch.Tensor]
+    attend: Callable[..., torch.Tensor]
 
 
 @dataclass
@@ -107,8 +106,7 @@ class Attention(nn.Module):
 
     def mix(self, qkv: Qkv, context: Context) -> torch.Tensor:
         """The attention output A V of this rank's heads: [b, s, Hq, d]."""
-        k, v = context.gather(qkv.k), context.gather(qkv.v)
-        return attend(qkv.q, k, v, context.spans, self.window)
+        return context.attend(qkv.q, qkv.k, qkv.v, self.window)
 
     def output(self, mixed: torch.Tensor, ops) -> torch.Tensor:
         """The output projection of A V: [t/tp, hidden]."""
@@ -188,7 +186,7 @@ class Decoder(nn.Module):
 
     def context(self, batch) -> Context:
         """The layers' context for a ``megalard.data.batch.Batch``."""
-        return Context(*self.rope.cos_sin(batch.position_bs), batch.spans, batch.shard.gather)
+        return Context(*self.rope.cos_sin(batch.position_bs), batch.attention())
 
     def embed(self, token_bs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Token ids [b, s] to the residual [t/tp, hidden]."""

@@ -43,6 +43,33 @@ def reduce_scatter_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return out
 
 
+class Posted:
+    """A collective on its way; ``wait`` gives its result. No autograd.
+
+    Posting returns at once, so that work on what is here overlaps the transfer.
+    """
+
+    def __init__(self, collective, out: torch.Tensor, x: torch.Tensor, axis: Axis):
+        self._out, self._sent = out, x  # kept alive until the transfer is over
+        self._request = collective(out, x, group=axis.group, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        self._request.wait()
+        return self._out
+
+
+def post_all_gather_tokens(x: torch.Tensor, axis: Axis) -> Posted:
+    """``all_gather_tokens`` over an axis of two ranks or more, posted."""
+    out = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
+    return Posted(_all_gather, out, x.contiguous(), axis)
+
+
+def post_reduce_scatter_tokens(x: torch.Tensor, axis: Axis) -> Posted:
+    """``reduce_scatter_tokens`` over an axis of two ranks or more, posted."""
+    out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    return Posted(_reduce_scatter, out, x.contiguous(), axis)
+
+
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis):
