@@ -45,7 +45,7 @@ class RingAttention(torch.autograd.Function):
                 # those of this chunk, which come from the rank that had it before
                 behind = _pass_on(behind, axis).wait()
             else:
-                behind = [torch.zeros_like(x, dtype=torch.float32) for x in (k, v)]
+                behind = [x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v)]
             rows, columns, causal = _parts(q.shape[2], axis.rank, source)
             parts = attention_part_backward(
                 grad[:, :, rows], q[:, :, rows], out[:, :, rows], lse[:, :, rows],
