@@ -215,7 +215,8 @@ def measure_attention(mesh: Mesh, axis: Axis, length: int, options: argparse.Nam
     for function in (gathering, not_gathering, own_first, ring):
         note(function.__name__, function)
     with nothing_posted():
-        note("own_first_without_transfers", own_first)
+        without = seconds(step, own_first, axis, mesh.device, options.repeats)
+    found["own_first_without_transfers"] = without
     return found
 
 

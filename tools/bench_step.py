@@ -186,7 +186,12 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
         micro.append(clock.seconds(start, middle))
         update.append(clock.seconds(middle, end))
     micro, update = micro[options.warm_up :], update[options.warm_up :]
-    memory = torch.cuda.max_memory_allocated() / 2**30 if mesh.device.type == "cuda" else None
+    memory = held = None
+    if mesh.device.type == "cuda":
+        memory, held = (
+            amount() / 2**30
+            for amount in (torch.cuda.max_memory_allocated, torch.cuda.memory_allocated)
+        )
     median = statistics.median(micro)
     result = {
         "tokens": options.tokens,
@@ -195,6 +200,7 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
         "micro_step_spread": [min(micro), max(micro)],
         "update_seconds": statistics.median(update),
         "peak_gib": memory,
+        "held_gib": held,
         "utilisation": needed_flops(spec, options) / (mesh.tp.size * mesh.cp.size) / median / rate,
         "tokens_per_second": options.tokens * options.batch * mesh.dp.size / median,
     }
@@ -254,7 +260,11 @@ def report(options: argparse.Namespace, mesh: Mesh, rate: float, results: list[d
     )
     for result in results:
         low, high = result["micro_step_spread"]
-        memory = "" if result["peak_gib"] is None else f"  peak {result['peak_gib']:.1f} GiB"
+        memory = (
+            ""
+            if result["peak_gib"] is None
+            else f"  peak {result['peak_gib']:.1f} GiB, {result['held_gib']:.1f} between steps"
+        )
         print(
             f"{result['tokens']:7,d} tokens  recompute {'yes' if result['recompute'] else 'no '}  "
             f"micro-step {result['micro_step_seconds']:.3f} s ({low:.3f}-{high:.3f})  "

@@ -40,9 +40,11 @@ LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 HIDDEN: gl.constexpr = gl.constexpr(-(2.0**100))
 # A sum of exponentials from which on a sweep with a fixed shift does not count, see `_consume`.
 LIMIT: gl.constexpr = gl.constexpr(2.0**60)
-BLOCK_ROWS, BLOCK_COLUMNS = 128, 128
-# 384 threads enter with 168 registers each; the producer hands most of its own to the consumers.
-CONSUMER_REGISTERS: gl.constexpr = gl.constexpr(240)
+# Three warpgroups of smaller tiles hide each other's latencies better than two of 128 columns.
+GROUPS: gl.constexpr = gl.constexpr(3)
+BLOCK_COLUMNS = 64
+# 512 threads enter with 128 registers each; the producer hands most of its own to the consumers.
+CONSUMER_REGISTERS: gl.constexpr = gl.constexpr(160)
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
 
@@ -59,12 +61,12 @@ def _tile(step, span):
 
 @gluon.jit
 def _next_attempt(attempt, flags, done, WARPS: gl.constexpr):
-    """2, or 1 if a warpgroup's first sweep failed; waits for both."""
+    """2, or 1 if a warpgroup's first sweep failed; waits for all of them."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     mbarrier.wait(done, attempt)
-    flag = gl.maximum(
-        flags.index(attempt * 2).load(layout), flags.index(attempt * 2 + 1).load(layout)
-    )
+    flag = flags.index(attempt * GROUPS).load(layout)
+    for group in gl.static_range(1, GROUPS):
+        flag = gl.maximum(flag, flags.index(attempt * GROUPS + group).load(layout))
     return gl.where(gl.max(flag, 0) > 0, attempt + 1, 2)
 
 
@@ -78,8 +80,8 @@ def _produce(descs, smem, bars, place, span, STAGES: gl.constexpr):
     first, full_first, full_last, last = span
     BLOCK_N: gl.constexpr = cols_s.block_shape[2]
 
-    mbarrier.expect(x_ready, 2 * (rows_s.block_type.nbytes + rows_t.block_type.nbytes))
-    for group in gl.static_range(2):
+    mbarrier.expect(x_ready, GROUPS * (rows_s.block_type.nbytes + rows_t.block_type.nbytes))
+    for group in gl.static_range(GROUPS):
         start = start_m + group * ROWS
         tma.async_copy_global_to_shared(rows_s, [ib, ih, start, 0], x_ready, x_s.index(group))
         tma.async_copy_global_to_shared(rows_t, [ib, ih, start, 0], x_ready, x_t.index(group))
@@ -110,6 +112,24 @@ def _rows_by_cols(x, y, acc):
     x = x.reshape([x.shape[2], x.shape[3]])
     y = y.reshape([y.shape[2], y.shape[3]]).permute((1, 0))
     return warpgroup_mma(x, y, acc, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _branch_on(x):
+    """x [64, 4] >= 0, past a branch that is never taken.
+
+    Without a branch the assembler takes the wait for t first, and the tensor cores' second product
+    runs under nothing.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred never; mov.b32 $0, $2; mov.b32 $1, $3; setp.lt.f32 never, $2, 0f00000000;"
+        " stay: @never bra stay; }",
+        "=f,=f,f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=2,
+    )
 
 
 @gluon.jit
@@ -151,9 +171,7 @@ def _step(
     else:
         v_s = by_lane(s, BLOCK_N) * scale_s - spread(shift_s)
         l_s += sum_columns(gl.exp2(v_s))
-        # Long passed. Without a branch here the assembler takes the wait for t first, and the
-        # tensor cores' second product runs under nothing.
-        mbarrier.wait(s_ready.index(stage), phase)
+        l_s = _branch_on(l_s)
     t = warpgroup_mma_wait(0, deps=[t])
     mbarrier.arrive(free.index(stage))
     if EXACT:
@@ -237,7 +255,7 @@ def _consume(
         live = top_t > HIDDEN * 0.5
         failed = gl.max((live & ~((l_s < LIMIT) & (l_t < LIMIT))).to(gl.int32), 0)
         flag = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0])) + failed
-        flags.index(attempt * 2 + GROUP).store(flag)
+        flags.index(attempt * GROUPS + GROUP).store(flag)
         thread_barrier()
         mbarrier.arrive(done)
         if PARTIAL:
@@ -278,11 +296,11 @@ def _forward_kernel(
     STAGES: gl.constexpr,
     PARTIAL: gl.constexpr,
 ):
-    """128 rows of one head. ``scale_*`` carry log2(e); ``out`` is [5 or 3, b, heads, n].
+    """192 rows of one head. ``scale_*`` carry log2(e); ``out`` is [5 or 3, b, heads, n].
 
     rows_*, cols_*: TMA descriptors of [b, heads, length, d] with blocks of 64 and BLOCK_N vectors.
     """
-    BLOCK_M: gl.constexpr = 2 * ROWS
+    BLOCK_M: gl.constexpr = GROUPS * ROWS
     BLOCK_N: gl.constexpr = cols_s.block_shape[2]
     block, bh = own_block(gl.cdiv(n, BLOCK_M), b * heads, section, True)
     ib = bh // heads
@@ -292,8 +310,8 @@ def _forward_kernel(
     col_hi += gl.cast(ib, gl.int64) * n
     span = tile_range(col_lo, col_hi, start_m, n, BLOCK_M, BLOCK_N)
 
-    x_s = gl.allocate_shared_memory(rows_s.dtype, [2] + rows_s.block_shape, rows_s.layout)
-    x_t = gl.allocate_shared_memory(rows_t.dtype, [2] + rows_t.block_shape, rows_t.layout)
+    x_s = gl.allocate_shared_memory(rows_s.dtype, [GROUPS] + rows_s.block_shape, rows_s.layout)
+    x_t = gl.allocate_shared_memory(rows_t.dtype, [GROUPS] + rows_t.block_shape, rows_t.layout)
     y_s = gl.allocate_shared_memory(cols_s.dtype, [STAGES] + cols_s.block_shape, cols_s.layout)
     y_t = gl.allocate_shared_memory(cols_t.dtype, [STAGES] + cols_t.block_shape, cols_t.layout)
     x_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -302,13 +320,13 @@ def _forward_kernel(
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     flag_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    flags = gl.allocate_shared_memory(gl.int32, [4, 128], flag_layout)
-    mbarrier.init(done, 2)
+    flags = gl.allocate_shared_memory(gl.int32, [2 * GROUPS, 128], flag_layout)
+    mbarrier.init(done, GROUPS)
     mbarrier.init(x_ready, 1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(s_ready.index(stage), 1)
         mbarrier.init(t_ready.index(stage), 1)
-        mbarrier.init(free.index(stage), 2)
+        mbarrier.init(free.index(stage), GROUPS)
 
     descs = (rows_s, rows_t, cols_s, cols_t)
     smem = (x_s, x_t, y_s, y_t, flags)
@@ -324,10 +342,11 @@ def _forward_kernel(
         [
             (_consume, (common, 0, STAGES, PARTIAL)),
             (_consume, (common, 1, STAGES, PARTIAL)),
+            (_consume, (common, 2, STAGES, PARTIAL)),
             (_produce, (descs, smem, bars, place, span, STAGES)),
         ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 4, 1],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
 
 
@@ -337,9 +356,9 @@ def hopper_forward(op: Operands, partial: bool) -> RelationStatistics | Partials
     planes = 5 if partial else 3
     out = torch.empty(planes, b, heads, n, dtype=torch.float32, device=op.rows_s.device)
     with torch.cuda.device_of(op.rows_s):
-        _forward_kernel[(-(-n // BLOCK_ROWS) * b * heads,)](
-            descriptor(op.rows_s, BLOCK_ROWS // 2),
-            descriptor(op.rows_t, BLOCK_ROWS // 2),
+        _forward_kernel[(-(-n // (GROUPS.value * ROWS.value)) * b * heads,)](
+            descriptor(op.rows_s, ROWS.value),
+            descriptor(op.rows_t, ROWS.value),
             descriptor(op.cols_s, BLOCK_COLUMNS),
             descriptor(op.cols_t, BLOCK_COLUMNS),
             op.mask.col_lo_bn.contiguous(),
@@ -352,9 +371,9 @@ def hopper_forward(op: Operands, partial: bool) -> RelationStatistics | Partials
             tiling.section_heads(b * heads, op.cols_s, op.cols_t),
             op.scale_s * tiling.LOG2E.value,
             op.scale_t * tiling.LOG2E.value,
-            STAGES=2 if max(d_s, op.rows_t.shape[3]) == 128 else 3,
+            STAGES=3 if max(d_s, op.rows_t.shape[3]) == 128 else 6,
             PARTIAL=partial,
             num_warps=4,
-            maxnreg=168,
+            maxnreg=128,
         )
     return Partials(*out) if partial else RelationStatistics(*out)

@@ -25,11 +25,11 @@ def kernels(d: int, self_relation: bool):
     """(name, compiled kernel) of the forms of forward and backward for one head_dim."""
     x = torch.empty(2, 4, 512, d, dtype=torch.bfloat16)
     interval, stats = torch.empty(2, 512, dtype=torch.int32), torch.empty(5, 2, 4, 512)
-    rows, wide = descriptor(x, 64), descriptor(x, 128)
+    rows = descriptor(x, 64)
     yield "forward", hopper_forward._forward_kernel.warmup(
-        rows, rows, wide, wide, interval, interval, stats, 2, 4, 1, 512, 8, 0.1, 0.1,
-        STAGES=2 if d == 128 else 3, PARTIAL=not self_relation,
-        grid=(1,), num_warps=4, maxnreg=168,
+        rows, rows, rows, rows, interval, interval, stats, 2, 4, 1, 512, 8, 0.1, 0.1,
+        STAGES=3 if d == 128 else 6, PARTIAL=not self_relation,
+        grid=(1,), num_warps=4, maxnreg=128,
     )  # fmt: skip
     yield "backward", hopper_backward._backward_kernel.warmup(
         rows, rows, rows, rows, stats, stats, stats, stats, interval, interval, interval, interval,
