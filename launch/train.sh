@@ -26,7 +26,8 @@
 #   --id NAME               name of this job at the rendezvous (default: megalard)
 #
 # What follows -- goes to the trainer; `python -m megalard.train --help` lists the keys.
-# SIGTERM and SIGUSR1 save a checkpoint and end the run with status 0. PYTHON chooses the Python.
+# SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end the run with status 0; a second Ctrl-C ends it
+# without. PYTHON chooses the Python.
 set -euo pipefail
 
 fail() {
@@ -95,46 +96,27 @@ for path in "${paths[@]}"; do
     list+="${list:+, }'${path//\'/\'\'}'"
 done
 
-# listens PROCESS SIGNAL: whether a handler of its own would get the signal
-listens() {
-    local caught
-    caught=$(sed -n 's/^SigCgt:\s*//p' "/proc/$1/status" 2>/dev/null) || return 1
-    [ -n "$caught" ] && [ $((16#$caught >> ($(kill -l "$2") - 1) & 1)) = 1 ]
-}
-
-# A rank that is still starting would die of a signal, and torchrun call that a failure: each gets it
-# once it listens. With no ranks there is nothing to save, and torchrun may end.
-pass_on() {
-    signalled=yes
-    local agent=${!:-} state children child deaf told=' '
-    if [ -z "$agent" ]; then
+# Signals are noted here and passed on below, once there are ranks.
+asked='' interrupted='' unsaved=${preflight:+143} unsaved=${unsaved:-0}
+note() {
+    if [ -z "${!:-}" ]; then
         echo "SIG$1: stopped; nothing to save"
-        exit 0
+        exit "$unsaved"
     fi
-    while read -r _ _ state _ <"/proc/$agent/stat" && [ "$state" != Z ]; do
-        children=$(cat /proc/"$agent"/task/*/children 2>/dev/null || true)
-        if [ -z "$children" ]; then
-            kill -s TERM "$agent" 2>/dev/null || true
-            stopped=$1
-            return 0
-        fi
-        deaf=''
-        for child in $children; do
-            if [[ $told = *" $child "* ]]; then continue; fi
-            if listens "$child" "$1"; then
-                kill -s "$1" "$child" 2>/dev/null || true
-                told+="$child "
-            else
-                deaf=yes
-            fi
-        done
-        [ -n "$deaf" ] || return 0
-        sleep 0.1
-    done 2>/dev/null
+    asked=${asked:-$1} signalled=yes
 }
-stopped=''
-trap 'pass_on TERM' TERM
-trap 'pass_on USR1' USR1
+interrupt() {
+    [ -n "${!:-}" ] || exit 130
+    if [ -n "$asked" ]; then
+        interrupted=yes
+    else
+        echo "train.sh: stopping, and saving what there is to save; Ctrl-C again ends it at once" >&2
+    fi
+    note TERM
+}
+trap 'note TERM' TERM HUP
+trap 'note USR1' USR1
+trap interrupt INT
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [ -z "$gpus" ]; then
@@ -178,22 +160,95 @@ fi
 # to finish a step and save. So signals go to the ranks, and torchrun only sees them end.
 set -m
 (
-    trap '' USR1
+    trap '' USR1 HUP
     exec "${torchrun[@]}" "${trainer[@]}"
 ) &
 agent=$!
 
-trap 'signalled=yes; kill -s INT "$agent" 2>/dev/null || true' INT
+runs() {
+    local stat
+    stat=$(cat "/proc/$1/stat" 2>/dev/null) && [[ ${stat##*) } != Z* ]]
+}
 
-# a signal ends the wait, but not what is waited for
+children_of() {
+    if [ -e "/proc/$$/task/$$/children" ]; then
+        cat /proc/"$1"/task/*/children 2>/dev/null || true
+    else
+        ps -o pid= --ppid "$1" || true
+    fi
+}
+
+# whatever is between: PYTHON may be a script, and ranks start processes of their own
+ranks_of() {
+    local child
+    for child in $(children_of "$1"); do
+        if grep -qz '^RANK=' "/proc/$child/environ" 2>/dev/null; then
+            echo "$child"
+        else
+            ranks_of "$child"
+        fi
+    done
+}
+
+# listens PROCESS SIGNAL: whether a handler of its own would get the signal
+listens() {
+    local caught
+    caught=$(sed -n 's/^SigCgt:\s*//p' "/proc/$1/status" 2>/dev/null) || return 1
+    [ -n "$caught" ] && [ $((16#$caught >> ($(kill -l "$2") - 1) & 1)) = 1 ]
+}
+
+# A rank that is still starting would die of the signal, and torchrun call that a failure: each is
+# told once it listens, also those that start again after a failure. torchrun is told where there is
+# nothing to wait for: no ranks for 3 seconds (at its end it needs some tenths of one), or deaf ones.
+told=' ' alone=0 unheard=0 stopped=''
+pass_on() {
+    local ranks rank deaf=''
+    ranks=$(ranks_of "$agent")
+    if [ -n "$interrupted" ]; then
+        # shellcheck disable=SC2086
+        kill -s KILL $ranks "$agent" 2>/dev/null || true
+        return 0
+    fi
+    for rank in $ranks; do
+        if [[ $told = *" $rank "* ]]; then continue; fi
+        if listens "$rank" "$asked"; then
+            kill -s "$asked" "$rank" 2>/dev/null || true
+            told+="$rank "
+        else
+            deaf=yes
+        fi
+    done
+    alone=$([ -n "$ranks" ] && echo 0 || echo $((alone + 1)))
+    unheard=$([ -z "$deaf" ] && echo 0 || echo $((unheard + 1)))
+    if [ "$alone" = 15 ]; then
+        stopped=yes
+        kill -s TERM "$agent" 2>/dev/null || true
+    elif [ "$unheard" = 300 ]; then
+        echo "train.sh: error: SIG$asked: a rank has not listened for a minute; torchrun ends it" >&2
+        kill -s TERM "$agent" 2>/dev/null || true
+    fi
+}
+
 while true; do
     signalled='' status=0
-    wait "$agent" 2>/dev/null || status=$?
-    [ -n "$signalled" ] || break
+    if [ -z "$asked" ]; then
+        wait "$agent" 2>/dev/null || status=$?
+        # a signal ends the wait, but not what is waited for
+        [ -n "$signalled" ] || break
+    elif runs "$agent"; then
+        pass_on
+        sleep 0.2 || true
+    else
+        wait "$agent" 2>/dev/null || status=$?
+        break
+    fi
 done
+if [ -n "$interrupted" ]; then
+    exit 130
+fi
 if [ -n "$stopped" ]; then
-    echo "SIG$stopped: stopped while no ranks were running; nothing to save"
-    exit 0
+    echo "SIG$asked: stopped while no ranks were running"
+    exit "$unsaved"
 fi
 if [ "$status" != 0 ]; then
     echo "train.sh: error: the run failed with status $status; where the trainer knows why, a" \

@@ -140,7 +140,8 @@ def prepare_output(config: Config, mesh: Mesh) -> Iterator[Output]:
         with checked_on_all_ranks(mesh.world):
             if mesh.world.rank == 0:
                 held.enter_context(_claim(output, config))
-        yield output
+        # another process may have saved between the look and the lock
+        yield output if output.fresh else find_output(config, mesh)
 
 
 def _claim(output: Output, config: Config) -> IO[bytes]:

@@ -19,6 +19,17 @@ from megalard.config_checks import RELATIONS, validate
 from megalard.errors import UserError
 
 
+class _OneOfEach(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice!r} is given twice {node.start_mark}".strip())
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | None, overrides: list[str]) -> Config:
     """Read a YAML file and apply ``--section.key value`` overrides.
 
@@ -29,7 +40,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
     tree: dict = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            tree = yaml.load(Path(path).read_text(encoding="utf-8"), _OneOfEach) or {}
         except OSError as error:
             raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:

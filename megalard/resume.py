@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,19 +82,15 @@ def find_output(config: Config, mesh: Mesh) -> Output:
 def _look(config: Config, directory: Path) -> Output:
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return Output(directory)
-    taken = UserError(f"run.output {directory} is not empty: choose another directory")
     if not directory.is_dir():
-        raise taken
+        raise UserError(f"run.output {directory} is a file: choose a directory")
+    taken = UserError(f"run.output {directory} is not empty: choose another directory")
     output = Output(directory, fresh=False)
     saved = checkpoints(output.checkpoints)
     if saved:
         path = saved[-1][1]
-        try:
+        with _naming_older(path):
             manifest = read_manifest(path)
-        except UserError as error:
-            others = [other.name for _, other in saved[:-1]]
-            hint = f"; remove {path} to go on from {others[-1]}" if others else ""
-            raise UserError(f"{error}{hint}") from None
         if manifest.kind != "training":
             raise UserError(
                 f"{path} is a whole model and no checkpoint of a run: move it out of "
@@ -103,7 +101,12 @@ def _look(config: Config, directory: Path) -> Output:
     # stopped before its first checkpoint: the same command starts again
     started = directory / "run.json"
     exported = (directory / "student").exists() or any(directory.glob("step-*"))
-    if started.is_file() and not exported:
+    if started.is_file() and exported:
+        raise UserError(
+            f"run.output {directory} holds a run that has exported its student and has no "
+            "checkpoint to go on from: choose another directory"
+        )
+    if started.is_file():
         try:
             text = started.read_text()
             if text:  # else it was stopped before it wrote that
@@ -112,6 +115,17 @@ def _look(config: Config, directory: Path) -> Output:
             raise taken from None
         return output
     raise taken
+
+
+@contextmanager
+def _naming_older(checkpoint: Path) -> Iterator[None]:
+    """Say of a damaged checkpoint which older one there is to go on from."""
+    try:
+        yield
+    except UserError as error:
+        older = [path.name for _, path in checkpoints(checkpoint.parent) if path < checkpoint]
+        hint = f"; remove {checkpoint} to go on from {older[-1]}" if older else ""
+        raise type(error)(f"{error}{hint}") from None
 
 
 def _compare(theirs: dict, ours: dict, directory: Path) -> None:
@@ -166,17 +180,20 @@ def resume(
             print(f"{output.directory} holds no complete checkpoint: from the start", flush=True)
         return 0, None
     with checked_on_all_ranks(axis):
-        weights = ShardedWeights(output.checkpoint)
+        with _naming_older(output.checkpoint):
+            weights = ShardedWeights(output.checkpoint)
         manifest = weights.manifest
         _check_data(manifest, stores)
         _check_student(manifest, distiller.student.decoder.spec.hf_config)
 
     def check() -> None:
-        weights.check_sums(axis)
+        with _naming_older(output.checkpoint):
+            weights.check_sums(axis)
         origins.check(manifest, axis)
 
     with checked_meanwhile(check, axis) as wait_for_checksums:
-        restore_state(distiller, weights, axis)
+        with _naming_older(output.checkpoint):
+            restore_state(distiller, weights, axis)
         wait_for_checksums()
     step = manifest.training["step"]
     if axis.rank == 0:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,21 +18,32 @@ from megalard.parallel.mesh import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+# Before the first rank ends, all of them have been told, so that none takes it for a failure.
+_ALL_TOLD_S = 1.0
+# What a main thread gets to end by itself, removing its temporary files.
+_PATIENCE_S = 5.0
+
 
 class StopSignals:
     """What a run does with the signals, in a ``with`` statement around all of it.
 
-    While it takes steps, a signal asks it to stop after the step; more of them change nothing,
-    since one request may reach a rank both from its launcher and directly. Before and after, where
-    there is nothing to save, a signal ends the process at once. Either way the status is 0.
+    While it takes steps, a signal asks it to stop after the step. Before and after, where there is
+    nothing to save, a signal ends the process: by ``SystemExit`` where the main thread runs, by a
+    thread where it waits inside of a library, for a rank that has ended, and Python calls no
+    handler. Signals after the first change nothing.
 
-    A thread listens: the main one may be waiting for another rank, inside of a library, where
-    Python calls no handler.
+    Args:
+        status: the process's, where there was nothing to save.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, status: int = 0):
+        self._status = status
         self._received = 0
-        self._stepping = False
+        self._reported = False
+        self._handler_ends = True
+        self._waits_for_step = False
+        # the signal was acted on, or something failed, which it must not hide
+        self._over = False
         self._before: dict = {}
 
     def __enter__(self) -> StopSignals:
@@ -41,42 +53,65 @@ class StopSignals:
             os.set_blocking(self._told, False)
             self._told_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
             threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
-            # without a handler of Python's the numbers do not come through the pipe
-            self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = kind is not None and issubclass(kind, Exception)
+        ending = failed and self._received and not self._over
+        self._over = True
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._before:
             signal.set_wakeup_fd(self._told_before)
             os.close(self._told)
+        if ending:
+            # of another rank, which was told before and has ended
+            self._report()
+            raise SystemExit(self._status) from None
+
+    def _handle(self, number: int, frame: object) -> None:
+        """In the main thread, between two of its instructions."""
+        if self._handler_ends and not self._over:
+            self._handler_ends = False
+            self._received = self._received or number
+            time.sleep(_ALL_TOLD_S)
+            self._report()
+            raise SystemExit(self._status)
 
     def _listen(self) -> None:
-        while number := os.read(self._listening, 1):
-            if number[0] in SIGNALS and not self._received:
-                self._received = number[0]
-                if not self._stepping:
-                    self._end()
+        numbers = iter(lambda: os.read(self._listening, 1), b"")
+        number = next((number[0] for number in numbers if number[0] in SIGNALS), 0)
+        self._received = self._received or number
+        while number and not self._over:
+            time.sleep(_PATIENCE_S)
+            if not self._over and not self._waits_for_step:
+                self._report()
+                sys.stdout.flush()
+                os._exit(self._status)
         os.close(self._listening)
 
-    def _end(self) -> None:
-        if os.environ.get("RANK", "0") == "0":
+    def _report(self) -> None:
+        if os.environ.get("RANK", "0") == "0" and not self._reported:
+            self._reported = True
             name = signal.Signals(self._received).name
             print(f"{name}: stopped; nothing to save", flush=True)
-        sys.stdout.flush()
-        os._exit(0)
 
     @contextmanager
     def after_a_step(self, mesh: Mesh) -> Iterator[None]:
         """In this block the signals wait for ``agreed``; a collective call."""
-        # all ranks pass from ending at once to waiting together: none waits for one that ended
-        self.agreed(mesh, False)
-        self._stepping = True
+        # all ranks begin to wait for steps together, or those that are told before end here
+        self._handler_ends = False
+        all_reduce(torch.zeros(1, device=mesh.device), mesh.world).item()
+        self._waits_for_step = True
         try:
             yield
+        except BaseException:
+            self._over = True
+            raise
         finally:
-            self._stepping = False
+            self._waits_for_step = False
+            self._handler_ends = True
 
     def agreed(self, mesh: Mesh, failed: bool) -> tuple[str | None, bool]:
         """The signal any rank was sent, and whether ``failed`` holds on any of them.
@@ -85,4 +120,5 @@ class StopSignals:
         """
         flags = torch.tensor([float(self._received), float(failed)], device=mesh.device)
         number, any_failed = all_reduce(flags, mesh.world, dist.ReduceOp.MAX).tolist()
+        self._over = self._over or number > 0
         return signal.Signals(int(number)).name if number else None, bool(any_failed)

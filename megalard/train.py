@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 from contextlib import ExitStack, closing
 from functools import partial
@@ -73,6 +74,12 @@ def train(config: Config, stop: StopSignals) -> None:
         first = mesh.world.rank == 0
         if first and mesh.device.type == "cuda":
             print(f"relation kernels: {describe_kernels(mesh.device)}", flush=True)
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+        if first and restarts and not config.checkpoint.save_every:
+            print(
+                "warning: checkpoint.save_every is 0: a restart begins where this start began",
+                flush=True,
+            )
         monitor = Monitor(output.directory, steps, tokens_a_step, config.run.log_every, first, done)
         describe = partial(describe_run, distiller, plan.student_config, tokens, loaders)
         source = origins.base
@@ -84,29 +91,32 @@ def train(config: Config, stop: StopSignals) -> None:
         def export(name: str) -> None:
             save_student(output.directory / name, student, source, plan.student_config, files, mesh)
 
-        with stop.after_a_step(mesh):
-            with loaders, closing(monitor), saver:
-                for number in range(done + 1, steps + 1):
-                    batches = loaders.step(number - 1, mesh.device)
-                    result = distiller.step(batches, number - 1)
-                    monitor.step(number, result, mesh.device)
-                    asked, failed = stop.agreed(mesh, saver.failed())
-                    if failed:
-                        saver.wait()
-                    if asked or saver.is_due(number):
-                        saver.save(number)
-                    if asked:
-                        saver.wait()
-                        if first:
-                            print(f"{asked}: saved after step {number} and stopped", flush=True)
-                        return
-                    if export_is_due(config, number):
-                        export(f"step-{number:06d}")
-                export("student")
+        with stop.after_a_step(mesh), loaders, closing(monitor), saver:
+            for number in range(done + 1, steps + 1):
+                batches = loaders.step(number - 1, mesh.device)
+                result = distiller.step(batches, number - 1)
+                monitor.step(number, result, mesh.device)
+                asked, failed = stop.agreed(mesh, saver.failed())
+                if failed:
+                    saver.wait()
+                if asked or saver.is_due(number):
+                    saver.save(number)
+                if asked:
+                    saver.wait()
+                    if first:
+                        print(f"{asked}: saved after step {number} and stopped", flush=True)
+                    return
+                if export_is_due(config, number):
+                    export(f"step-{number:06d}")
+            export("student")
             asked, _ = stop.agreed(mesh, False)
+            if asked:
+                saver.save(steps)
         if asked:
             if first:
-                print(f"{asked}: the student is complete; it was not evaluated", flush=True)
+                print(
+                    f"{asked}: the student is complete; the same command evaluates it", flush=True
+                )
             return
         evaluator.after(teacher, student.decoder, tokens_a_step * steps)
 
@@ -142,11 +152,17 @@ def main(arguments: list[str] | None = None) -> None:
         "time, and exit without writing",
     )
     options, overrides = parser.parse_known_args(arguments)
+    # a preflight that was stopped has not passed
+    with StopSignals(status=128 + signal.SIGTERM if options.preflight else 0) as stop:
+        _run(options.config, overrides, None if options.preflight else stop)
+
+
+def _run(config_file: str | None, overrides: list[str], stop: StopSignals | None) -> None:
+    """``train``, or ``check`` without ``stop``; tells what a user can mend and exits with 1."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        with StopSignals() as stop:
-            config = load_config(options.config, overrides)
-            check(config) if options.preflight else train(config, stop)
+        config = load_config(config_file, overrides)
+        train(config, stop) if stop else check(config)
     except UserError as error:
         if rank == 0 or isinstance(error, RankError):
             print(f"megalard: error: {error}", file=sys.stderr, flush=True)

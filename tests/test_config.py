@@ -216,6 +216,8 @@ def test_what_a_run_cannot_do_without_is_asked_for(key):
     ("content", "sentence"),
     [
         ("model: [", "is not valid YAML"),
+        ("optimizer: {steps: 3}\noptimizer: {eps: 1}", "'optimizer' is given twice"),
+        ("optimizer: {steps: 3, steps: 4}", "'steps' is given twice"),
         (b"\xff\xfe\x00", "is not valid YAML"),
         ("- a\n- b\n", "must hold sections such as 'model:' and 'data:'"),
         ("model: 3\n", "'model' is a section, got the value 3"),

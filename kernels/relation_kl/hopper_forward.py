@@ -2,9 +2,9 @@
 
 A block of 64 rows per consumer warpgroup meets the column tiles that a producer warp copies ahead
 (TMA). A warpgroup multiplies S = X_s Y_s^T and T = X_t Y_t^T on the tensor cores, takes the
-exponentials of S under the product T, and those of T under the products of the other warpgroup
-(FlashAttention-3, arXiv 2407.08608, overlaps in the same two ways). That the two take turns is
-left to the hardware: enforcing it with barriers measured slower.
+exponentials of S under the product T, and those of T under the products of the other
+warpgroups (FlashAttention-3, arXiv 2407.08608, overlaps in the same two ways). That they take turns
+is left to the hardware: enforcing it with barriers measured slower.
 
 The online softmax is kept per thread: each of the four lanes that share a row has a maximum and
 sums over its own quarter of the columns, and the four merge once, at the end, as any partials do.

@@ -124,7 +124,10 @@ def _text_of_line(line: str, text_key: str, where: str) -> str:
         raise UserError(f"{where} is not a JSON object: write one with the key {text_key!r}")
     if text_key not in record:
         keys = ", ".join(repr(key) for key in list(record)[:8]) or "none"
-        raise UserError(f"{where} has no key {text_key!r} (its keys: {keys}): set the text key")
+        raise UserError(
+            f"{where} has no key {text_key!r} (its keys: {keys}): set data.text_key "
+            "(--text-key of the tools)"
+        )
     text = record[text_key]
     if not isinstance(text, str):
         raise UserError(

@@ -127,7 +127,8 @@ class TokenStore:
         if self.largest_id >= vocab_size:
             raise UserError(
                 f"token store {self.path} holds the id {self.largest_id} but the model has only "
-                f"{vocab_size} rows of embedding: tokenize again with the model's own tokenizer"
+                f"{vocab_size} rows of embedding: tokenize again with the model's own tokenizer "
+                "(model.tokenizer)"
             )
 
 

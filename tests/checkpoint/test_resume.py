@@ -164,9 +164,14 @@ def test_a_signal_while_the_student_is_saved_ends_the_run_after_it(job, tmp_path
         save(*args)
 
     monkeypatch.setattr(train, "save_student", save_student)
-    monkeypatch.setattr(train.Evaluator, "after", lambda *args: pytest.fail("it was evaluated"))
+    evaluated = []
+    monkeypatch.setattr(train.Evaluator, "after", lambda *args: evaluated.append(args))
     main(arguments(job, output))
-    assert (output / "student" / "config.json").exists()
+    assert (output / "student" / "config.json").exists() and not evaluated
+    # no interval is configured, and still the same command goes on from there
+    monkeypatch.setattr(train, "save_student", save)
+    main(arguments(job, output))
+    assert len(evaluated) == 1
 
 
 def metrics_so_far(output: Path) -> list[int]:
@@ -247,6 +252,20 @@ def test_another_text_is_refused(job, tmp_path, capsys):
     assert "the text is not the one" in line
 
 
+@pytest.mark.parametrize("place", [4, -1], ids=["header", "data"])
+def test_a_changed_bit_is_told_with_the_checkpoint_to_go_on_from(place, job, tmp_path, capsys):
+    output = interrupted(job / "one", tmp_path / "output")
+    damaged = checkpoint_path(output / "checkpoints", 4)
+    shard = sorted(damaged.glob("optimizer-*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 1
+    shard.write_bytes(content)
+    line = refusal(capsys, job, output, *SAVE)
+    assert "is damaged" in line and line.endswith(f"; remove {damaged} to go on from step-000002")
+    shutil.rmtree(damaged)
+    main(arguments(job, output, *SAVE))
+
+
 def test_another_base_model_is_refused_and_a_moved_one_is_not(job, tmp_path, capsys):
     output = interrupted(job / "one", tmp_path / "output")
     model = shutil.copytree(job / "model", tmp_path / "model")
@@ -318,6 +337,22 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(job, tmp_path, capsys, monke
         line = refusal(capsys, job, output, *SAVE)
     assert f"another process has begun a run in run.output {output}" in line
     main(arguments(job, output, *SAVE))
+
+
+def test_what_another_process_saved_before_it_let_go_is_found(job, tmp_path, capsys, monkeypatch):
+    """The same command twice: the second looks, waits for the first, and looks again."""
+    output, hold = interrupted(job / "one", tmp_path / "output"), locks.hold
+
+    def hold_after_the_other(*place):
+        monkeypatch.setattr(assemble, "hold", hold)
+        main(arguments(job, output, *SAVE))
+        return hold(*place)
+
+    monkeypatch.setattr(assemble, "hold", hold_after_the_other)
+    main(arguments(job, output, *SAVE))
+    resumed = [line for line in capsys.readouterr().out.splitlines() if "resuming" in line]
+    assert [line.split()[-1] for line in resumed] == ["4", str(STEPS)]
+    assert losses(output) == losses(job / "one")
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(job, tmp_path, capsys):

@@ -29,6 +29,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 TRAIN, SLURM = LAUNCH / "train.sh", LAUNCH / "slurm.sbatch"
 # the limit is for what hangs: among other tests on two busy cores a start has taken a minute
 STEPS, LIMIT_S = 60, 300
+ENDLESS = ("optimizer.steps=20000", "checkpoint.save_every=0")
 GIVEN = ("--model.teacher=", "--data.paths=", "--run.output=")
 
 
@@ -185,6 +186,13 @@ def test_two_nodes_are_one_of_two_ranks_though_one_is_lost_and_starts_again(job,
     assert_same_run(output, one)
 
 
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
 def ranks_of(node: subprocess.Popen) -> list[int]:
     """The trainers among a node's processes, in the order of their ranks."""
     found = {}
@@ -214,12 +222,49 @@ if (os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")) == ("{
     assert_same_run(output, one)
 
 
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_signal_to_a_run_that_has_just_failed(restarts, job):
+    """It stops ranks that start again, and does not hide a failure."""
+    output, log = job / f"failed-{restarts}", job / f"failed-{restarts}.log"
+    options = ("--gpus", "2", "--max-restarts", str(restarts))
+    node = start(TRAIN, command(job, output, *options, settings=ENDLESS), log)
+    wait_for(has(output / "metrics.jsonl", r'"step": 3,'), node, log)
+    os.kill(ranks_of(node)[1], signal.SIGKILL)
+    time.sleep(0.1)
+    node.send_signal(signal.SIGTERM)
+    assert node.wait(LIMIT_S) == 1 - restarts, log.read_text()[-4000:]
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(job):
+    output, log = job / "ctrl-c", job / "ctrl-c.log"
+    words = command(job, output, "--gpus", "2", settings=ENDLESS)
+    node = start(TRAIN, words, log)
+    wait_for(has(output / "metrics.jsonl", r'"step": 3,'), node, log)
+    node.send_signal(signal.SIGINT)
+    finish(node, log)
+    assert "SIGTERM: saved after step" in log.read_text() and "Traceback" not in log.read_text()
+    told = len(metrics_so_far(output))
+    node = start(TRAIN, words, log)
+    wait_for(lambda: len(metrics_so_far(output)) > told, node, log)
+    # a rank that stands still cannot save
+    standing, other = ranks_of(node)
+    os.kill(standing, signal.SIGSTOP)
+    node.send_signal(signal.SIGINT)
+    time.sleep(1)
+    node.send_signal(signal.SIGINT)
+    assert node.wait(LIMIT_S) == 130
+    deadline = time.monotonic() + LIMIT_S
+    while runs(standing) or runs(other):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
 def test_a_signal_at_any_moment_of_the_start_ends_the_run_with_0(number, job, one):
     """In the script, in torchrun, in ranks that do not listen yet, and before the first step."""
     output, log = job / number.name, job / f"{number.name}.log"
     words = command(job, output, "--gpus", "2", "--max-restarts", "2")
-    for moment in (0.3, 0.7, 1.5, 2.5, 3.5, 5):
+    for moment in (0.3, 1.5, 3, 5):
         node = start(TRAIN, words, log)
         time.sleep(moment)
         node.send_signal(number)
@@ -257,9 +302,6 @@ def fake_slurm(folder: Path) -> Path:
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}")
         (folder / name).chmod(0o755)
     return folder
-
-
-ENDLESS = ("optimizer.steps=20000", "checkpoint.save_every=0")
 
 
 def test_a_slurm_job_out_of_time_saves_and_queues_itself_again(job):
