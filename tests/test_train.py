@@ -364,7 +364,8 @@ def test_an_output_directory_that_is_not_empty_is_left_alone(preflight, job, tmp
     assert f"run.output {tmp_path} is not empty" in line
     assert snapshot(tmp_path) == {"student/config.json": b"precious"}
     file = tmp_path / "student" / "config.json"
-    assert f"{file} is not empty" in refusal(capsys, [*preflight, *arguments(job, file)])
+    line = refusal(capsys, [*preflight, *arguments(job, file)])
+    assert line.endswith(f"run.output {file} is a file: choose a directory")
     assert file.read_text() == "precious"
 
 
