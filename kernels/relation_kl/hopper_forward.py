@@ -43,7 +43,9 @@ LIMIT: gl.constexpr = gl.constexpr(2.0**60)
 # Three warpgroups of smaller tiles hide each other's latencies better than two of 128 columns.
 GROUPS: gl.constexpr = gl.constexpr(3)
 BLOCK_COLUMNS = 64
-# 512 threads enter with 128 registers each; the producer hands most of its own to the consumers.
+STAGES_OF_HEAD_DIM = {64: 6, 128: 3}  # what shared memory holds
+# 512 threads enter with so many registers each; the producer hands most of its own on.
+ENTRY_REGISTERS = 128
 CONSUMER_REGISTERS: gl.constexpr = gl.constexpr(160)
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
@@ -371,9 +373,9 @@ def hopper_forward(op: Operands, partial: bool) -> RelationStatistics | Partials
             tiling.section_heads(b * heads, op.cols_s, op.cols_t),
             op.scale_s * tiling.LOG2E.value,
             op.scale_t * tiling.LOG2E.value,
-            STAGES=3 if max(d_s, op.rows_t.shape[3]) == 128 else 6,
+            STAGES=STAGES_OF_HEAD_DIM[max(d_s, op.rows_t.shape[3])],
             PARTIAL=partial,
             num_warps=4,
-            maxnreg=128,
+            maxnreg=ENTRY_REGISTERS,
         )
     return Partials(*out) if partial else RelationStatistics(*out)

@@ -1,6 +1,7 @@
 """What the Hopper kernels share: their tiles, and how the copy engine reads the operands."""
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -23,17 +24,12 @@ def own_block(blocks, heads, section, HEAVY_LAST: gl.constexpr):
     return block, first_head + within % width
 
 
-@gluon.constexpr_function
-def _power_of_2(count):
-    return 1 << (count - 1).bit_length()
-
-
 @gluon.jit
 def tile_range(col_lo, col_hi, start, n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """As `tiling.tile_range`, of the rows from ``start``: first, full_first, full_last, last."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     FAR: gl.constexpr = 2147483647
-    PADDED: gl.constexpr = _power_of_2(BLOCK_M)
+    PADDED: gl.constexpr = triton.next_power_of_2(BLOCK_M)
     row = gl.arange(0, PADDED, layout)
     i = start + row
     inside = (i < n) & (row < BLOCK_M)

@@ -25,11 +25,11 @@ def kernels(d: int, self_relation: bool):
     """(name, compiled kernel) of the forms of forward and backward for one head_dim."""
     x = torch.empty(2, 4, 512, d, dtype=torch.bfloat16)
     interval, stats = torch.empty(2, 512, dtype=torch.int32), torch.empty(5, 2, 4, 512)
-    rows = descriptor(x, 64)
+    rows, tiles = descriptor(x, 64), descriptor(x, hopper_forward.BLOCK_COLUMNS)
     yield "forward", hopper_forward._forward_kernel.warmup(
-        rows, rows, rows, rows, interval, interval, stats, 2, 4, 1, 512, 8, 0.1, 0.1,
-        STAGES=3 if d == 128 else 6, PARTIAL=not self_relation,
-        grid=(1,), num_warps=4, maxnreg=128,
+        rows, rows, tiles, tiles, interval, interval, stats, 2, 4, 1, 512, 8, 0.1, 0.1,
+        STAGES=hopper_forward.STAGES_OF_HEAD_DIM[d], PARTIAL=not self_relation,
+        grid=(1,), num_warps=4, maxnreg=hopper_forward.ENTRY_REGISTERS,
     )  # fmt: skip
     yield "backward", hopper_backward._backward_kernel.warmup(
         rows, rows, rows, rows, stats, stats, stats, stats, interval, interval, interval, interval,
