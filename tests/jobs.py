@@ -7,8 +7,10 @@ import random
 import shutil
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from megalard.train import main
 from tests.models import make_model
 
 NATIVE, CONTEXT, BATCH, STEPS = 64, 32, 4, 8
@@ -88,3 +90,21 @@ def metrics(output: Path) -> list[dict]:
 
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its path in it."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refusal(capsys, command: list[str]) -> str:
+    """The one line a run ends with that finds bad input."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 1
+    printed = capsys.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("megalard: error: ")]
+    assert len(lines) == 1 and printed.count("error") >= 1 and "Traceback" not in printed
+    assert printed.rstrip().endswith(lines[0]), "the sentence runs over several lines"
+    return lines[0]

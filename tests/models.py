@@ -51,3 +51,10 @@ def copy_with_config(source: Path, folder: Path, config: dict) -> Path:
     (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def scale_rope(model: Path) -> None:
+    """Make a model one whose RoPE is scaled already, by 2."""
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    (model / "config.json").write_text(json.dumps(config))
