@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum, auto
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ALL_TOLD_S = 1.0
 # What a main thread gets to end by itself, removing its temporary files.
 _PATIENCE_S = 5.0
+
+
+class _Phase(Enum):
+    NOTHING_TO_SAVE = auto()  # a signal ends the process
+    ENDING = auto()
+    ENTERING = auto()  # the steps; other ranks may have ended instead
+    STEPPING = auto()  # a signal waits for the end of the step
+    OVER = auto()  # it was acted on, or something failed, which it must not hide
 
 
 class StopSignals:
@@ -38,12 +47,9 @@ class StopSignals:
 
     def __init__(self, status: int = 0):
         self._status = status
+        self._phase = _Phase.NOTHING_TO_SAVE
         self._received = 0
         self._reported = False
-        self._handler_ends = True
-        self._waits_for_step = False
-        # the signal was acted on, or something failed, which it must not hide
-        self._over = False
         self._before: dict = {}
 
     def __enter__(self) -> StopSignals:
@@ -58,8 +64,8 @@ class StopSignals:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         failed = kind is not None and issubclass(kind, Exception)
-        ending = failed and self._received and not self._over
-        self._over = True
+        ending = failed and self._received and self._phase is not _Phase.OVER
+        self._phase = _Phase.OVER
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._before:
@@ -72,8 +78,8 @@ class StopSignals:
 
     def _handle(self, number: int, frame: object) -> None:
         """In the main thread, between two of its instructions."""
-        if self._handler_ends and not self._over:
-            self._handler_ends = False
+        if self._phase is _Phase.NOTHING_TO_SAVE:
+            self._phase = _Phase.ENDING
             self._received = self._received or number
             time.sleep(_ALL_TOLD_S)
             self._report()
@@ -83,9 +89,9 @@ class StopSignals:
         numbers = iter(lambda: os.read(self._listening, 1), b"")
         number = next((number[0] for number in numbers if number[0] in SIGNALS), 0)
         self._received = self._received or number
-        while number and not self._over:
+        while number and self._phase is not _Phase.OVER:
             time.sleep(_PATIENCE_S)
-            if not self._over and not self._waits_for_step:
+            if self._phase not in (_Phase.STEPPING, _Phase.OVER):
                 self._report()
                 sys.stdout.flush()
                 os._exit(self._status)
@@ -101,17 +107,16 @@ class StopSignals:
     def after_a_step(self, mesh: Mesh) -> Iterator[None]:
         """In this block the signals wait for ``agreed``; a collective call."""
         # all ranks begin to wait for steps together, or those that are told before end here
-        self._handler_ends = False
+        self._phase = _Phase.ENTERING
         all_reduce(torch.zeros(1, device=mesh.device), mesh.world).item()
-        self._waits_for_step = True
+        self._phase = _Phase.STEPPING
         try:
             yield
         except BaseException:
-            self._over = True
+            self._phase = _Phase.OVER
             raise
-        finally:
-            self._waits_for_step = False
-            self._handler_ends = True
+        if self._phase is _Phase.STEPPING:
+            self._phase = _Phase.NOTHING_TO_SAVE
 
     def agreed(self, mesh: Mesh, failed: bool) -> tuple[str | None, bool]:
         """The signal any rank was sent, and whether ``failed`` holds on any of them.
@@ -120,5 +125,6 @@ class StopSignals:
         """
         flags = torch.tensor([float(self._received), float(failed)], device=mesh.device)
         number, any_failed = all_reduce(flags, mesh.world, dist.ReduceOp.MAX).tolist()
-        self._over = self._over or number > 0
+        if number:
+            self._phase = _Phase.OVER
         return signal.Signals(int(number)).name if number else None, bool(any_failed)
