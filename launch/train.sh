@@ -26,8 +26,8 @@
 #   --id NAME               name of this job at the rendezvous (default: megalard)
 #
 # What follows -- goes to the trainer; `python -m megalard.train --help` lists the keys.
-# SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end the run with status 0; a second Ctrl-C ends it
-# without. PYTHON chooses the Python.
+# SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end the run with status 0; a second Ctrl-C ends
+# it without. PYTHON chooses the Python.
 set -euo pipefail
 
 fail() {
@@ -96,8 +96,10 @@ for path in "${paths[@]}"; do
     list+="${list:+, }'${path//\'/\'\'}'"
 done
 
-# Signals are noted here and passed on below, once there are ranks.
-asked='' interrupted='' unsaved=${preflight:+143} unsaved=${unsaved:-0}
+# Signals are noted here and passed on below, once there are ranks. A preflight that was stopped has
+# not passed.
+asked='' interrupted='' unsaved=0
+[ -z "$preflight" ] || unsaved=143
 note() {
     if [ -z "${!:-}" ]; then
         echo "SIG$1: stopped; nothing to save"
@@ -110,7 +112,7 @@ interrupt() {
     if [ -n "$asked" ]; then
         interrupted=yes
     else
-        echo "train.sh: stopping, and saving what there is to save; Ctrl-C again ends it at once" >&2
+        echo "train.sh: stopping, and saving what there is to save; Ctrl-C again ends it" >&2
     fi
     note TERM
 }
@@ -143,7 +145,7 @@ else
     torchrun+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$rendezvous" --rdzv-id "$id")
     torchrun+=(--rdzv-conf "$settings" ${address:+--local-addr "$address"})
 fi
-# The store that torchrun shares with its ranks outlives them, and with it what they told each other:
+# The store that torchrun shares with its ranks outlives them, and so do their notes to each other:
 # ranks that start again find the addresses of those before them, and a node that joins later waits
 # in vain for that of a rank 0 that stayed (torch 2.13). Not shared, it is made for every start.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -199,7 +201,7 @@ listens() {
 
 # A rank that is still starting would die of the signal, and torchrun call that a failure: each is
 # told once it listens, also those that start again after a failure. torchrun is told where there is
-# nothing to wait for: no ranks for 3 seconds (at its end it needs some tenths of one), or deaf ones.
+# nothing to wait for: no ranks for 3 seconds (it ends in some tenths of one), or deaf ones.
 told=' ' alone=0 unheard=0 stopped=''
 pass_on() {
     local ranks rank deaf=''
@@ -218,13 +220,14 @@ pass_on() {
             deaf=yes
         fi
     done
-    alone=$([ -n "$ranks" ] && echo 0 || echo $((alone + 1)))
-    unheard=$([ -z "$deaf" ] && echo 0 || echo $((unheard + 1)))
+    alone=$((alone + 1)) unheard=$((unheard + 1))
+    [ -z "$ranks" ] || alone=0
+    [ -n "$deaf" ] || unheard=0
     if [ "$alone" = 15 ]; then
         stopped=yes
         kill -s TERM "$agent" 2>/dev/null || true
     elif [ "$unheard" = 300 ]; then
-        echo "train.sh: error: SIG$asked: a rank has not listened for a minute; torchrun ends it" >&2
+        echo "train.sh: error: a rank did not listen to SIG$asked for a minute: torchrun ends it" >&2
         kill -s TERM "$agent" 2>/dev/null || true
     fi
 }

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from megalard.checkpoint.base import Origins
@@ -123,8 +124,9 @@ def _naming_older(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        older = [path.name for _, path in checkpoints(checkpoint.parent) if path < checkpoint]
-        hint = f"; remove {checkpoint} to go on from {older[-1]}" if older else ""
+        saved = [path for _, path in checkpoints(checkpoint.parent)]
+        older = list(takewhile(lambda path: path != checkpoint, saved))
+        hint = f"; remove {checkpoint} to go on from {older[-1].name}" if older else ""
         raise type(error)(f"{error}{hint}") from None
 
 

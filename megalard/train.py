@@ -27,7 +27,7 @@ from megalard.errors import RankError, UserError
 from megalard.evaluation.run import Evaluator
 from megalard.kernels.relation_kl import describe_kernels
 from megalard.monitor import Monitor
-from megalard.parallel.mesh import build_mesh
+from megalard.parallel.mesh import allowed_restarts, build_mesh
 from megalard.preflight import preflight
 from megalard.resume import describe_run, find_output, resume
 from megalard.stopping import StopSignals
@@ -74,8 +74,7 @@ def train(config: Config, stop: StopSignals) -> None:
         first = mesh.world.rank == 0
         if first and mesh.device.type == "cuda":
             print(f"relation kernels: {describe_kernels(mesh.device)}", flush=True)
-        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-        if first and restarts and not config.checkpoint.save_every:
+        if first and allowed_restarts() and not config.checkpoint.save_every:
             print(
                 "warning: checkpoint.save_every is 0: a restart begins where this start began",
                 flush=True,

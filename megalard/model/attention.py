@@ -36,7 +36,7 @@ _BLOCK_ROWS = 1024
 
 # Of a span of so many queries a call or two of cuDNN's were measured to pay; and it is only asked
 # for shapes of some size, since it fails at some of a single row.
-_LONG_QUERIES, _LONG_KEYS = 2048, 256
+LONG_QUERIES, _LONG_KEYS = 2048, 256
 
 
 def attend(
@@ -99,7 +99,7 @@ def attend(
 def _is_long(span) -> bool:
     queries = span.end - span.start
     before = span.last - span.first - queries
-    return queries >= _LONG_QUERIES and (before == 0 or before >= _LONG_KEYS)
+    return queries >= LONG_QUERIES and (before == 0 or before >= _LONG_KEYS)
 
 
 def _causal(q, k, v, window):

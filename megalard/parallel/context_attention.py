@@ -22,10 +22,6 @@ from megalard.parallel.collectives import post_all_gather_tokens, post_reduce_sc
 from megalard.parallel.context import SequenceShard, Span
 from megalard.parallel.mesh import Axis
 
-# On CUDA pieces of so many tokens are, gathered first, four calls of cuDNN's, and here three of the
-# same work; shorter ones are one call of a variable-length kernel.
-_LONG_PIECE = 2048
-
 
 def attend_over_axis(
     q: torch.Tensor,
@@ -79,8 +75,10 @@ def _attends_own_chunk_first(q, k, v, window, shard: SequenceShard, documents) -
         return False
     if not q.is_cuda:
         return True
+    # pieces that, gathered first, are four calls of cuDNN's, and here three of the same work
+    long = shard.piece_length >= attention.LONG_QUERIES
     half = q.dtype != torch.float32 and attention.flash_attn_varlen_func is None
-    return half and shard.piece_length >= _LONG_PIECE and takes_cudnn(q, k, v)
+    return half and long and takes_cudnn(q, k, v)
 
 
 class _OwnChunkFirst(torch.autograd.Function):

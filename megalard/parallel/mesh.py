@@ -103,9 +103,14 @@ def build_mesh(device: str, tp: int, cp: int = 1) -> Mesh:
     return Mesh(world=_axis(dist.group.WORLD), data=data, device=target, **axes)
 
 
+def allowed_restarts() -> int:
+    """How many times torchrun may start all ranks again."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
 def _check_restarts() -> None:
     """In torchrun's shared store the ranks of an earlier start left addresses (torch 2.13)."""
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    restarts = allowed_restarts()
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise UserError(
             f"torchrun was given --max-restarts {restarts}, and ranks that it starts again would "
