@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS: gl.constexpr = gl.constexpr(64)  # of one warpgroup
+FAR: gl.constexpr = gl.constexpr(2147483647)  # past every column
 # Of one partition's threads. triton 3.7 calls it by another name.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
@@ -28,7 +29,6 @@ def own_block(blocks, heads, section, HEAVY_LAST: gl.constexpr):
 def tile_range(col_lo, col_hi, start, n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """As `tiling.tile_range`, of the rows from ``start``: first, full_first, full_last, last."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    FAR: gl.constexpr = 2147483647
     PADDED: gl.constexpr = triton.next_power_of_2(BLOCK_M)
     row = gl.arange(0, PADDED, layout)
     i = start + row

@@ -26,10 +26,11 @@ def kernels(d: int, self_relation: bool):
     x = torch.empty(2, 4, 512, d, dtype=torch.bfloat16)
     interval, stats = torch.empty(2, 512, dtype=torch.int32), torch.empty(5, 2, 4, 512)
     rows, tiles = descriptor(x, 64), descriptor(x, hopper_forward.BLOCK_COLUMNS)
+    blocks = hopper_forward.BLOCKS_OF_HEAD_DIM[d]
     yield "forward", hopper_forward._forward_kernel.warmup(
-        rows, rows, tiles, tiles, interval, interval, stats, 2, 4, 1, 512, 8, 0.1, 0.1,
-        STAGES=hopper_forward.STAGES_OF_HEAD_DIM[d], PARTIAL=not self_relation,
-        grid=(1,), num_warps=4, maxnreg=hopper_forward.ENTRY_REGISTERS,
+        rows, rows, tiles, tiles, interval, interval, interval, stats, 2, 4, 1, 512, 8, 0.1, 0.1,
+        GROUPS=blocks.groups, STAGES=blocks.stages, REGISTERS=blocks.registers,
+        PARTIAL=not self_relation, grid=(1,), num_warps=4, maxnreg=blocks.entry_registers,
     )  # fmt: skip
     yield "backward", hopper_backward._backward_kernel.warmup(
         rows, rows, rows, rows, stats, stats, stats, stats, interval, interval, interval, interval,

@@ -20,6 +20,7 @@ from tests.kernels.oracle import segment_ids
 
 hopper = pytest.importorskip("megalard.kernels.relation_kl.hopper")
 order = pytest.importorskip("megalard.kernels.relation_kl.hopper_order")
+plan = pytest.importorskip("megalard.kernels.relation_kl.hopper_plan")
 
 
 def fake_tensor(shape=(1, 4, 300, 128), stride=None, dtype=torch.bfloat16, address=1 << 20):
@@ -166,6 +167,28 @@ def test_each_tile_is_added_to_in_turns_without_gaps(mask, is_self):
                 assert visitors[0] == j
 
 
+@pytest.mark.parametrize("mask", [pytest.param(mask, id=name) for name, mask, _ in masks()])
+def test_each_block_visits_what_its_rows_see(mask):
+    """The plan's tiles against every pair; the blocks once each, the longest first."""
+    rows, columns = 192, 64
+    j = torch.arange(-(-mask.m // columns)) * columns
+    for i, blocks in enumerate(plan.block_plan(mask, rows, columns)):
+        assert sorted(blocks[:, 0].tolist()) == list(range(-(-mask.n // rows)))
+        lengths = blocks[:, 4] - blocks[:, 1]
+        assert torch.equal(lengths, lengths.sort(descending=True).values)
+        for block, first, full_first, full_last, last in blocks.tolist():
+            lo, hi = (
+                x[i, block * rows : (block + 1) * rows, None]
+                for x in (mask.col_lo_bn, mask.col_hi_bn)
+            )
+            some = ((lo < hi) & (lo < j + columns) & (hi > j)).any(0).nonzero()[:, 0].tolist()
+            whole = ((lo <= j) & (hi >= j + columns)).all(0).nonzero()[:, 0].tolist()
+            assert last == (some[-1] + 1 if some else 0)
+            assert first == (some[0] if some else last)
+            assert list(range(full_first, full_last)) == whole
+            assert whole or full_first == last
+
+
 @pytest.mark.parametrize("d", [64, 128])
 def test_slabs_are_put_in_order(d):
     """Each element is found where the accumulator's layout (PTX ISA, wgmma) has it."""
@@ -182,6 +205,7 @@ def test_slabs_are_put_in_order(d):
 def test_the_schedule_is_made_once_for_a_mask():
     mask = causal_mask(1, 500)
     assert order.reduction_order(mask, True) is order.reduction_order(mask, True)
+    assert plan.block_plan(mask, 192, 64) is plan.block_plan(mask, 192, 64)
 
 
 def test_masks_know_whether_they_are_causal():
