@@ -24,9 +24,6 @@ except ImportError as error:
     AVAILABLE, REASON = False, f"they cannot be imported: {error}"
 
 DTYPES, HEAD_DIMS = (torch.bfloat16, torch.float16), (64, 128)
-# Columns of two operands from which on the backward was measured to pay: 0.7 of plain Triton's rate
-# at 4096, 1.3 times it at 16384, with groups of four heads (docs/performance.md).
-PAYS_FROM = 8192
 
 
 def serves(op: Operands) -> bool:
@@ -45,12 +42,6 @@ def serves(op: Operands) -> bool:
 def serves_backward(op: Operands) -> bool:
     """A self relation must be causal: blocks of rows add to their own columns last."""
     return serves(op) and (op.mask.causal or not op.is_self)
-
-
-def pays_backward(op: Operands) -> bool:
-    """Whether they are also the faster ones: the heads of a group add to the same columns in turns,
-    which short sequences have too few tiles to hide."""
-    return serves_backward(op) and (op.is_self or op.cols_s.shape[2] >= PAYS_FROM)
 
 
 def _operands(op: Operands) -> tuple[Tensor, ...]:

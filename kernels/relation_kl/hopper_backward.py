@@ -27,12 +27,16 @@ from . import tiling
 from .backward import FP16_LOG2_GAIN, split_weight
 from .hopper_order import BLOCK, reduction_order
 from .hopper_reduce import STEP, TILE, flat, reduce_columns, step_start
-from .hopper_slab import from_slab, in_order, slab_offsets
+from .hopper_slab import columns_gradient, from_slab, slab_offsets
 from .hopper_tiles import ROWS, descriptor, own_block, thread_barrier, tile_range
 from .operands import Operands
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 SECTION_HEADS = 8  # that run side by side
+# Columns from which on the heads of a group add to one buffer, in turns. Fewer are too few tiles to
+# hide the turns: a buffer a head is faster by a third at 8192, by 8 % at 16384, and 7 % slower at
+# 32768 (docs/performance.md).
+SHARED_FROM = 32768
 # 512 threads enter with 128 registers each.
 ROWS_REGISTERS: gl.constexpr = gl.constexpr(192)
 REDUCER_REGISTERS: gl.constexpr = gl.constexpr(104)
@@ -210,6 +214,7 @@ def _backward_kernel(
     b,
     heads,
     group,
+    share,
     n,
     m,
     section,
@@ -226,9 +231,9 @@ def _backward_kernel(
 
     rows_*, cols_*: TMA descriptors, as in the forward kernel, of blocks of 64 vectors.
     spans: [2, b, blocks] first and last tile to visit; last_rows: [b, tiles] the last block that
-        visits a tile (`reduction_order`). buffer: [b, Hb, tiles * TILE, d] fp32,
-        in slabs (`hopper_slab`).
-    turns: [b, Hb, tiles], zero.
+        visits a tile (`reduction_order`). buffer: [b, heads / share, tiles * TILE, d] fp32, in
+        slabs (`hopper_slab`): ``share`` heads of a group add to the same.
+    turns: [b, heads / share, tiles], zero.
     """
     BLOCK_M: gl.constexpr = 2 * ROWS
     D_S: gl.constexpr = cols_s.block_shape[3]
@@ -276,9 +281,9 @@ def _backward_kernel(
         weight += stats
     pointers = (lse_s + stats, lse_t + stats, weight, unit, col_lo, col_hi)
     grad += gl.cast(ib, gl.int64) * grad_b + gl.cast(ih, gl.int64) * grad_h
-    cols_head = ib * (heads // group) + ih // group
-    buffer += gl.cast(cols_head, gl.int64) * (tiles * TILE * D_S)
-    turns += cols_head * tiles
+    added_to = ib * (heads // share) + ih // share
+    buffer += gl.cast(added_to, gl.int64) * (tiles * TILE * D_S)
+    turns += added_to * tiles
     last_rows += ib * tiles
     smem = (x_s, x_t, y_s, y_t, d)
     bars = (x_ready, s_ready, t_ready, free, d_ready, d_free, reduced)
@@ -289,7 +294,7 @@ def _backward_kernel(
         [
             (_rows, (common, 0, STAGES, SELF, WEIGHTED, HAS_UNIT, LOG2_GAIN)),
             (_rows, (common, 1, STAGES, SELF, WEIGHTED, HAS_UNIT, LOG2_GAIN)),
-            (reduce_columns, (smem, bars, place, span, buffer, turns, last_rows, group)),
+            (reduce_columns, (smem, bars, place, span, buffer, turns, last_rows, share)),
             (_produce, ((rows_s, rows_t, cols_s, cols_t), smem, bars, place, span, STAGES)),
         ],
         [4, 4, 1],
@@ -303,16 +308,15 @@ def hopper_backward(
     """As `backward.triton_backward`."""
     weight, unit = split_weight(row_weight, op.rows_s.dtype)
     b, heads, n, d = op.rows_s.shape
-    cols_heads, m = op.cols_s.shape[1:3]
+    m = op.cols_s.shape[2]
+    share = op.group if m >= SHARED_FROM else 1
     tiles = -(-m // BLOCK)
     spans, last_rows = reduction_order(op.mask, op.is_self)
     log2_gain = FP16_LOG2_GAIN if op.rows_s.dtype == torch.float16 else 0
     grad_scale = op.scale_s * 2.0**-log2_gain
     grad = torch.empty_like(op.rows_s, dtype=out_dtype)
-    buffer = (torch.empty if op.is_self else torch.zeros)(
-        b, cols_heads, tiles * BLOCK, d, dtype=torch.float32, device=grad.device
-    )
-    turns = torch.zeros(b, cols_heads, tiles, dtype=torch.int32, device=grad.device)
+    buffer = torch.empty(b, heads // share, tiles * BLOCK, d, device=grad.device)
+    turns = torch.zeros(b, heads // share, tiles, dtype=torch.int32, device=grad.device)
     section = max(1, SECTION_HEADS // op.group) * op.group
     with torch.cuda.device_of(grad):
         _backward_kernel[(-(-n // BLOCK) * b * heads,)](
@@ -335,6 +339,7 @@ def hopper_backward(
             b,
             heads,
             op.group,
+            share,
             n,
             m,
             section,
@@ -351,7 +356,4 @@ def hopper_backward(
         )
     if op.is_self:
         return grad, None
-    grad_cols = in_order(buffer)[:, :, :m].mul_(grad_scale)
-    return grad, (grad_cols if unit is None else grad_cols.mul_(unit.as_strided((), ()))).to(
-        out_dtype
-    )
+    return grad, columns_gradient(buffer, turns, op.cols_s, grad_scale, unit, out_dtype)

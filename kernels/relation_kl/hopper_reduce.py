@@ -57,7 +57,7 @@ def _pass_turn(counter):
 
 
 @gluon.jit
-def reduce_columns(smem, bars, place, span, buffer, turns, last_rows, group):
+def reduce_columns(smem, bars, place, span, buffer, turns, last_rows, share):
     """D^T X_I of every tile, added to the buffer when it is this block's turn."""
     x_s, x_t, y_s, y_t, d = smem
     x_ready, s_ready, t_ready, free, d_ready, d_free, reduced = bars
@@ -88,7 +88,7 @@ def reduce_columns(smem, bars, place, span, buffer, turns, last_rows, group):
             if step > 0:
                 _pass_turn(counter)
             counter = turns + tile
-            turn = (gl.load(last_rows + tile) - block) * group + place[1] % group
+            turn = (gl.load(last_rows + tile) - block) * share + place[1] % share
             seen = _turn(counter)
             while seen < turn:
                 seen = _turn(counter)

@@ -7,6 +7,9 @@ arXiv 2307.08691, accumulates its dQ in an order of its own as well.)
 """
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -54,8 +57,72 @@ def slab_offsets(D: gl.constexpr):
     return i * 512 + j * 4 + gl.expand_dims(gl.expand_dims(k, 0), 1)
 
 
-def in_order(slabs: torch.Tensor) -> torch.Tensor:
-    """A buffer of slabs as [b, heads, rows, d], rows and columns where they belong."""
-    b, heads, rows, d = slabs.shape
-    x = slabs.view(b, heads, rows // 64, d // 8, 4, 8, 4, 2, 2)
-    return x.permute(0, 1, 2, 4, 7, 5, 3, 6, 8).reshape(b, heads, rows, d)
+@triton.jit
+def _columns_kernel(
+    buffer,
+    turns,
+    unit,
+    out,
+    m,
+    tiles,
+    scale,
+    COPIES: tl.constexpr,
+    SLABS_A_TILE: tl.constexpr,
+    D: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+):
+    """64 columns of one head: the sum over its copies, each element back where it belongs."""
+    slab = tl.program_id(0)
+    head = tl.cast(tl.program_id(1), tl.int64)
+    r = tl.arange(0, 64)[:, None]
+    c = tl.arange(0, D)[None, :]
+    thread = r // 16 * 32 + r % 8 * 4 + c % 8 // 2
+    place = c // 8 * 512 + thread * 4 + r % 16 // 8 * 2 + c % 2
+    total = tl.zeros([64, D], tl.float32)
+    for copy in range(COPIES):
+        at = head * COPIES + copy
+        # what no block of rows has visited was never written
+        visits = tl.load(turns + at * tiles + slab // SLABS_A_TILE)
+        slabs = buffer + (at * tiles * SLABS_A_TILE + slab) * (64 * D)
+        total += tl.load(slabs + place, mask=visits > 0, other=0.0)
+    if HAS_UNIT:
+        scale *= tl.load(unit)
+    r += slab * 64
+    out += head * m * D
+    tl.store(out + (r * D + c), (total * scale).to(out.dtype.element_ty), mask=r < m)
+
+
+def columns_gradient(
+    buffer: Tensor,
+    turns: Tensor,
+    cols: Tensor,
+    scale: float,
+    unit: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The columns' gradient [b, heads, m, d] of the buffers that the blocks of rows added to.
+
+    Args:
+        buffer: fp32 [b, heads * copies, tiles * columns, d], in slabs; copies are added up.
+        turns: int32 [b, heads * copies, tiles]: how many blocks have added to a tile.
+        cols: [b, heads, m, d], what the gradient is of.
+        unit: a further factor, on the device.
+    """
+    b, heads, m, d = cols.shape
+    tiles = turns.shape[2]
+    out = torch.empty(b, heads, m, d, dtype=dtype, device=buffer.device)
+    with torch.cuda.device_of(buffer):
+        _columns_kernel[(triton.cdiv(m, 64), b * heads)](
+            buffer,
+            turns,
+            buffer if unit is None else unit,
+            out,
+            m,
+            tiles,
+            scale,
+            COPIES=buffer.shape[1] // heads,
+            SLABS_A_TILE=buffer.shape[2] // tiles // 64,
+            D=d,
+            HAS_UNIT=unit is not None,
+        )
+    return out

@@ -140,7 +140,7 @@ def relation_backward(
     out_dtype = out_dtype or rows_s.dtype
     if use_triton(op, backend):
         op = _unit_stride(op)
-        run = hopper.hopper_backward if hopper.pays_backward(op) else backward.triton_backward
+        run = hopper.hopper_backward if hopper.serves_backward(op) else backward.triton_backward
         grads = run(op, lse_s, lse_t, row_weight, out_dtype)
     else:
         grads = torch_backward(op, lse_s, lse_t, row_weight)

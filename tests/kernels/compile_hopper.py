@@ -34,7 +34,7 @@ def kernels(d: int, self_relation: bool):
     )  # fmt: skip
     yield "backward", hopper_backward._backward_kernel.warmup(
         rows, rows, rows, rows, stats, stats, stats, stats, interval, interval, interval, interval,
-        x, stats, interval, *x.stride()[:3], 2, 4, 1, 512, 512, 8, 0.1, 0.1, 0.1,
+        x, stats, interval, *x.stride()[:3], 2, 4, 1, 1, 512, 512, 8, 0.1, 0.1, 0.1,
         STAGES=3, SELF=self_relation, WEIGHTED=not self_relation, HAS_UNIT=self_relation,
         LOG2_GAIN=0, grid=(1,), num_warps=4, maxnreg=128,
     )  # fmt: skip

@@ -114,13 +114,6 @@ def test_the_user_is_told_which_kernels_run(on_hopper, monkeypatch):
     assert describe_kernels(gpu) == "Triton"
 
 
-def test_two_short_operands_take_the_plain_backward(on_hopper):
-    assert hopper.pays_backward(fake_relation())
-    for columns, pays in ((4096, False), (16384, True)):
-        pair = fake_relation(of_cols={"shape": (1, 1, columns, 128)})
-        assert hopper.pays_backward(pair) == pays
-
-
 def test_a_self_relation_that_sees_the_future_takes_the_plain_backward(on_hopper):
     relation = fake_relation(causal=False)
     assert hopper.serves(relation) and not hopper.serves_backward(relation)
@@ -190,16 +183,28 @@ def test_each_block_visits_what_its_rows_see(mask):
 
 
 @pytest.mark.parametrize("d", [64, 128])
-def test_slabs_are_put_in_order(d):
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("unit", [None, 0.25])
+def test_slabs_are_added_up_and_put_in_order(d, copies, unit):
     """Each element is found where the accumulator's layout (PTX ISA, wgmma) has it."""
     slab = pytest.importorskip("megalard.kernels.relation_kl.hopper_slab")
+    b, heads, tiles, m = 2, 2, 2, 200
     rows, cols = torch.meshgrid(torch.arange(64), torch.arange(d), indexing="ij")
     thread = rows // 16 * 32 + rows % 8 * 4 + cols % 8 // 2
     register = cols // 8 * 4 + rows % 16 // 8 * 2 + cols % 2
-    buffer = torch.randn(2, 3, 3 * 64, d)
-    flat = buffer.view(2, 3, 3, 64 * d)
-    expected = flat[..., register // 4 * 512 + thread * 4 + register % 4].flatten(2, 3)
-    assert torch.equal(slab.in_order(buffer), expected)
+    visits = torch.randint(0, 3, (b, heads * copies, tiles), dtype=torch.int32)
+    buffer = torch.randn(b, heads * copies, tiles * 128, d)
+    buffer.unflatten(2, (tiles, 128))[visits == 0] = torch.nan  # never written
+    flat = buffer.view(b, heads * copies, 2 * tiles, 64 * d)
+    added = flat[..., register // 4 * 512 + thread * 4 + register % 4]
+    added = added.unflatten(2, (tiles, 2)).where(visits[..., None, None, None] > 0, 0.0)
+    expected = added.flatten(2, 4).unflatten(1, (heads, copies)).sum(2)[:, :, :m]
+    factor = None if unit is None else torch.tensor([unit])
+    out = slab.columns_gradient(
+        buffer, visits, torch.empty(b, heads, m, d), 3.0, factor, torch.float32
+    )
+    # sums of three, in another order
+    torch.testing.assert_close(out, expected * 3.0 * (unit or 1.0), rtol=1e-6, atol=1e-6)
 
 
 def test_the_schedule_is_made_once_for_a_mask():

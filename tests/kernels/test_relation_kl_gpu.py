@@ -135,9 +135,11 @@ def hopper_relation(case: Case):
     ],
     ids=str,
 )
-def test_hopper_writes_all_and_agrees_with_plain_triton(case, monkeypatch):
+@pytest.mark.parametrize("shared_from", [0, 1 << 20], ids=["shared", "apart"])
+def test_hopper_writes_all_and_agrees_with_plain_triton(case, shared_from, monkeypatch):
     """Outputs poisoned with NaN; the gradient is no further from float64 than plain Triton's."""
     problem, op = hopper_relation(case)
+    monkeypatch.setattr("megalard.kernels.relation_kl.hopper_backward.SHARED_FROM", shared_from)
     weight = problem.row_weight
     plain = forward.triton_forward(op, partial=False)
     plain_grads = backward.triton_backward(op, *plain[:2], weight, torch.float32)
