@@ -31,6 +31,19 @@ def make_optimizer(
     return torch.optim.AdamW(list(parameters), fused=True, **settings)
 
 
+def update_where(finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take a step if ``finite``, a bool scalar on the parameters' device.
+
+    torch's optimizer reads it there; apex's is called or not, so that the host waits for it.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        # the flag that torch.amp.GradScaler sets: 1 leaves parameters and state as they are
+        optimizer.found_inf = 1.0 - finite.float()
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+
+
 def learning_rate(step: int, config: OptimizerConfig) -> float:
     """Rate of optimizer step ``step`` (from 0).
 

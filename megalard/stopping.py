@@ -51,6 +51,7 @@ class StopSignals:
         self._received = 0
         self._reported = False
         self._before: dict = {}
+        self._aside: torch.cuda.Stream | None = None
 
     def __enter__(self) -> StopSignals:
         # Python lets only the main thread choose who listens
@@ -106,6 +107,8 @@ class StopSignals:
     @contextmanager
     def after_a_step(self, mesh: Mesh) -> Iterator[None]:
         """In this block the signals wait for ``agreed``; a collective call."""
+        if mesh.device.type == "cuda":
+            self._aside = torch.cuda.Stream(mesh.device)
         # all ranks begin to wait for steps together, or those that are told before end here
         self._phase = _Phase.ENTERING
         all_reduce(torch.zeros(1, device=mesh.device), mesh.world).item()
@@ -121,10 +124,12 @@ class StopSignals:
     def agreed(self, mesh: Mesh, failed: bool) -> tuple[str | None, bool]:
         """The signal any rank was sent, and whether ``failed`` holds on any of them.
 
-        A collective call after every step, so that all ranks stop after the same one.
+        A collective call after every step, so that all ranks stop after the same one. It does not
+        wait for what the step has queued on the GPU.
         """
-        flags = torch.tensor([float(self._received), float(failed)], device=mesh.device)
-        number, any_failed = all_reduce(flags, mesh.world, dist.ReduceOp.MAX).tolist()
+        with torch.cuda.stream(self._aside):
+            flags = torch.tensor([float(self._received), float(failed)], device=mesh.device)
+            number, any_failed = all_reduce(flags, mesh.world, dist.ReduceOp.MAX).tolist()
         if number:
             self._phase = _Phase.OVER
         return signal.Signals(int(number)).name if number else None, bool(any_failed)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalard.config import OptimizerConfig
-from megalard.optimizer import learning_rate, make_optimizer
+from megalard.optimizer import learning_rate, make_optimizer, update_where
 
 
 def rates(**settings) -> list[float]:
@@ -60,3 +60,35 @@ def test_the_optimizer_has_the_settings_given():
     optimizer.step()
     # AdamW's first step: decay by lr * 0.1, then lr * sign(gradient)
     torch.testing.assert_close(weight.data, torch.full((3,), 1 - 1e-4 - 1e-3))
+
+
+def trained(generator: torch.Generator) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(torch.randn(37, generator=generator))
+    parameter.grad = torch.randn(37, generator=generator)
+    return parameter
+
+
+def test_an_update_that_is_not_finite_changes_nothing():
+    """Parameters, moments and the count of steps, bit for bit those of a run without it."""
+    pairs = []
+    for finite in ([True, True], [True, False, True]):
+        parameter = trained(torch.Generator().manual_seed(1))
+        optimizer = make_optimizer([parameter], OptimizerConfig(), torch.device("cpu"))
+        gradient = parameter.grad.clone()
+        for number, good in enumerate(finite):
+            parameter.grad.copy_(gradient if number == 0 else gradient.flip(0))
+            if not good:
+                parameter.grad[3] = torch.nan
+            update_where(torch.tensor(good), optimizer)
+        pairs.append([parameter.detach(), *optimizer.state[parameter].values()])
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+
+def test_another_optimizer_is_called_where_finite():
+    parameter = trained(torch.Generator().manual_seed(1))
+    start = parameter.detach().clone()
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    update_where(torch.tensor(False), optimizer)
+    assert torch.equal(parameter, start)
+    update_where(torch.tensor(True), optimizer)
+    assert torch.equal(parameter, start - parameter.grad)

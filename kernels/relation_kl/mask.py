@@ -140,7 +140,7 @@ def places_mask(
     """
     common = min(len(row_place_n), len(col_place_m))
     aligned = torch.equal(row_place_n[:common], col_place_m[:common])
-    rows, cols = row_place_n.to(doc_start_bs.device), col_place_m.to(doc_start_bs.device)
+    rows, cols = (_queued_copy(x, doc_start_bs.device) for x in (row_place_n, col_place_m))
 
     def visible(own, other, later: bool):
         """The interval among ``other`` of each of ``own``; ``later`` says that these are rows."""
@@ -160,6 +160,11 @@ def places_mask(
         *visible(cols, rows, later=False),
         causal=causal and aligned,
     )
+
+
+def _queued_copy(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``, from pinned memory, so that the host does not wait for the GPU."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def segment_mask(segment_ids_bs: Tensor, causal: bool = True) -> IntervalMask:

@@ -11,6 +11,7 @@ from megalard.data.blocks import Block
 from megalard.parallel.context import SequenceShard, Span
 from megalard.parallel.context_attention import attend_over_axis
 from megalard.parallel.mesh import Axis
+from megalard.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,6 @@ class Batch:
             if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
         return replace(self, **tensors)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``tensor`` on ``device``; to a GPU from pinned memory, without waiting for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def collate(

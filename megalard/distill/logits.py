@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megalard.data.batch import Batch, to_device
+from megalard.data.batch import Batch
 from megalard.model.decoder import Decoder
 from megalard.parallel.vocab import cross_entropy, kl_divergence
+from megalard.transfer import to_device
 
 _ROWS = 1024
 

@@ -17,6 +17,7 @@ from megalard.distill.relation import RelationObjective
 from megalard.distill.sharded_relation import RelationPlan
 from megalard.distill.states import context_sum, cosine_sum
 from megalard.model.decoder import Decoder
+from megalard.transfer import to_device
 
 # What a term's sum is divided by: the stream's valid tokens, those whose logits are compared, and
 # those with a target.
@@ -70,7 +71,7 @@ class StreamObjective:
     def count(self, batch: Batch) -> torch.Tensor:
         """fp32 [3]: this rank's VALID, LOGITS and TARGETS of a micro-batch."""
         compared = len(self._compared(batch))
-        known = torch.tensor([batch.valid_tokens, compared, 0.0]).to(batch.tokens_bs.device)
+        known = to_device(torch.tensor([batch.valid_tokens, compared, 0.0]), batch.tokens_bs.device)
         known[TARGETS] = (batch.target_bs >= 0).sum()
         return known
 

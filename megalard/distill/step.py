@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,12 +15,13 @@ from megalard.distill.objective import StreamObjective
 from megalard.distill.student import Student
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
-from megalard.optimizer import learning_rate, make_optimizer
+from megalard.optimizer import learning_rate, make_optimizer, update_where
 from megalard.parallel.agreement import gather_objects
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.gradients import GradientBuffer
 from megalard.parallel.layout import kv_replicas
 from megalard.parallel.mesh import Mesh
+from megalard.transfer import to_host
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,23 @@ class Distiller:
         norm = self.gradients.norm()
         rate = learning_rate(number, self.config.optimizer)
         loss, parts = self._global_means(sums, counts)
-        *values, norm_value, loss_value = torch.stack([*parts.values(), norm, loss]).tolist()
+        # The GPU decides on the update, and makes it while the host waits for the numbers and
+        # prepares the next step.
+        numbers = to_host(torch.stack([*parts.values(), norm, loss]))
+        if self.config.optimizer.clip > 0:
+            self.gradients.clip(norm, self.config.optimizer.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        update_where(torch.isfinite(norm) & torch.isfinite(loss), self.optimizer)
 
-        finite = abs(norm_value) < float("inf") and abs(loss_value) < float("inf")
+        *values, norm_value, loss_value = numbers()
         problem = None
-        if not finite:
+        if not (math.isfinite(norm_value) and math.isfinite(loss_value)):
             problem = self._describe_non_finite(number, bool(finite_here), loss_value)
             if self.config.run.non_finite == "stop":
                 raise UserError(
                     f"{problem}: lower optimizer.learning_rate, or set run.non_finite skip"
                 )
-        if finite:
-            if self.config.optimizer.clip > 0:
-                self.gradients.clip(norm, self.config.optimizer.clip)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
         return StepResult(
             loss_value, dict(zip(parts, values, strict=True)), norm_value, rate, problem
         )

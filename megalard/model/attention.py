@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from megalard.model.merged_attention import merged_attention, takes_cudnn
+from megalard.transfer import to_device
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -158,12 +159,12 @@ def _packing(spans: tuple, batch: int, queries: int, keys: int, device: torch.de
         edges = [0, *itertools.chain.from_iterable(ranges), rows]
         if all(end == start for end, start in zip(edges[::2], edges[1::2], strict=True)):
             return None
-        return torch.cat([torch.arange(*pair) for pair in ranges]).to(device)
+        return to_device(torch.cat([torch.arange(*pair) for pair in ranges]), device)
 
     def ends(ranges: list[tuple[int, int]]) -> torch.Tensor:
         sizes = (end - start for start, end in ranges)
         total = list(itertools.accumulate(sizes, initial=0))
-        return torch.tensor(total, dtype=torch.int32, device=device)
+        return to_device(torch.tensor(total, dtype=torch.int32), device)
 
     q = [(s.row * queries + s.start, s.row * queries + s.end) for s in spans]
     k = [(s.row * keys + s.first, s.row * keys + s.last) for s in spans]

@@ -20,6 +20,7 @@ from megalard.config import RopeConfig
 from megalard.errors import UserError
 from megalard.model.fuse import fused_on_gpu
 from megalard.model.spec import ModelSpec
+from megalard.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RopeTable:
 
     def cos_sin(self, position_bs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each [b, 1, s, head_dim] in fp32, for positions [b, s]."""
-        angle = position_bs[..., None].float() * self.inv_freq.to(position_bs.device)
+        angle = position_bs[..., None].float() * to_device(self.inv_freq, position_bs.device)
         angle = torch.cat((angle, angle), dim=-1).unsqueeze(1)
         return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
 

@@ -68,5 +68,5 @@ class GradientBuffer:
         return all_reduce(square, self.mesh.tp).sqrt()
 
     def clip(self, norm: torch.Tensor, largest: float) -> None:
-        """Scale the gradient down to the norm ``largest`` where it is above."""
-        self.flat.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+        """Scale the gradient down to the norm ``largest`` where it is above and a number."""
+        self.flat.mul_((largest / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0))
