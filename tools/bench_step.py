@@ -3,9 +3,12 @@
     python tools/bench_step.py [--shape llama2-7b] [--tokens 4096] [--json FILE]
     torchrun --nproc-per-node 4 tools/bench_step.py --tp 4
 
-Prints, for each setting asked for, the median and spread of a micro-step (forward, backward, sums
-over ranks) and of the optimizer, the peak memory, and the model FLOP utilisation against the
-8192^3 bf16 matrix product measured in the same run.
+Prints, for each setting asked for, the median and spread of a micro-step (forward and backward) and
+of the update (sums over ranks, clipping, optimizer), the peak memory, the model FLOP utilisation
+against the 8192^3 bf16 matrix product measured in the same run, and of one further, traced step the
+time of each part and how busy the GPU is.
+
+For the shape the paper trains, also how long its recipe would take at this rate.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from step_trace import StepTrace, trace_step
 from torch import nn
 
 from megalard.checkpoint.load import empty_decoder, set_parameter
@@ -50,6 +55,14 @@ SHAPES = {
     "llama3-8b": (4096, 32, 32, 8, 14336, 128256),
     "llama2-70b": (8192, 80, 64, 8, 28672, 32000),
 }
+
+
+# What the paper restores LLaMA2-7B with (LinearARD, arXiv 2604.00004).
+RECIPE_TOKENS, RECIPE_SHAPE = 4_250_000, "llama2-7b"
+# One micro-step of transformers + PEFT + the authors' kernels on one H200, with activation
+# checkpointing and two copies of the weights, in these settings; measured once and quoted.
+QUOTED = {"seconds": 24.6, "peak_gib": 57.9}
+QUOTED_SETTINGS = {"shape": "llama2-7b", "tokens": 4096, "batch": 1, "rank": 1024, "qk": 0.0}
 
 
 def make_spec(shape: str, context: int) -> ModelSpec:
@@ -176,12 +189,10 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
     batch, clock = random_batch(options, spec, mesh), Clock(mesh.device)
     micro, update = [], []
     for number in range(options.warm_up + options.repeats):
-        distiller.gradients.zero()
         start = clock.now()
-        distiller.accumulate({"main": [batch]}, number)
+        done = distiller.accumulate({"main": [batch]}, number)
         middle = clock.now()
-        distiller.gradients.reduce()
-        distiller.optimizer.step()
+        distiller.update(*done, number)
         end = clock.now()
         micro.append(clock.seconds(start, middle))
         update.append(clock.seconds(middle, end))
@@ -204,18 +215,14 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
         "utilisation": needed_flops(spec, options) / (mesh.tp.size * mesh.cp.size) / median / rate,
         "tokens_per_second": options.tokens * options.batch * mesh.dp.size / median,
     }
-    if options.trace:
-        result["trace"] = trace(distiller, batch)
+    if options.shape == RECIPE_SHAPE:
+        steps = RECIPE_TOKENS / (options.tokens * options.batch * mesh.dp.size)
+        result["recipe_minutes"] = steps * (median + result["update_seconds"]) / 60
+    if mesh.world.size == 1 and QUOTED_SETTINGS.items() <= vars(options).items():
+        result["quoted"] = QUOTED
+    trace = trace_step(lambda: distiller.step({"main": [batch]}, 0))
+    result["trace"] = asdict(replace(trace, kernels=trace.kernels[: 30 if options.trace else 0]))
     return result
-
-
-def trace(distiller: Distiller, batch: Batch) -> list[tuple[str, float, int]]:
-    """(kernel, milliseconds, calls) of one micro-step, the longest first."""
-    with torch.profiler.profile() as profile:
-        distiller.accumulate({"main": [batch]}, 0)
-        torch.cuda.synchronize()
-    rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
-    return [(row.key[:90], row.self_device_time_total / 1e3, row.count) for row in rows[:30]]
 
 
 def main() -> None:
@@ -272,14 +279,38 @@ def report(options: argparse.Namespace, mesh: Mesh, rate: float, results: list[d
             f"{result['tokens_per_second']:,.0f} tokens/s  "
             f"utilisation {result['utilisation']:.1%}{memory}"
         )
-        for name, milliseconds, calls in result.get("trace", []):
-            print(f"    {milliseconds:9.3f} ms {calls:6d} x {name}")
+        report_trace(StepTrace(**result["trace"]))
+        if "recipe_minutes" in result:
+            print(
+                f"    the paper's {RECIPE_TOKENS / 1e6:.2f}M tokens, an update a micro-step: "
+                f"{result['recipe_minutes']:.1f} minutes on {mesh.world.size} of these"
+            )
+        if "quoted" in result:
+            seconds, peak = QUOTED["seconds"], QUOTED["peak_gib"]
+            print(
+                "    transformers + PEFT + the authors' kernels, with recomputation, on one H200 "
+                f"(quoted): {seconds} s, {peak} GiB\n"
+                f"    this takes 1/{seconds / result['micro_step_seconds']:.0f} of the time"
+                + (f" and {result['peak_gib'] / peak:.2f} of the memory" if memory else "")
+            )
     if options.json:
         content = {
             "options": {k: str(v) for k, v in vars(options).items() if k != "json"},
             "product_rate": rate,
         }
         options.json.write_text(json.dumps({**content, "results": results}, indent=2) + "\n")
+
+
+def report_trace(trace: StepTrace) -> None:
+    parts = "  ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in trace.parts.items())
+    print(f"    traced, ms: {parts}")
+    if trace.busy is not None:
+        print(
+            f"    the GPU is busy {trace.busy:.1%} of {trace.span * 1e3:.1f} ms; "
+            f"longest gap {trace.gap * 1e6:.0f} us"
+        )
+    for name, seconds, calls in trace.kernels:
+        print(f"    {seconds * 1e3:9.3f} ms {calls:6d} x {name[:90]}")
 
 
 if __name__ == "__main__":

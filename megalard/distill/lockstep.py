@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from megalard.data.batch import Batch
@@ -68,17 +69,18 @@ def lockstep(
         stage = Stage.WHOLE if layer < reach.layer else reach.stage
         state_t = None
         if teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), record_function("teacher"):
                 work = (teacher.layers[layer], x_t, context_t, teacher.ops)
                 state_t = _run(*work, stage, with_mixed)
             x_t = state_t.residual
         work = (student.layers[layer], x_s, context_s, ops_s)
-        if recompute and torch.is_grad_enabled():
-            state_s = checkpoint(
-                _run, *work, stage, with_mixed, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            state_s = _run(*work, stage, with_mixed)
+        with record_function("student"):
+            if recompute and torch.is_grad_enabled():
+                state_s = checkpoint(
+                    _run, *work, stage, with_mixed, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                state_s = _run(*work, stage, with_mixed)
         x_s = state_s.residual
         yield Pair(layer, state_s, state_t)
         del state_s, state_t

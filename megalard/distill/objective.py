@@ -7,6 +7,7 @@ step's counts, are the step's.
 from __future__ import annotations
 
 import torch
+from torch.profiler import record_function
 
 from megalard.config import StreamConfig
 from megalard.data.batch import Batch
@@ -110,7 +111,8 @@ class StreamObjective:
             x_t = pair.teacher.residual if pair.teacher else None
             if pair.layer in self.layers:
                 if plan is not None:
-                    total, sums = self.relations(pair.student.qkv, pair.teacher.qkv, plan)
+                    with record_function("relations"):
+                        total, sums = self.relations(pair.student.qkv, pair.teacher.qkv, plan)
                     loss = loss + total * scale[VALID]
                     for name, value in zip(self.relations.names, sums, strict=True):
                         parts[name] = parts[name] + value

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import save_on_cpu
+from torch.profiler import record_function
 
 from megalard.config import Config
 from megalard.data.batch import Batch
@@ -70,33 +71,7 @@ class Distiller:
         Raises:
             UserError: the loss or a gradient is not finite and the run is to stop then.
         """
-        self.gradients.zero()
-        sums, counts = self.accumulate(batches, number)
-        finite_here = torch.isfinite(self.gradients.flat.sum())
-        self.gradients.reduce()
-        norm = self.gradients.norm()
-        rate = learning_rate(number, self.config.optimizer)
-        loss, parts = self._global_means(sums, counts)
-        # The GPU decides on the update, and makes it while the host waits for the numbers and
-        # prepares the next step.
-        numbers = to_host(torch.stack([*parts.values(), norm, loss]))
-        if self.config.optimizer.clip > 0:
-            self.gradients.clip(norm, self.config.optimizer.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        update_where(torch.isfinite(norm) & torch.isfinite(loss), self.optimizer)
-
-        *values, norm_value, loss_value = numbers()
-        problem = None
-        if not (math.isfinite(norm_value) and math.isfinite(loss_value)):
-            problem = self._describe_non_finite(number, bool(finite_here), loss_value)
-            if self.config.run.non_finite == "stop":
-                raise UserError(
-                    f"{problem}: lower optimizer.learning_rate, or set run.non_finite skip"
-                )
-        return StepResult(
-            loss_value, dict(zip(parts, values, strict=True)), norm_value, rate, problem
-        )
+        return self.update(*self.accumulate(batches, number), number)
 
     def accumulate(
         self, batches: dict[str, list[Batch]], number: int
@@ -122,9 +97,45 @@ class Distiller:
             for batch in batches[name]:
                 with self._saved_tensors():
                     loss, part = objective(self.teacher, self.student.decoder, batch, scale)
-                loss.backward()
+                with record_function("backward"):
+                    loss.backward()
                 sums[name] = sums[name] + part if name in sums else part
         return sums, counts
+
+    def update(
+        self, sums: dict[str, torch.Tensor], counts: torch.Tensor, number: int
+    ) -> StepResult:
+        """Sum the gradients over the ranks and take the step, after ``accumulate``.
+
+        Raises:
+            UserError: see ``step``.
+        """
+        rate = learning_rate(number, self.config.optimizer)
+        with record_function("optimizer"):
+            finite_here = torch.isfinite(self.gradients.flat.sum())
+            self.gradients.reduce()
+            norm = self.gradients.norm()
+            loss, parts = self._global_means(sums, counts)
+            # The GPU decides on the update, and makes it while the host waits for the numbers and
+            # prepares the next step.
+            numbers = to_host(torch.stack([*parts.values(), norm, loss]))
+            if self.config.optimizer.clip > 0:
+                self.gradients.clip(norm, self.config.optimizer.clip)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            update_where(torch.isfinite(norm) & torch.isfinite(loss), self.optimizer)
+
+        *values, norm_value, loss_value = numbers()
+        problem = None
+        if not (math.isfinite(norm_value) and math.isfinite(loss_value)):
+            problem = self._describe_non_finite(number, bool(finite_here), loss_value)
+            if self.config.run.non_finite == "stop":
+                raise UserError(
+                    f"{problem}: lower optimizer.learning_rate, or set run.non_finite skip"
+                )
+        return StepResult(
+            loss_value, dict(zip(parts, values, strict=True)), norm_value, rate, problem
+        )
 
     def _saved_tensors(self):
         """Where autograd keeps what the backward pass needs."""

@@ -1,0 +1,110 @@
+"""Where the time of one step goes: what torch.profiler saw, part by part.
+
+The parts are the ranges that the trainer labels (`torch.profiler.record_function`), so any trace of
+it can be read this way. On a GPU a part's time is that of the kernels and copies launched in it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+PARTS = ("teacher", "student", "relations", "backward", "optimizer")
+OTHER = "other"
+_LAUNCHES = {"cuda_runtime", "cuda_driver"}
+_ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Seconds, of one step on one rank.
+
+    Attributes:
+        parts: by label; what no label covers is ``other``.
+        span: from the first kernel to the end of the last.
+        busy: the share of the span in which a kernel or copy runs; None without a GPU.
+        gap: the longest time in it in which none does; None without a GPU.
+        kernels: (name, seconds, calls), the longest first.
+    """
+
+    parts: dict[str, float]
+    span: float
+    busy: float | None = None
+    gap: float | None = None
+    kernels: list[tuple[str, float, int]] = field(default_factory=list)
+
+
+def trace_step(step: Callable[[], object]) -> StepTrace:
+    """Run ``step`` under the profiler."""
+    with torch.profiler.profile() as profile:
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(file))
+        return read_trace(json.loads(file.read_text())["traceEvents"])
+
+
+def read_trace(events: Iterable[dict]) -> StepTrace:
+    """The same of the events of a Chrome trace, whose times are microseconds."""
+    events = [event for event in events if event.get("ph") == "X"]
+    labels = [
+        (event["ts"], event["ts"] + event["dur"], event["name"])
+        for event in events
+        if event["cat"] == "user_annotation" and event["name"] in PARTS
+    ]
+    on_gpu = [event for event in events if event["cat"] in _ON_GPU]
+    if not on_gpu:
+        return _of_labels(labels)
+
+    launched = {
+        event["args"]["correlation"]: event["ts"]
+        for event in events
+        if event["cat"] in _LAUNCHES and "correlation" in event.get("args", {})
+    }
+    parts = dict.fromkeys((*PARTS, OTHER), 0.0)
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for event in on_gpu:
+        # Autograd launches from a thread of its own, while "backward" is open in the main one.
+        when = launched.get(event["args"].get("correlation"), event["ts"])
+        covering = (name for start, end, name in labels if start <= when < end)
+        parts[next(covering, OTHER)] += event["dur"] / 1e6
+        kernels[event["name"]].append(event["dur"] / 1e6)
+    busy, gap, span = _occupation((e["ts"], e["ts"] + e["dur"]) for e in on_gpu)
+    longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))
+    return StepTrace(
+        parts,
+        span / 1e6,
+        busy / span,
+        gap / 1e6,
+        [(name, sum(times), len(times)) for name, times in longest],
+    )
+
+
+def _of_labels(labels: list[tuple[float, float, str]]) -> StepTrace:
+    """Without a GPU a part takes as long as its ranges."""
+    span = max(end for _, end, _ in labels) - min(start for start, _, _ in labels)
+    parts = dict.fromkeys(PARTS, 0.0)
+    for start, end, name in labels:
+        parts[name] += (end - start) / 1e6
+    return StepTrace(parts | {OTHER: span / 1e6 - sum(parts.values())}, span / 1e6)
+
+
+def _occupation(intervals: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
+    """(length of the union of the intervals, its longest gap, from its start to its end)."""
+    busy = gap = 0.0
+    first = until = None
+    for start, end in sorted(intervals):
+        if until is None:
+            first = until = start
+        gap = max(gap, start - until)
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy, gap, until - first
