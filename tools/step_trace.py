@@ -41,11 +41,14 @@ class StepTrace:
 
 
 def trace_step(step: Callable[[], object]) -> StepTrace:
-    """Run ``step`` under the profiler."""
-    with torch.profiler.profile() as profile:
-        step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    """Run ``step`` twice under the profiler, whose own start the first pays for."""
+    plan = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
+    with torch.profiler.profile(schedule=plan) as profile:
+        for _ in range(2):
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            profile.step()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(file))
@@ -73,7 +76,7 @@ def read_trace(events: Iterable[dict]) -> StepTrace:
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in on_gpu:
         # Autograd launches from a thread of its own, while "backward" is open in the main one.
-        when = launched.get(event["args"].get("correlation"), event["ts"])
+        when = launched.get(event["args"].get("correlation"), -1.0)
         covering = (name for start, end, name in labels if start <= when < end)
         parts[next(covering, OTHER)] += event["dur"] / 1e6
         kernels[event["name"]].append(event["dur"] / 1e6)

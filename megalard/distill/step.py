@@ -76,13 +76,14 @@ class Distiller:
     def accumulate(
         self, batches: dict[str, list[Batch]], number: int
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Forward and backward over the micro-batches, into the gradient buffer.
+        """Forward and backward over the micro-batches, into the zeroed gradient buffer.
 
         Returns:
             By stream, fp32 [terms], this rank's sums of the unweighted terms; and fp32
             [streams, 3], the counts of the whole step to divide them by (see
             ``distill.objective``).
         """
+        self.gradients.zero()
         counts = torch.stack(
             [
                 torch.stack([objective.count(batch) for batch in batches[name]]).sum(0)
