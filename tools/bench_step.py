@@ -70,12 +70,6 @@ QUOTED_SETTINGS = {
     "qk": 0.0,
     "dtype": "bfloat16",
 }
-    "shape": "llama2-7b",
-    "tokens": 4096,
-    "batch": 1,
-    "rank": 1024,
-    "dtype": "bfloat16",
-}
 
 
 def make_spec(shape: str, context: int) -> ModelSpec:
