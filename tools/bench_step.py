@@ -5,8 +5,8 @@
 
 Prints, for each setting asked for, the median and spread of a micro-step (forward and backward) and
 of the update (sums over ranks, clipping, optimizer), the peak memory, the model FLOP utilisation
-against the 8192^3 bf16 matrix product measured in the same run, and of one further, traced step the
-time of each part and how busy the GPU is.
+against an 8192^3 matrix product (512^3 on a CPU) measured in the same run, and of one further,
+traced step the time of each part and how busy the GPU is.
 
 For the shape the paper trains, also how long its recipe would take at this rate.
 """
@@ -146,10 +146,14 @@ class Clock:
         return end - start
 
 
-def product_rate(device: torch.device, size: int = 8192) -> float:
-    """FLOP/s of a size^3 bf16 matrix product on random data."""
-    clock, size = Clock(device), size if device.type == "cuda" else 512
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+def product_size(device: torch.device) -> int:
+    return 8192 if device.type == "cuda" else 512
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product on random data."""
+    clock, size = Clock(device), product_size(device)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(13):
         start = clock.now()
@@ -254,7 +258,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     mesh = build_mesh(options.device, options.tp, options.cp)
-    rate = product_rate(mesh.device)
+    rate = product_rate(mesh.device, getattr(torch, options.dtype))
     results = []
     settings = {"no": [False], "yes": [True], "both": [False, True]}[options.recompute]
     for tokens, recompute in itertools.product(options.tokens, settings):
@@ -270,21 +274,20 @@ def report(options: argparse.Namespace, mesh: Mesh, rate: float, results: list[d
     print(
         f"{options.shape}, blocks a micro-step {options.batch}, LoRA rank {options.rank}, "
         f"dp {mesh.dp.size} x cp {mesh.cp.size} x tp {mesh.tp.size}; "
-        f"8192^3 product {rate / 1e12:.0f} TFLOP/s"
+        f"{product_size(mesh.device)}^3 {options.dtype} product {rate / 1e12:.3g} TFLOP/s"
     )
     for result in results:
         low, high = result["micro_step_spread"]
-        memory = (
-            ""
-            if result["peak_gib"] is None
-            else f"  peak {result['peak_gib']:.1f} GiB, {result['held_gib']:.1f} between steps"
-        )
         print(
             f"{result['tokens']:7,d} tokens  recompute {'yes' if result['recompute'] else 'no '}  "
             f"micro-step {result['micro_step_seconds']:.3f} s ({low:.3f}-{high:.3f})  "
-            f"update {result['update_seconds']:.3f} s  "
-            f"{result['tokens_per_second']:,.0f} tokens/s  "
-            f"utilisation {result['utilisation']:.1%}{memory}"
+            f"update {result['update_seconds']:.3f} s  {result['tokens_per_second']:,.0f} tokens/s"
+        )
+        memory = result["peak_gib"] is not None
+        print(
+            f"    utilisation {result['utilisation']:.1%} of the product's rate"
+            + (f"; peak {result['peak_gib']:.1f} GiB" if memory else "")
+            + (f", {result['held_gib']:.1f} between steps" if memory else "")
         )
         report_trace(StepTrace(**result["trace"]))
         if "recipe_minutes" in result:

@@ -43,7 +43,7 @@ class StepTrace:
 def trace_step(step: Callable[[], object]) -> StepTrace:
     """Run ``step`` twice under the profiler, whose own start the first pays for."""
     plan = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
-    with torch.profiler.profile(schedule=plan) as profile:
+    with torch.profiler.profile(schedule=plan, acc_events=True) as profile:
         for _ in range(2):
             step()
             if torch.cuda.is_available():
