@@ -6,7 +6,8 @@
 Prints, for each setting asked for, the median and spread of a micro-step (forward and backward) and
 of the update (sums over ranks, clipping, optimizer), the peak memory, the model FLOP utilisation
 against an 8192^3 matrix product (512^3 on a CPU) measured in the same run, and of one further,
-traced step the time of each part and how busy the GPU is.
+traced step the time of each part and how busy the GPU is. Tokens per second are those of micro-step
+and update together.
 
 For the shape the paper trains, also how long its recipe would take at this rate.
 """
@@ -68,7 +69,9 @@ QUOTED_SETTINGS = {
     "batch": 1,
     "rank": 1024,
     "qk": 0.0,
+    "dropout": 0.0,
     "dtype": "bfloat16",
+    "offload": False,
 }
 
 
@@ -214,24 +217,25 @@ def measure(options: argparse.Namespace, mesh: Mesh, recompute: bool, rate: floa
             amount() / 2**30
             for amount in (torch.cuda.max_memory_allocated, torch.cuda.memory_allocated)
         )
-    median = statistics.median(micro)
+    median, update_median = statistics.median(micro), statistics.median(update)
+    tokens = options.tokens * options.batch * mesh.dp.size
     result = {
         "tokens": options.tokens,
         "recompute": recompute,
         "micro_step_seconds": median,
         "micro_step_spread": [min(micro), max(micro)],
-        "update_seconds": statistics.median(update),
+        "update_seconds": update_median,
         "peak_gib": memory,
         "held_gib": held,
         "utilisation": needed_flops(spec, options) / (mesh.tp.size * mesh.cp.size) / median / rate,
-        "tokens_per_second": options.tokens * options.batch * mesh.dp.size / median,
+        "tokens_per_second": tokens / (median + update_median),
     }
     if options.shape == RECIPE_SHAPE:
-        steps = RECIPE_TOKENS / (options.tokens * options.batch * mesh.dp.size)
-        result["recipe_minutes"] = steps * (median + result["update_seconds"]) / 60
-    if mesh.world.size == 1 and QUOTED_SETTINGS.items() <= vars(options).items():
+        result["recipe_minutes"] = RECIPE_TOKENS / result["tokens_per_second"] / 60
+    alone = mesh.world.size == 1 and mesh.device.type == "cuda"
+    if alone and QUOTED_SETTINGS.items() <= vars(options).items():
         result["quoted"] = QUOTED
-    trace = trace_step(lambda: distiller.step({"main": [batch]}, 0))
+    trace = trace_step(lambda: distiller.step({"main": [batch]}, 0), mesh.device)
     result["trace"] = asdict(replace(trace, kernels=trace.kernels[: 30 if options.trace else 0]))
     return result
 
@@ -300,8 +304,8 @@ def report(options: argparse.Namespace, mesh: Mesh, rate: float, results: list[d
             print(
                 "    transformers + PEFT + the authors' kernels, with recomputation, on one H200 "
                 f"(quoted): {seconds} s, {peak} GiB\n"
-                f"    this takes 1/{seconds / result['micro_step_seconds']:.0f} of the time"
-                + (f" and {result['peak_gib'] / peak:.2f} of the memory" if memory else "")
+                f"    this is {seconds / result['micro_step_seconds']:.1f} times as fast, in "
+                f"{result['peak_gib'] / peak:.2f} of the memory"
             )
     if options.json:
         content = {

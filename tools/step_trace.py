@@ -40,19 +40,26 @@ class StepTrace:
     kernels: list[tuple[str, float, int]] = field(default_factory=list)
 
 
-def trace_step(step: Callable[[], object]) -> StepTrace:
-    """Run ``step`` twice under the profiler, whose own start the first pays for."""
+def trace_step(step: Callable[[], object], device: torch.device) -> StepTrace:
+    """Run ``step`` twice under the profiler, whose own start the first pays for.
+
+    Raises:
+        RuntimeError: the profiler sees no work on the GPU.
+    """
     plan = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
     with torch.profiler.profile(schedule=plan, acc_events=True) as profile:
         for _ in range(2):
             step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             profile.step()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(file))
-        return read_trace(json.loads(file.read_text())["traceEvents"])
+        trace = read_trace(json.loads(file.read_text())["traceEvents"])
+    if device.type == "cuda" and trace.busy is None:
+        raise RuntimeError("torch.profiler sees nothing on the GPU: it needs CUPTI, CUDA's tracer")
+    return trace
 
 
 def read_trace(events: Iterable[dict]) -> StepTrace:

@@ -37,6 +37,7 @@ SECTION_HEADS = 8  # that run side by side
 # hide the turns: a buffer a head is faster by a third at 8192, by 8 % at 16384, and 7 % slower at
 # 32768 (docs/performance.md).
 SHARED_FROM = 32768
+OWN_BUFFERS_BYTES = 1 << 30  # what one buffer a head may take; beyond it heads share as well
 # 512 threads enter with 128 registers each.
 ROWS_REGISTERS: gl.constexpr = gl.constexpr(192)
 REDUCER_REGISTERS: gl.constexpr = gl.constexpr(104)
@@ -105,7 +106,9 @@ def _step(
     )
     s = warpgroup_mma_wait(1, deps=[s])
     p_s = gl.exp2(s * scale_s - gl.expand_dims(lse_s, 1))
-    mbarrier.wait(s_ready.index(stage), phase)  # long passed; as in `hopper_forward`
+    mbarrier.wait(
+        s_ready.index(stage), phase
+    )  # long passed; it keeps what is above from moving below
     t = warpgroup_mma_wait(0, deps=[t])
     delta = p_s - gl.exp2(t * scale_t - gl.expand_dims(lse_t, 1))
     if WEIGHTED:
@@ -309,13 +312,16 @@ def hopper_backward(
     weight, unit = split_weight(row_weight, op.rows_s.dtype)
     b, heads, n, d = op.rows_s.shape
     m = op.cols_s.shape[2]
-    share = op.group if m >= SHARED_FROM else 1
+    own_bytes = 4 * b * heads * m * d
+    share = op.group if m >= SHARED_FROM or own_bytes > OWN_BUFFERS_BYTES else 1
     tiles = -(-m // BLOCK)
     spans, last_rows = reduction_order(op.mask, op.is_self)
     log2_gain = FP16_LOG2_GAIN if op.rows_s.dtype == torch.float16 else 0
     grad_scale = op.scale_s * 2.0**-log2_gain
     grad = torch.empty_like(op.rows_s, dtype=out_dtype)
-    buffer = torch.empty(b, heads // share, tiles * BLOCK, d, device=grad.device)
+    buffer = torch.empty(
+        b, heads // share, tiles * BLOCK, d, dtype=torch.float32, device=grad.device
+    )
     turns = torch.zeros(b, heads // share, tiles, dtype=torch.int32, device=grad.device)
     section = max(1, SECTION_HEADS // op.group) * op.group
     with torch.cuda.device_of(grad):

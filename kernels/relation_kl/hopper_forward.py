@@ -106,7 +106,7 @@ def _produce(descs, smem, bars, place, span, STAGES: gl.constexpr):
 @gluon.jit
 def _seen(lo, hi, span, BLOCK_N: gl.constexpr):
     """Of the rows of a warpgroup: the columns [first, last) that some see, and after how many
-    steps every row has met the tile of its last column and one more."""
+    steps each of them that sees any has met a tile that it sees, and one more has followed."""
     first, full_first, full_last, last = span
     live = lo < hi
     seen_first = gl.min(gl.where(live, lo, FAR), 0)

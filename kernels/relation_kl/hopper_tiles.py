@@ -1,7 +1,6 @@
 """What the Hopper kernels share: their tiles, and how the copy engine reads the operands."""
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -29,10 +28,8 @@ def own_block(blocks, heads, section, HEAVY_LAST: gl.constexpr):
 def tile_range(col_lo, col_hi, start, n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """As `tiling.tile_range`, of the rows from ``start``: first, full_first, full_last, last."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    PADDED: gl.constexpr = triton.next_power_of_2(BLOCK_M)
-    row = gl.arange(0, PADDED, layout)
-    i = start + row
-    inside = (i < n) & (row < BLOCK_M)
+    i = start + gl.arange(0, BLOCK_M, layout)
+    inside = i < n
     lo = gl.load(col_lo + i, mask=inside, other=0)
     hi = gl.load(col_hi + i, mask=inside, other=0)
     live = lo < hi

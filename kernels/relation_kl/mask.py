@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megalard.transfer import to_device
+
 
 @dataclass(frozen=True)
 class IntervalMask:
@@ -140,7 +142,7 @@ def places_mask(
     """
     common = min(len(row_place_n), len(col_place_m))
     aligned = torch.equal(row_place_n[:common], col_place_m[:common])
-    rows, cols = (_queued_copy(x, doc_start_bs.device) for x in (row_place_n, col_place_m))
+    rows, cols = (to_device(x, doc_start_bs.device) for x in (row_place_n, col_place_m))
 
     def visible(own, other, later: bool):
         """The interval among ``other`` of each of ``own``; ``later`` says that these are rows."""
@@ -160,11 +162,6 @@ def places_mask(
         *visible(cols, rows, later=False),
         causal=causal and aligned,
     )
-
-
-def _queued_copy(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device``, from pinned memory, so that the host does not wait for the GPU."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def segment_mask(segment_ids_bs: Tensor, causal: bool = True) -> IntervalMask:
