@@ -26,9 +26,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from . import tiling
 from .backward import FP16_LOG2_GAIN, split_weight
 from .hopper_order import BLOCK, reduction_order
-from .hopper_reduce import STEP, TILE, flat, reduce_columns, step_start
+from .hopper_reduce import STEP, TILE, reduce_columns, step_start
 from .hopper_slab import columns_gradient, from_slab, slab_offsets
-from .hopper_tiles import ROWS, descriptor, own_block, thread_barrier, tile_range
+from .hopper_tiles import (
+    ROWS,
+    descriptor,
+    flat,
+    own_block,
+    rows_by_cols,
+    thread_barrier,
+    tile_range,
+)
 from .operands import Operands
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
@@ -94,21 +102,13 @@ def _step(
     stage = step % STAGES
     phase = step // STAGES & 1
     mbarrier.wait(s_ready.index(stage), phase)
-    y = flat(y_s.index(stage))
-    s = warpgroup_mma(flat(x_s.index(GROUP)), y.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = rows_by_cols(x_s.index(GROUP), y_s.index(stage), zero)
     mbarrier.wait(t_ready.index(stage), phase)
-    t = warpgroup_mma(
-        flat(x_t.index(GROUP)),
-        flat(y_t.index(stage)).permute((1, 0)),
-        zero,
-        use_acc=False,
-        is_async=True,
-    )
+    t = rows_by_cols(x_t.index(GROUP), y_t.index(stage), zero)
     s = warpgroup_mma_wait(1, deps=[s])
     p_s = gl.exp2(s * scale_s - gl.expand_dims(lse_s, 1))
-    mbarrier.wait(
-        s_ready.index(stage), phase
-    )  # long passed; it keeps what is above from moving below
+    # long passed; it keeps the exponentials above from moving below the next wait
+    mbarrier.wait(s_ready.index(stage), phase)
     t = warpgroup_mma_wait(0, deps=[t])
     delta = p_s - gl.exp2(t * scale_t - gl.expand_dims(lse_t, 1))
     if WEIGHTED:
@@ -120,7 +120,9 @@ def _step(
     delta = delta.to(y_s.dtype)
     operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     slot = step & 1
-    acc = warpgroup_mma(gl.convert_layout(delta, operand), y, acc, is_async=True)
+    acc = warpgroup_mma(
+        gl.convert_layout(delta, operand), flat(y_s.index(stage)), acc, is_async=True
+    )
     mbarrier.wait(d_free.index(slot), (step // 2 & 1) ^ 1)
     d.index(slot * 2 + GROUP).store(delta)
     fence_async_shared()

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from . import tiling
 from .hopper_plan import block_plan, tile_of_step
 from .hopper_sums import quad_layout, share_maximum
-from .hopper_sweep import HIDDEN, skip_tile, sweep_tile
+from .hopper_sweep import HIDDEN, sweep_edge, sweep_tile
 from .hopper_tiles import FAR, ROWS, descriptor, own_block, thread_barrier
 from .operands import Operands
 from .statistics import Partials, RelationStatistics
@@ -115,7 +115,7 @@ def _seen(lo, hi, span, BLOCK_N: gl.constexpr):
     edges = last - first - (full_last - full_first)
     in_edges = (lowest >= full_last) | (full_first == full_last)
     met = gl.where(in_edges, gl.maximum(last - lowest, 0), edges)
-    return seen_first, seen_last, gl.minimum(met + 1, last - first)
+    return (seen_first, seen_last), gl.minimum(met + 1, last - first)
 
 
 @gluon.jit
@@ -148,7 +148,7 @@ def _consume(
     i = place[3] + GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, mma))
     lo = gl.load(col_lo + i, mask=i < n, other=0)
     hi = gl.load(col_hi + i, mask=i < n, other=0)
-    seen_first, seen_last, exact = _seen(lo, hi, span, BLOCK_N)
+    seen, exact = _seen(lo, hi, span, BLOCK_N)
     i = place[3] + GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, lanes))
     inside = i < n
     out += i
@@ -163,13 +163,10 @@ def _consume(
         state = (low, nil, low, nil, nil)
         for step in range(exact):
             start = tile_of_step(step, span) * BLOCK_N
-            if (start < seen_last) & (start + BLOCK_N > seen_first):
-                state = sweep_tile(
-                    state, smem, bars, lo, hi, start, base + step, scale_s, scale_t, nil, nil,
-                    GROUP, STAGES, MASKED=True, EXACT=True,
-                )  # fmt: skip
-            else:
-                skip_tile(bars, base + step, STAGES)
+            state = sweep_edge(
+                state, smem, bars, lo, hi, seen, start, base + step, scale_s, scale_t, nil, nil,
+                GROUP, STAGES, EXACT=True,
+            )  # fmt: skip
         m_s, l_s, m_t, l_t, a = state
         m_s, shrink_s = share_maximum(m_s, scale_s)
         m_t, shrink_t = share_maximum(m_t, scale_t)
@@ -181,13 +178,10 @@ def _consume(
         state = (m_s, l_s, m_t, l_t, a)
         for step in range(exact, edges):
             start = tile_of_step(step, span) * BLOCK_N
-            if (start < seen_last) & (start + BLOCK_N > seen_first):
-                state = sweep_tile(
-                    state, smem, bars, lo, hi, start, base + step, scale_s, scale_t, shift_s,
-                    shift_t, GROUP, STAGES, MASKED=True, EXACT=False,
-                )  # fmt: skip
-            else:
-                skip_tile(bars, base + step, STAGES)
+            state = sweep_edge(
+                state, smem, bars, lo, hi, seen, start, base + step, scale_s, scale_t, shift_s,
+                shift_t, GROUP, STAGES, EXACT=False,
+            )  # fmt: skip
         for step in range(gl.maximum(exact, edges), total):
             state = sweep_tile(
                 state, smem, bars, lo, hi, 0, base + step, scale_s, scale_t, shift_s, shift_t,

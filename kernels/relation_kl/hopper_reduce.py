@@ -9,16 +9,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_slab import as_slab, slab_offsets
-from .hopper_tiles import ROWS, thread_barrier
+from .hopper_tiles import ROWS, flat, thread_barrier
 
 STEP: gl.constexpr = gl.constexpr(64)  # columns multiplied at a time
 TILE: gl.constexpr = gl.constexpr(128)  # columns between two turns
-
-
-@gluon.jit
-def flat(x):
-    """[1, 1, rows, d] in shared memory as [rows, d]."""
-    return x.reshape([x.shape[2], x.shape[3]])
 
 
 @gluon.jit

@@ -2,26 +2,14 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from .hopper_sums import by_lane, spread, sum_columns, sweep_student, sweep_teacher
-from .hopper_tiles import ROWS
+from .hopper_tiles import ROWS, rows_by_cols
 
 # Scores of hidden pairs. A power of two, so that scaling it is exact and score - maximum cannot
 # come out positive; finite, so that no difference of two is NaN.
 HIDDEN: gl.constexpr = gl.constexpr(-(2.0**100))
-
-
-@gluon.jit
-def _rows_by_cols(x, y, acc):
-    """acc = x y^T, issued but not awaited: x [1, 1, 64, d] and y [1, 1, BLOCK_N, d] in smem."""
-    x = x.reshape([x.shape[2], x.shape[3]])
-    y = y.reshape([y.shape[2], y.shape[3]]).permute((1, 0))
-    return warpgroup_mma(x, y, acc, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -55,9 +43,9 @@ def sweep_tile(
     stage = step % STAGES
     phase = step // STAGES & 1
     mbarrier.wait(s_ready.index(stage), phase)
-    s = _rows_by_cols(x_s.index(GROUP), y_s.index(stage), zero)
+    s = rows_by_cols(x_s.index(GROUP), y_s.index(stage), zero)
     mbarrier.wait(t_ready.index(stage), phase)
-    t = _rows_by_cols(x_t.index(GROUP), y_t.index(stage), zero)
+    t = rows_by_cols(x_t.index(GROUP), y_t.index(stage), zero)
     s = warpgroup_mma_wait(1, deps=[s])
     m_s, l_s, m_t, l_t, a = state
     if MASKED:
@@ -86,8 +74,41 @@ def sweep_tile(
 
 
 @gluon.jit
-def skip_tile(bars, step, STAGES: gl.constexpr):
-    """A column tile that no row of the warpgroup sees."""
+def sweep_edge(
+    state,
+    smem,
+    bars,
+    lo,
+    hi,
+    seen,
+    start,
+    step,
+    scale_s,
+    scale_t,
+    shift_s,
+    shift_t,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+    EXACT: gl.constexpr,
+):
+    """`sweep_tile` of a tile that some rows may not see; passed over where none does.
+
+    seen: the columns [first, last) that some row of the warpgroup sees.
+    """
+    first, last = seen
+    BLOCK_N: gl.constexpr = smem[2].shape[3]
+    if (start < last) & (start + BLOCK_N > first):
+        state = sweep_tile(
+            state, smem, bars, lo, hi, start, step, scale_s, scale_t, shift_s, shift_t,
+            GROUP, STAGES, MASKED=True, EXACT=EXACT,
+        )  # fmt: skip
+    else:
+        _pass_over(bars, step, STAGES)
+    return state
+
+
+@gluon.jit
+def _pass_over(bars, step, STAGES: gl.constexpr):
     x_ready, s_ready, t_ready, free, done = bars
     stage = step % STAGES
     mbarrier.wait(s_ready.index(stage), step // STAGES & 1)

@@ -3,12 +3,25 @@
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS: gl.constexpr = gl.constexpr(64)  # of one warpgroup
 FAR: gl.constexpr = gl.constexpr(2147483647)  # past every column
 # Of one partition's threads. triton 3.7 calls it by another name.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def flat(x):
+    """[1, 1, rows, d] in shared memory as [rows, d]."""
+    return x.reshape([x.shape[2], x.shape[3]])
+
+
+@gluon.jit
+def rows_by_cols(x, y, acc):
+    """acc = x y^T, issued but not awaited: x [1, 1, 64, d] and y [1, 1, columns, d] in smem."""
+    return warpgroup_mma(flat(x), flat(y).permute((1, 0)), acc, use_acc=False, is_async=True)
 
 
 @gluon.jit

@@ -83,7 +83,7 @@ def test_every_pair_is_swept_once_and_every_row_is_met_while_maxima_run(groups, 
             inside = i < n
             own_lo, own_hi = (torch.where(inside, x[i.clamp(max=n - 1)], 0) for x in (lo, hi))
             live = own_lo < own_hi
-            seen_first, seen_last, exact = forward._seen.fn(own_lo, own_hi, span, COLUMNS)
+            (seen_first, seen_last), exact = forward._seen.fn(own_lo, own_hi, span, COLUMNS)
             swept, met = torch.zeros(64).long(), torch.zeros(64).bool()
             for step, start in enumerate(tile * COLUMNS for tile in tiles):
                 visible = own_hi.clamp(max=start + COLUMNS) - own_lo.clamp(min=start)
