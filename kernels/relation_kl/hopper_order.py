@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .mask import IntervalMask
+from .mask import IntervalMask, by_block
 
 BLOCK = 128  # rows of a program, and columns of a tile
 
@@ -16,10 +16,7 @@ def reduction_order(mask: IntervalMask, is_self: bool) -> tuple[Tensor, Tensor]:
     and each knows its turn from the last of them. In a (causal) self relation every block also
     visits its own columns, as the last one to do so. Kept with the mask, which serves many layers.
     """
-    kept = mask.__dict__.setdefault("_hopper_order", {})
-    if is_self not in kept:
-        kept[is_self] = _reduction_order(mask, is_self)
-    return kept[is_self]
+    return mask.kept(_reduction_order, is_self)
 
 
 def _reduction_order(mask: IntervalMask, is_self: bool) -> tuple[Tensor, Tensor]:
@@ -27,9 +24,8 @@ def _reduction_order(mask: IntervalMask, is_self: bool) -> tuple[Tensor, Tensor]
     tiles = -(-mask.m // BLOCK)
     lo = torch.where(live, mask.col_lo_bn // BLOCK, tiles)
     hi = torch.where(live, (mask.col_hi_bn + (BLOCK - 1)) // BLOCK, 0)
-    pad = -mask.n % BLOCK
-    lo = torch.nn.functional.pad(lo, (0, pad), value=tiles).unflatten(1, (-1, BLOCK)).amin(2)
-    hi = torch.nn.functional.pad(hi, (0, pad), value=0).unflatten(1, (-1, BLOCK)).amax(2)
+    lo = by_block(lo, BLOCK, tiles).amin(2)
+    hi = by_block(hi, BLOCK, 0).amax(2)
     if is_self:
         own = torch.arange(lo.shape[1], device=lo.device, dtype=lo.dtype)
         lo, hi = torch.minimum(lo, own), (own + 1).expand_as(lo)

@@ -5,7 +5,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .mask import IntervalMask
+from .mask import IntervalMask, by_block
 
 _FAR = 1 << 30
 
@@ -18,25 +18,19 @@ def block_plan(mask: IntervalMask, rows: int, columns: int) -> Tensor:
     (both ``last`` where there is none). Blocks with the most tiles come first, so that the last
     ones to start are short. Kept with the mask, which serves many layers.
     """
-    kept = mask.__dict__.setdefault("_hopper_plans", {})
-    if (rows, columns) not in kept:
-        kept[rows, columns] = _block_plan(mask, rows, columns)
-    return kept[rows, columns]
+    return mask.kept(_block_plan, rows, columns)
 
 
 def _block_plan(mask: IntervalMask, rows: int, columns: int) -> Tensor:
     lo, hi = mask.col_lo_bn, mask.col_hi_bn
-    pad = -mask.n % rows
-
-    def by_block(x: Tensor, past_the_end: int) -> Tensor:
-        return torch.nn.functional.pad(x, (0, pad), value=past_the_end).unflatten(1, (-1, rows))
-
     live = lo < hi
     lo_live, hi_live = torch.where(live, lo, 0), torch.where(live, hi, 0)
-    last = -(-by_block(hi_live, 0).amax(2) // columns)
-    first = torch.minimum(by_block(torch.where(live, lo, _FAR), _FAR).amin(2) // columns, last)
-    full_first = -(-by_block(lo_live, 0).amax(2) // columns)
-    full_last = by_block(hi_live, _FAR).amin(2) // columns
+    last = -(-by_block(hi_live, rows, 0).amax(2) // columns)
+    first = torch.minimum(
+        by_block(torch.where(live, lo, _FAR), rows, _FAR).amin(2) // columns, last
+    )
+    full_first = -(-by_block(lo_live, rows, 0).amax(2) // columns)
+    full_last = by_block(hi_live, rows, _FAR).amin(2) // columns
     some = full_first < full_last
     full_first, full_last = torch.where(some, full_first, last), torch.where(some, full_last, last)
     order = torch.argsort(last - first, dim=1, descending=True, stable=True)

@@ -5,6 +5,7 @@ of columns and each column an interval of rows, so that is the only mask the ker
 memory is linear in the sequence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,21 @@ class IntervalMask:
         """The same mask on another device."""
         return IntervalMask(*(x.to(device) for x in self._tensors()), causal=self.causal)
 
+    def kept(self, make: Callable, *arguments) -> object:
+        """``make(self, *arguments)``, made once: a mask serves many layers."""
+        made, key = self.__dict__.setdefault("_made", {}), (make, arguments)
+        if key not in made:
+            made[key] = make(self, *arguments)
+        return made[key]
+
     def _tensors(self) -> list[Tensor]:
         return [self.col_lo_bn, self.col_hi_bn, self.row_lo_bm, self.row_hi_bm]
+
+
+def by_block(x_bn: Tensor, size: int, past_the_end: int) -> Tensor:
+    """[b, n] as [b, blocks, size], the last block filled up with ``past_the_end``."""
+    pad = -x_bn.shape[1] % size
+    return torch.nn.functional.pad(x_bn, (0, pad), value=past_the_end).unflatten(1, (-1, size))
 
 
 def full_mask(b: int, n: int, m: int, device: torch.device | str = "cpu") -> IntervalMask:
