@@ -57,7 +57,6 @@ SHAPES = {
     "llama2-70b": (8192, 80, 64, 8, 28672, 32000),
 }
 
-
 # What the paper restores LLaMA2-7B with (LinearARD, arXiv 2604.00004).
 RECIPE_TOKENS, RECIPE_SHAPE = 4_250_000, "llama2-7b"
 # One micro-step of transformers + PEFT + the authors' kernels on one H200, with activation
@@ -287,12 +286,10 @@ def report(options: argparse.Namespace, mesh: Mesh, rate: float, results: list[d
             f"micro-step {result['micro_step_seconds']:.3f} s ({low:.3f}-{high:.3f})  "
             f"update {result['update_seconds']:.3f} s  {result['tokens_per_second']:,.0f} tokens/s"
         )
-        memory = result["peak_gib"] is not None
-        print(
-            f"    utilisation {result['utilisation']:.1%} of the product's rate"
-            + (f"; peak {result['peak_gib']:.1f} GiB" if memory else "")
-            + (f", {result['held_gib']:.1f} between steps" if memory else "")
-        )
+        memory = ""
+        if result["peak_gib"] is not None:
+            memory = f"; peak {result['peak_gib']:.1f} GiB, {result['held_gib']:.1f} between steps"
+        print(f"    utilisation {result['utilisation']:.1%} of the product's rate{memory}")
         report_trace(StepTrace(**result["trace"]))
         if "recipe_minutes" in result:
             print(

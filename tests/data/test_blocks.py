@@ -95,7 +95,6 @@ def test_batch_says_where_each_token_is(make_store):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batch_moves_to_the_gpu(make_store):
     batch = collate([PackedBlocks(make_store([3, 7, 2]), 6).block(0)])
     moved = batch.to("cuda")

@@ -117,7 +117,6 @@ def test_attention_is_exact(kind, heads, window, ranks):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @CASES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_attention_is_exact_on_the_gpu(kind, heads, window, ranks, dtype):

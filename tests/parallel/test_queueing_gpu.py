@@ -11,10 +11,7 @@ from megalard.parallel.mesh import build_mesh
 from tests.parallel.cases import ALL_CASES, make_config
 from tests.parallel.worker import make_distiller, micro_batches
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 # with ``offload`` autograd copies what it keeps to the host, and waits for the copies
 QUEUED = [name for name, case in ALL_CASES.items() if case.data != "short"]
 
