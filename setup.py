@@ -17,7 +17,9 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["megalard", "megalard.*"])]
     + [f"megalard.kernels.{name}" for name in kernel_packages],
-    package_dir={f"megalard.kernels.{name}": f"kernels/{name}" for name in kernel_packages},
+    package_dir={
+        f"megalard.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in kernel_packages
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_system == 'Linux'",

@@ -20,7 +20,7 @@ cd "$root"
 ranks=$("$python" -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 export OMP_NUM_THREADS=1
 
-"$python" tools/stdlib_text.py "$output/text"
+"$python" tools/quickstart/stdlib_text.py "$output/text"
 restore() {
     local name=$1
     shift

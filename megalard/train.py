@@ -16,21 +16,21 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from megalard import assemble
-from megalard.checkpoint.export import export_is_due, save_student
-from megalard.checkpoint.saver import Saver
-from megalard.checkpoint.sharded import checkpoint_axis
-from megalard.config import Config
-from megalard.config_file import describe_keys, load_config
-from megalard.distill.step import Distiller
+from megalard.checkpoint.sharded.save_load import checkpoint_axis
+from megalard.config.file import describe_keys, load_config
+from megalard.config.schema import Config
 from megalard.errors import RankError, UserError
-from megalard.evaluation.run import Evaluator
 from megalard.kernels.relation_kl import describe_kernels
-from megalard.monitor import Monitor
 from megalard.parallel.mesh import allowed_restarts, build_mesh
-from megalard.preflight import preflight
-from megalard.resume import describe_run, find_output, resume
-from megalard.stopping import StopSignals
+from megalard.training import assemble
+from megalard.training.evaluator import Evaluator
+from megalard.training.export import export_is_due, save_student
+from megalard.training.monitor import Monitor
+from megalard.training.preflight import preflight
+from megalard.training.resume import describe_run, find_output, resume
+from megalard.training.saver import Saver
+from megalard.training.step import Distiller
+from megalard.training.stop_signals import StopSignals
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from megalard.checkpoint.export import gather_full
+from megalard.checkpoint.build import load_decoder
 from megalard.checkpoint.huggingface import HuggingFaceWeights
-from megalard.checkpoint.load import load_decoder
 from megalard.data.batch import collate
 from megalard.model.decoder import Decoder
 from megalard.model.rope import rope_table
 from megalard.model.spec import read_spec
-from megalard.parallel.layout import Layout
 from megalard.parallel.mesh import SINGLE, Axis
+from megalard.parallel.tensor.layout import Layout
+from megalard.training.export import gather_full
 
 # fp32 rounding (6e-8) through three layers, against float64. Observed at most 9e-7; a wrong flag,
 # frequency or window changes logits by 1 % or more.

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megalard.assemble import Plan, load_models
-from megalard.checkpoint.export import save_student
 from megalard.checkpoint.huggingface import HuggingFaceWeights
-from megalard.config import (
+from megalard.config.schema import (
     Config,
     LoraConfig,
     ModelConfig,
@@ -22,6 +20,8 @@ from megalard.distill.student import Student
 from megalard.model.rope import scaled_config
 from megalard.model.spec import read_spec, spec_from_config
 from megalard.parallel.mesh import Mesh
+from megalard.training.assemble import Plan, load_models
+from megalard.training.export import save_student
 
 NATIVE, FACTOR = 64, 4.0
 TABLE = [1.0, 0.3, 0.02, 0.0005]

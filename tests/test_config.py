@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megalard.config import Config, to_dict
-from megalard.config_file import describe_keys, load_config
+from megalard.config.file import describe_keys, load_config
+from megalard.config.schema import Config, to_dict
 from megalard.errors import UserError
 from megalard.train import main
 

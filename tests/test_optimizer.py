@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from megalard.config import OptimizerConfig
-from megalard.optimizer import learning_rate, make_optimizer, update_where
+from megalard.config.schema import OptimizerConfig
+from megalard.training.optimizer import learning_rate, make_optimizer, update_where
 
 
 def rates(**settings) -> list[float]:

@@ -7,12 +7,12 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from megalard import assemble
-from megalard.config import Config
-from megalard.config_file import load_config
+from megalard.config.file import load_config
+from megalard.config.schema import Config
 from megalard.errors import UserError
 from megalard.parallel.mesh import build_mesh
 from megalard.train import main
+from megalard.training import assemble
 from tests.jobs import CONTEXT, NATIVE, STEPS, arguments, make_job, metrics
 
 CPT = "{long: {objective: {language_modelling: 1}}}"

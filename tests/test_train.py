@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megalard.config import to_dict
-from megalard.config_file import load_config
+from megalard.config.file import load_config
+from megalard.config.schema import to_dict
 from megalard.data.token_store import TokenStore
-from megalard.distill.step import Distiller
 from megalard.evaluation.report import read_json
-from megalard.optimizer import learning_rate
 from megalard.train import main
+from megalard.training.optimizer import learning_rate
+from megalard.training.step import Distiller
 from tests.jobs import (
     BATCH,
     CONTEXT,

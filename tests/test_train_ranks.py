@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalard.distill.step import Distiller
 from megalard.train import main
+from megalard.training.step import Distiller
 from tests.jobs import arguments, make_job
 from tests.models import make_model
 from tests.ranks import run_ranks

@@ -82,10 +82,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def convert(options: argparse.Namespace) -> None:
     # Imported late: --help should not wait for torch and transformers.
     from megalard.checkpoint import convert as work
-    from megalard.checkpoint.describe import readable
-    from megalard.checkpoint.hf_writer import bytes_of_rank
-    from megalard.checkpoint.sharded import checkpoint_axis
-    from megalard.checkpoint.source import open_model
+    from megalard.checkpoint.huggingface_writer import bytes_of_rank
+    from megalard.checkpoint.inspect import readable
+    from megalard.checkpoint.open import open_model
+    from megalard.checkpoint.sharded.save_load import checkpoint_axis
     from megalard.parallel.agreement import checked_on_all_ranks
     from megalard.parallel.mesh import build_mesh
     from megalard.progress import progress_bar

@@ -53,14 +53,14 @@ def inspect(directory: Path, options: argparse.Namespace, bases: dict) -> tuple[
     Args:
         bases: what was found wrong with base models so far, as the checkpoints of a run share them.
     """
-    from megalard.checkpoint.manifest import is_checkpoint
-    from megalard.checkpoint.peft_adapter import ADAPTER_CONFIG
+    from megalard.checkpoint.peft import ADAPTER_CONFIG
+    from megalard.checkpoint.sharded.manifest import is_checkpoint
     from megalard.errors import UserError
 
     try:
         if is_checkpoint(directory):
             return inspect_checkpoint(directory, options, bases)
-        from megalard.checkpoint.describe import describe_adapter, describe_model
+        from megalard.checkpoint.inspect import describe_adapter, describe_model
 
         adapter = (directory / ADAPTER_CONFIG).is_file()
         return (describe_adapter if adapter else describe_model)(directory), True
@@ -76,8 +76,8 @@ def inspect_checkpoint(
     directory: Path, options: argparse.Namespace, bases: dict
 ) -> tuple[dict, bool]:
     """The same of a directory with a manifest."""
-    from megalard.checkpoint.describe import base_problem, describe
-    from megalard.checkpoint.sharded import ShardedWeights
+    from megalard.checkpoint.inspect import base_problem, describe
+    from megalard.checkpoint.sharded.save_load import ShardedWeights
     from megalard.errors import UserError
     from megalard.progress import progress_bar
 
@@ -125,9 +125,9 @@ def show(directory: Path, facts: dict) -> None:
 
 def find_checkpoints(directory: Path) -> tuple[Path, list[Path]]:
     """The folder of a run's checkpoints, and them; none where the directory is one itself."""
-    from megalard.checkpoint.manifest import is_checkpoint
-    from megalard.checkpoint.run_folder import checkpoints
-    from megalard.checkpoint.tensor_file import cannot_read
+    from megalard.checkpoint.sharded.manifest import is_checkpoint
+    from megalard.files.safetensors import cannot_read
+    from megalard.training.run_folder import checkpoints
 
     if is_checkpoint(directory):
         return directory, []
@@ -147,8 +147,8 @@ def find_checkpoints(directory: Path) -> tuple[Path, list[Path]]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    from megalard.checkpoint.run_folder import unfinished
     from megalard.errors import UserError
+    from megalard.training.run_folder import unfinished
 
     directory, bases = options.directory, {}
     try:

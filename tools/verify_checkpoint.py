@@ -72,7 +72,7 @@ def verify(options: argparse.Namespace) -> bool:
     # Imported late: --help should not wait for torch and transformers.
     from megalard.checkpoint import compare
     from megalard.checkpoint.convert import size_of
-    from megalard.checkpoint.source import open_model
+    from megalard.checkpoint.open import open_model
     from megalard.errors import UserError
     from megalard.progress import progress_bar
 

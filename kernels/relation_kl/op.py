@@ -7,11 +7,13 @@ from torch import Tensor
 
 from .mask import IntervalMask
 from .operands import Operands, check_operands
-from .reference import torch_backward, torch_partials
 from .statistics import Partials, RelationStatistics, finish
+from .torch_reference import torch_backward, torch_partials
 
 try:
-    from . import backward, forward, hopper, tiling
+    from .hopper import support as hopper
+    from .triton import backward, forward
+    from .triton import tiles as tiling
 except ImportError:  # CPU-only platforms have no Triton; plain torch serves them
     backward = forward = hopper = tiling = None
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megalard.checkpoint.load import load_decoder
-from megalard.checkpoint.merged import BLOCK_ELEMENTS
-from megalard.checkpoint.source import Model
+from megalard.checkpoint.build import load_decoder
+from megalard.checkpoint.open import Model
+from megalard.checkpoint.weights import BLOCK_ELEMENTS
 from megalard.data.batch import collate
 from megalard.data.sources import read_documents
 from megalard.data.tokenizer import load_tokenizer

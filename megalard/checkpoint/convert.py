@@ -11,20 +11,20 @@ from pathlib import Path
 
 import torch
 
-from megalard.checkpoint.hf_writer import FILE_BYTES, write_huggingface
-from megalard.checkpoint.load import empty_decoder
-from megalard.checkpoint.manifest import written_by
-from megalard.checkpoint.merged import Weights
-from megalard.checkpoint.peft_adapter import check_lora, write_adapter
-from megalard.checkpoint.sharded import as_dtensor, save_sharded
-from megalard.checkpoint.source import Model
-from megalard.checkpoint.storage import LazySavePlanner
+from megalard.checkpoint.build import empty_decoder
+from megalard.checkpoint.huggingface_writer import FILE_BYTES, write_huggingface
+from megalard.checkpoint.open import Model
+from megalard.checkpoint.peft import check_lora, write_adapter
+from megalard.checkpoint.sharded.dcp_storage import LazySavePlanner
+from megalard.checkpoint.sharded.manifest import written_by
+from megalard.checkpoint.sharded.save_load import as_dtensor, save_sharded
+from megalard.checkpoint.weights import Weights
 from megalard.errors import UserError
 from megalard.model.rope import rope_table, write_rope
 from megalard.model.spec import ModelSpec
 from megalard.parallel.agreement import checked_meanwhile
-from megalard.parallel.layout import Layout, check_divisible, parameter_layout
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
+from megalard.parallel.tensor.layout import Layout, check_divisible, parameter_layout
 
 Progress = Callable[[int], None]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megalard.checkpoint.tensor_file import DTYPES, DamagedFile, TensorFile, cannot_read
 from megalard.errors import UserError
-from megalard.parallel.layout import Layout
+from megalard.files.safetensors import DTYPES, DamagedFile, TensorFile, cannot_read
+from megalard.parallel.tensor.layout import Layout
 
 
 class HuggingFaceWeights:

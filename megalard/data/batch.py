@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from megalard.data.blocks import Block
-from megalard.parallel.context import SequenceShard, Span
-from megalard.parallel.context_attention import attend_over_axis
+from megalard.parallel.context.attention import attend_over_axis
+from megalard.parallel.context.shard import SequenceShard, Span
 from megalard.parallel.mesh import Axis
 from megalard.transfer import to_device
 

@@ -15,7 +15,7 @@ from megalard.data.sampler import (
     sample_indices,
 )
 from megalard.errors import UserError
-from megalard.parallel.context import SequenceShard
+from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import SINGLE, Axis
 
 

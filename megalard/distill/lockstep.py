@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megalard.data.batch import Batch
 from megalard.distill.reach import Reach, Stage
 from megalard.model.decoder import Decoder, DecoderLayer, Qkv
-from megalard.parallel.linear import TensorParallel
+from megalard.parallel.tensor.linear import TensorParallel
 
 
 @dataclass

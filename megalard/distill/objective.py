@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch.profiler import record_function
 
-from megalard.config import StreamConfig
+from megalard.config.schema import StreamConfig
 from megalard.data.batch import Batch
 from megalard.distill.lockstep import Pair, lockstep
-from megalard.distill.logits import chosen_rows, cross_entropy_sum, logits_kl_sum
 from megalard.distill.reach import hidden_states, reach_of
-from megalard.distill.relation import RelationObjective
-from megalard.distill.sharded_relation import RelationPlan
-from megalard.distill.states import context_sum, cosine_sum
+from megalard.distill.terms.logits import chosen_rows, cross_entropy_sum, logits_kl_sum
+from megalard.distill.terms.relations import RelationObjective
+from megalard.distill.terms.sharded_relations import RelationPlan
+from megalard.distill.terms.states import context_sum, cosine_sum
 from megalard.model.decoder import Decoder
 from megalard.transfer import to_device
 

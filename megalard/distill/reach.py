@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from megalard.config import Config, ObjectiveConfig
+from megalard.config.schema import Config, ObjectiveConfig
 from megalard.errors import UserError
 
 

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megalard.checkpoint.load import empty_decoder, get_module, read_parameter, set_parameter
-from megalard.checkpoint.merged import Weights
-from megalard.config import Config
+from megalard.checkpoint.build import empty_decoder, get_module, read_parameter, set_parameter
+from megalard.checkpoint.weights import Weights
+from megalard.config.schema import Config
 from megalard.distill.reach import is_reached
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder, Projection
 from megalard.model.lora import Dropout, DropoutKey, initial_a
 from megalard.model.rope import RopeTable
 from megalard.model.spec import ModelSpec
-from megalard.parallel.layout import parameter_layout
 from megalard.parallel.mesh import Axis
+from megalard.parallel.tensor.layout import parameter_layout
 
 
 @dataclass

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from megalard.checkpoint.load import load_decoder
-from megalard.checkpoint.source import Model, open_model
+from megalard.checkpoint.build import load_decoder
+from megalard.checkpoint.open import Model, open_model
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
 from megalard.errors import UserError
 from megalard.evaluation.comparison import (
@@ -28,8 +28,8 @@ from megalard.evaluation.tasks import TASKS, sentence_filler, text_filler
 from megalard.model.decoder import Decoder
 from megalard.model.rope import rope_table
 from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks
-from megalard.parallel.layout import check_divisible
 from megalard.parallel.mesh import Mesh
+from megalard.parallel.tensor.layout import check_divisible
 
 # more filler than the longest texts need
 _FILLER_TOKENS = 1_000_000

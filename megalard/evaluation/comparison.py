@@ -24,7 +24,7 @@ class Entry:
 
     Attributes:
         name: what it is called in tables and plots.
-        directory, kind: where it is and how it is stored (``megalard.checkpoint.source``).
+        directory, kind: where it is and how it is stored (``megalard.checkpoint.open``).
         window: its own, in tokens.
     """
 

@@ -16,7 +16,7 @@ from megalard.errors import UserError
 from megalard.model.decoder import Decoder
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import Mesh
-from megalard.parallel.vocab import arg_max, cross_entropy, kl_divergence
+from megalard.parallel.tensor.vocab import arg_max, cross_entropy, kl_divergence
 
 _ROWS = 1024
 _TOKENS_A_PASS = 16384

@@ -14,7 +14,7 @@ from megalard.evaluation.tasks import Sample
 from megalard.model.decoder import Decoder
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import Mesh
-from megalard.parallel.vocab import arg_max, cross_entropy
+from megalard.parallel.tensor.vocab import arg_max, cross_entropy
 
 
 @dataclass(frozen=True)

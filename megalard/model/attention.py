@@ -53,7 +53,7 @@ def attend(
         q: [b, Hq, s, d], the queries at hand.
         k, v: [b, Hkv, n, d] of the whole block, Hq a multiple of Hkv.
         spans: queries ``start:end`` of batch row ``row`` see keys ``first:last``, of which the last
-            is the last query's own (``megalard.parallel.context.Span``); ordered by row and start.
+            is the last query's own (``Span`` of ``parallel.context.shard``), by row and start.
             Queries outside all spans (padding) get zeros.
         window: query i sees key j only if i - j < window; None for all j <= i.
 

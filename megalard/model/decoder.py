@@ -1,8 +1,8 @@
 """The decoder: Llama and its relatives, driven by the flags of a ``ModelSpec``.
 
 Plain torch on local shapes. The products are handed in as ``ops`` (see
-``megalard.parallel.linear``), already parallel, so the file reads the same for one GPU and many.
-Parameters have Hugging Face's names.
+``megalard.parallel.tensor.linear``), already parallel, so the file reads the same for one GPU and
+many. Parameters have Hugging Face's names.
 
 Shapes: b sequences of s tokens make t = b*s rows; with tensor parallelism the residual stream is
 [t/tp, hidden] and attention sees all tokens of this rank's heads.
@@ -33,7 +33,7 @@ class Context:
 
     ``cos`` and ``sin`` are [b, 1, s, head_dim] for the s tokens at hand, and
     ``attend(q, k, v, window)`` is their attention to the documents they are in
-    (``megalard.parallel.context_attention.attend_over_axis``).
+    (``megalard.parallel.context.attention.attend_over_axis``).
     """
 
     cos: torch.Tensor
@@ -155,14 +155,14 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A decoder whose parameters are this rank's slices.
 
-    Made without storage, on torch's meta device, and filled by ``megalard.checkpoint.load``.
+    Made without storage, on torch's meta device, and filled by ``megalard.checkpoint.build``.
 
     Args:
         spec: shape and flags.
         rope: the position table to read with.
-        ops: the products, such as ``megalard.parallel.linear.TensorParallel``.
+        ops: the products, such as ``megalard.parallel.tensor.linear.TensorParallel``.
         layout: ``layout(name, full_shape)`` is this rank's slice of a parameter, such as
-            ``megalard.parallel.layout.parameter_layout`` for a rank.
+            ``megalard.parallel.tensor.layout.parameter_layout`` for a rank.
     """
 
     def __init__(self, spec: ModelSpec, rope: RopeTable, ops, layout):

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megalard.config import RopeConfig
+from megalard.config.schema import RopeConfig
 from megalard.errors import UserError
 from megalard.model.fuse import fused_on_gpu
 from megalard.model.spec import ModelSpec

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalard.checkpoint.convert import check_complete, export_model, import_model
-from megalard.checkpoint.describe import describe
 from megalard.checkpoint.huggingface import HuggingFaceWeights
-from megalard.checkpoint.manifest import MANIFEST, _digest, read_manifest
-from megalard.checkpoint.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from megalard.checkpoint.sharded import checkpoint_axis
-from megalard.checkpoint.source import open_model
+from megalard.checkpoint.inspect import describe
+from megalard.checkpoint.open import open_model
+from megalard.checkpoint.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megalard.checkpoint.sharded.manifest import MANIFEST, _digest, read_manifest
+from megalard.checkpoint.sharded.save_load import checkpoint_axis
 from megalard.errors import UserError
 from megalard.parallel.mesh import SINGLE, build_mesh
 from tests.models import make_model

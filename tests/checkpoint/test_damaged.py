@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megalard.checkpoint.convert import export_model, import_model
-from megalard.checkpoint.manifest import MANIFEST, _digest
-from megalard.checkpoint.sharded import checkpoint_axis
-from megalard.checkpoint.source import open_model
+from megalard.checkpoint.open import open_model
+from megalard.checkpoint.sharded.manifest import MANIFEST, _digest
+from megalard.checkpoint.sharded.save_load import checkpoint_axis
 from megalard.errors import UserError
 from megalard.parallel.mesh import SINGLE, build_mesh
 from tests.checkpoint.test_faults import another_version, flip

@@ -19,12 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalard.checkpoint import export
 from megalard.checkpoint.huggingface import HuggingFaceWeights
-from megalard.checkpoint.merged import MergedWeights
+from megalard.checkpoint.weights import MergedWeights
 from megalard.errors import UserError
 from megalard.model.lora import initial_a
 from megalard.parallel.mesh import Mesh, build_mesh
+from megalard.training import export
 from tests.logits import (
     assert_same_logits,
     decoder_logits,

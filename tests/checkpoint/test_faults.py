@@ -17,19 +17,19 @@ import torch
 from safetensors.torch import load_file
 
 from megalard.checkpoint.convert import export_adapter, export_model, import_model, size_of
-from megalard.checkpoint.manifest import MANIFEST, VERSION, _digest
-from megalard.checkpoint.run_folder import checkpoint_path, checkpoints, discard, unfinished
-from megalard.checkpoint.sharded import (
+from megalard.checkpoint.open import open_model
+from megalard.checkpoint.sharded.manifest import MANIFEST, VERSION, _digest
+from megalard.checkpoint.sharded.save_load import (
     ShardedWeights,
     as_dtensor,
     checkpoint_axis,
     save_sharded,
 )
-from megalard.checkpoint.source import open_model
 from megalard.errors import UserError
-from megalard.parallel.layout import Layout
 from megalard.parallel.mesh import SINGLE, build_mesh
+from megalard.parallel.tensor.layout import Layout
 from megalard.train import main
+from megalard.training.run_folder import checkpoint_path, checkpoints, discard, unfinished
 from tests.jobs import STEPS, arguments, interrupted, make_job, metrics
 from tests.permissions import give_up_rights
 from tests.ranks import run_ranks, start_ranks, wait_for

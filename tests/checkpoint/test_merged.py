@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalard.checkpoint import merged
-from megalard.checkpoint.merged import merge_lora
+from megalard.checkpoint import weights as merged
+from megalard.checkpoint.weights import merge_lora
 
 
 def whole(original, lora_a, lora_b, scale):

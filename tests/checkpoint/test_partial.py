@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megalard import locks
-from megalard.checkpoint import partial
-from megalard.checkpoint.partial import PartialFolder
 from megalard.errors import UserError
+from megalard.files import atomic_folder as partial
+from megalard.files import locks
+from megalard.files.atomic_folder import PartialFolder
 
 
 class Killed(BaseException):

@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megalard.checkpoint.compare import logits_of, tensor_differences
 from megalard.checkpoint.convert import export_adapter, export_model, import_model
-from megalard.checkpoint.run_folder import checkpoint_path
-from megalard.checkpoint.source import open_model
+from megalard.checkpoint.open import open_model
 from megalard.errors import UserError
 from megalard.parallel.mesh import SINGLE, build_mesh
 from megalard.train import main
+from megalard.training.run_folder import checkpoint_path
 from tests.jobs import arguments, make_job
 from tests.logits import assert_same_logits, random_tokens
 from tests.ranks import run_ranks

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megalard import assemble, locks, train
-from megalard.checkpoint import saver
-from megalard.checkpoint.manifest import read_manifest
-from megalard.checkpoint.run_folder import checkpoint_path
-from megalard.checkpoint.sharded import ShardedWeights
-from megalard.resume import Output
+from megalard import train
+from megalard.checkpoint.sharded.manifest import read_manifest
+from megalard.checkpoint.sharded.save_load import ShardedWeights
+from megalard.files import locks
 from megalard.train import main
+from megalard.training import assemble, saver
+from megalard.training.resume import Output
+from megalard.training.run_folder import checkpoint_path
 from tests.jobs import STEPS, arguments, interrupted, losses, make_job
 from tests.ranks import run_ranks, start_ranks, wait_for
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalard.checkpoint import saver
-from megalard.checkpoint.run_folder import checkpoint_path
-from megalard.checkpoint.sharded import ShardedWeights
+from megalard.checkpoint.sharded.save_load import ShardedWeights
 from megalard.train import main
+from megalard.training import saver
+from megalard.training.run_folder import checkpoint_path
 from tests.jobs import STEPS, arguments, interrupted, losses, make_job
 from tests.ranks import run_ranks
 

@@ -14,21 +14,21 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from megalard.checkpoint.build import empty_decoder
 from megalard.checkpoint.convert import export_model, import_model, weight_layouts
-from megalard.checkpoint.load import empty_decoder
-from megalard.checkpoint.manifest import read_manifest
-from megalard.checkpoint.sharded import (
+from megalard.checkpoint.open import open_model
+from megalard.checkpoint.sharded.manifest import read_manifest
+from megalard.checkpoint.sharded.save_load import (
     ShardedWeights,
     as_dtensor,
     checkpoint_axis,
     load_sharded,
 )
-from megalard.checkpoint.source import open_model
-from megalard.checkpoint.tensor_file import Entry, write_tensor_file
+from megalard.files.safetensors import Entry, write_tensor_file
 from megalard.model.rope import rope_table
 from megalard.model.spec import read_spec
-from megalard.monitor import peak_memory_bytes
 from megalard.parallel.mesh import SINGLE, Axis, build_mesh
+from megalard.training.monitor import peak_memory_bytes
 from tests.models import FAMILIES, make_model
 from tests.ranks import run_ranks
 

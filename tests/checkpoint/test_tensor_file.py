@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megalard.checkpoint.tensor_file import DamagedFile, TensorFile
+from megalard.files.safetensors import DamagedFile, TensorFile
 
 
 @pytest.mark.parametrize("shape", [[-2, -2], [2.0, 2], [True, 4]], ids=str)

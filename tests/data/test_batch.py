@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megalard.data.batch import collate
-from megalard.distill.logits import chosen_rows
+from megalard.distill.terms.logits import chosen_rows
 from megalard.parallel.mesh import Axis
 
 LENGTH = 24

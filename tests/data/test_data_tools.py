@@ -56,7 +56,7 @@ def test_prepare_data_tells_errors_in_one_sentence(tmp_path, model, run):
 
 
 def test_stdlib_text_makes_three_splits_that_share_nothing(tmp_path, run):
-    status, _, err = run("stdlib_text.py", tmp_path / "text")
+    status, _, err = run("quickstart/stdlib_text.py", tmp_path / "text")
     assert status == 0, err
     records = {
         name: [json.loads(line) for line in (tmp_path / "text" / f"{name}.jsonl").open()]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megalard.checkpoint.compare import logits_of
-from megalard.checkpoint.source import open_model
+from megalard.checkpoint.open import open_model
 from megalard.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from megalard.parallel.mesh import build_mesh
 from tests.students import StudentCase, make_config, make_student, pretend_to_train

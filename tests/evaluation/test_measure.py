@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megalard.config import RopeConfig
+from megalard.config.schema import RopeConfig
 from megalard.errors import UserError
 from megalard.evaluation import measure as measure_module
 from megalard.evaluation.measure import Measurement, choose_windows, default_lengths, measure

@@ -4,8 +4,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from megalard.kernels.relation_kl import hopper_backward, hopper_forward
-from megalard.kernels.relation_kl.hopper_tiles import descriptor
+from megalard.kernels.relation_kl.hopper import backward as hopper_backward
+from megalard.kernels.relation_kl.hopper import forward as hopper_forward
+from megalard.kernels.relation_kl.hopper.tiles import descriptor
 
 
 class Target:

@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megalard.kernels import relation_kl as package
 from megalard.kernels.relation_kl import (
     causal_mask,
-    reference,
     relation_backward,
     relation_forward,
+)
+from megalard.kernels.relation_kl import (
+    torch_reference as reference,
 )
 from tests.kernels.oracle import make_problem
 from tests.kernels.test_relation_kl import HAS_CUDA, SMALL

@@ -19,9 +19,9 @@ from megalard.kernels.relation_kl import (
 )
 from tests.kernels.oracle import segment_ids
 
-hopper = pytest.importorskip("megalard.kernels.relation_kl.hopper")
-order = pytest.importorskip("megalard.kernels.relation_kl.hopper_order")
-plan = pytest.importorskip("megalard.kernels.relation_kl.hopper_plan")
+hopper = pytest.importorskip("megalard.kernels.relation_kl.hopper.support")
+order = pytest.importorskip("megalard.kernels.relation_kl.hopper.scheduler_order")
+plan = pytest.importorskip("megalard.kernels.relation_kl.hopper.scheduler_plan")
 
 
 def fake_tensor(shape=(1, 4, 300, 128), stride=None, dtype=torch.bfloat16, address=1 << 20):
@@ -189,7 +189,7 @@ def test_each_block_visits_what_its_rows_see(mask):
 @pytest.mark.parametrize("unit", [None, 0.25])
 def test_slabs_are_added_up_and_put_in_order(d, copies, unit):
     """Each element is found where the accumulator's layout (PTX ISA, wgmma) has it."""
-    slab = pytest.importorskip("megalard.kernels.relation_kl.hopper_slab")
+    slab = pytest.importorskip("megalard.kernels.relation_kl.hopper.column_buffer")
     b, heads, tiles, m = 2, 2, 2, 200
     rows, cols = torch.meshgrid(torch.arange(64), torch.arange(d), indexing="ij")
     thread = rows // 16 * 32 + rows % 8 * 4 + cols % 8 // 2

@@ -13,8 +13,8 @@ import torch
 
 from megalard.kernels.relation_kl.mask import IntervalMask
 
-forward = pytest.importorskip("megalard.kernels.relation_kl.hopper_forward")
-plan = pytest.importorskip("megalard.kernels.relation_kl.hopper_plan")
+forward = pytest.importorskip("megalard.kernels.relation_kl.hopper.forward")
+plan = pytest.importorskip("megalard.kernels.relation_kl.hopper.scheduler_plan")
 COLUMNS = forward.BLOCK_COLUMNS
 
 

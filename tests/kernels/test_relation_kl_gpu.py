@@ -8,19 +8,18 @@ import torch
 
 from megalard.kernels.relation_kl import (
     IntervalMask,
-    backward,
     causal_mask,
     finish,
-    forward,
     full_mask,
-    hopper,
     merge,
     relation_backward,
     relation_forward,
     relation_kl,
     relation_partials,
 )
+from megalard.kernels.relation_kl.hopper import support as hopper
 from megalard.kernels.relation_kl.operands import check_operands
+from megalard.kernels.relation_kl.triton import backward, forward
 from tests.kernels.oracle import Case, make_problem, relative_error
 from tests.kernels.test_relation_kl import (
     CASES,
@@ -136,7 +135,7 @@ def hopper_relation(case: Case):
 def test_hopper_writes_all_and_agrees_with_plain_triton(case, shared_from, monkeypatch):
     """Outputs poisoned with NaN; the gradient is no further from float64 than plain Triton's."""
     problem, op = hopper_relation(case)
-    monkeypatch.setattr("megalard.kernels.relation_kl.hopper_backward.SHARED_FROM", shared_from)
+    monkeypatch.setattr("megalard.kernels.relation_kl.hopper.backward.SHARED_FROM", shared_from)
     weight = problem.row_weight
     plain = forward.triton_forward(op, partial=False)
     plain_grads = backward.triton_backward(op, *plain[:2], weight, torch.float32)

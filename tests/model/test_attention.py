@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megalard.model import attention
-from megalard.parallel.context import SequenceShard
+from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Axis
 
 LENGTH = 48

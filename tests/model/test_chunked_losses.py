@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalard.distill import logits
+from megalard.distill.terms import logits
 from tests.logits import load
 from tests.models import make_model
 

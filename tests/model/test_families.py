@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from megalard.config import RopeConfig
+from megalard.config.schema import RopeConfig
 from megalard.model.rope import scaled_config
 from megalard.model.spec import SUPPORTED, read_spec, spec_from_config
 from megalard.parallel.mesh import build_mesh

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megalard.config import RopeConfig
+from megalard.config.schema import RopeConfig
 from megalard.errors import UserError
 from megalard.model.rope import read_table, rope_table, scaled_config
 from megalard.model.spec import rope_parameters, spec_from_config

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megalard.config import (
+from megalard.config.schema import (
     Config,
     DataConfig,
     LoraConfig,

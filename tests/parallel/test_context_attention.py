@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megalard.model.merged_attention import takes_cudnn
-from megalard.parallel import context_attention
 from megalard.parallel.collectives import Posted
-from megalard.parallel.context import SequenceShard
-from megalard.parallel.context_attention import attend_over_axis
+from megalard.parallel.context import attention as context_attention
+from megalard.parallel.context.attention import attend_over_axis
+from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Axis, build_mesh
 from tests.parallel.cases import Case, make_config, make_models
 from tests.parallel.worker import make_distiller, micro_batches

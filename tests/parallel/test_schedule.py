@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megalard.parallel.schedule import (
+from megalard.parallel.context.schedule import (
     difference_cover,
     pieces_of,
     schedule,

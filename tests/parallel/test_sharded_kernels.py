@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalard.distill import sharded_relation
-from megalard.distill.sharded_relation import OPERANDS, Operand, RelationPlan, relation_sums
-from megalard.parallel.context import SequenceShard
+from megalard.distill.terms import sharded_relations
+from megalard.distill.terms.sharded_relations import OPERANDS, Operand, RelationPlan, relation_sums
+from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Axis
 from tests.parallel.compare import relative_error
 from tests.parallel.test_sharded_relation import WEIGHTS, dense, make_batch, make_operands
@@ -90,10 +90,10 @@ def run_ranks_as_threads(count, length, operands, batch, weights) -> tuple[dict,
 def check(count, length, dim, dtype, device, tolerances, monkeypatch, weights=WEIGHTS, blocks=3):
     ranks = Ranks(count)
     for name in ("relation_forward", "relation_partials", "relation_backward"):
-        kernel = partial(ranks.alone, getattr(sharded_relation, name))
-        monkeypatch.setattr(sharded_relation, name, kernel)
-    monkeypatch.setattr(sharded_relation, "all_reduce", ranks.all_reduce)
-    monkeypatch.setattr(sharded_relation, "Exchange", ranks.exchange)
+        kernel = partial(ranks.alone, getattr(sharded_relations, name))
+        monkeypatch.setattr(sharded_relations, name, kernel)
+    monkeypatch.setattr(sharded_relations, "all_reduce", ranks.all_reduce)
+    monkeypatch.setattr(sharded_relations, "Exchange", ranks.exchange)
     # short enough that no row is saturated by its diagonal, where P_s - P_t would cancel
     operands = {
         kind: tuple((x[:blocks] * 0.6).to(device, dtype) for x in pair)

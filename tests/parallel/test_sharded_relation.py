@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 
 from megalard.data.batch import collate
-from megalard.distill.sharded_relation import (
+from megalard.distill.terms.sharded_relations import (
     Operand,
     RelationPlan,
     expected_traffic,
     relation_sums,
 )
-from megalard.parallel.context import SequenceShard
+from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import SINGLE, Axis, build_mesh
 from tests.parallel.compare import relative_error
 from tests.ranks import run_ranks

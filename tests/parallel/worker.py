@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megalard.checkpoint.export import gather_full
+from megalard.checkpoint.build import load_decoder
 from megalard.checkpoint.huggingface import HuggingFaceWeights
-from megalard.checkpoint.load import load_decoder
-from megalard.config import Config
+from megalard.config.schema import Config
 from megalard.data.batch import Batch
 from megalard.data.sampler import rank_indices
-from megalard.distill.step import Distiller
 from megalard.distill.student import build_student
 from megalard.model.rope import rope_table, scaled_config
 from megalard.model.spec import read_spec, spec_from_config
 from megalard.parallel.mesh import Mesh, build_mesh
+from megalard.training.export import gather_full
+from megalard.training.step import Distiller
 from tests.parallel.cases import ALL_CASES, STEPS, Case, batch_of, make_config, streams_of
 
 

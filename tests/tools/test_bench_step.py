@@ -6,17 +6,13 @@ import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture
 def step_trace(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module("step_trace")
+    return importlib.import_module("tools.bench.step_trace")
 
 
 def event(cat: str, name: str, ts: float, dur: float, tid: int = 1, **args) -> dict:
@@ -59,7 +55,7 @@ def test_kernels_count_for_the_part_that_launched_them(step_trace):
 def test_the_benchmark_prints_every_part(tmp_path):
     file = tmp_path / "step.json"
     command = (
-        f"{TOOLS / 'bench_step.py'} --shape tiny --tokens 64 --rank 4 --dtype float32 --device cpu "
+        f"-m tools.bench.step --shape tiny --tokens 64 --rank 4 --dtype float32 --device cpu "
         f"--repeats 1 --warm-up 1 --recompute yes --json {file}"
     )
     run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -27,9 +27,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 def tool(name: str):
     """A script's ``main``."""
-    spec = importlib.util.spec_from_file_location(name, CHECKOUT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"tools.{name}")
     return lambda *arguments: module.main([str(argument) for argument in arguments])
 
 
@@ -123,7 +121,7 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(folder, tmp_path, monke
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("x")
 
-    monkeypatch.setattr("megalard.checkpoint.source.Model.check_sums", slow)
+    monkeypatch.setattr("megalard.checkpoint.open.Model.check_sums", slow)
     assert convert("export", folder / "sharded", tmp_path / "out") == 1
     assert "Directory not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
@@ -135,7 +133,7 @@ def test_nothing_has_its_name_before_its_source_is_known_to_be_whole(folder, tmp
     def slow(self, *arguments):
         seen.append((tmp_path / "out").exists())
 
-    monkeypatch.setattr("megalard.checkpoint.source.Model.check_sums", slow)
+    monkeypatch.setattr("megalard.checkpoint.open.Model.check_sums", slow)
     agree = agreement.gather_objects
     monkeypatch.setattr(
         agreement,

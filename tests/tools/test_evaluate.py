@@ -12,14 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megalard.checkpoint.convert import export_adapter, import_model
-from megalard.checkpoint.run_folder import checkpoint_path
-from megalard.checkpoint.source import open_model
+from megalard.checkpoint.open import open_model
 from megalard.data.token_file import build_store
 from megalard.data.tokenizer import load_tokenizer
 from megalard.errors import UserError
 from megalard.evaluation.command import choose_lengths, parse_length
 from megalard.parallel.mesh import SINGLE, build_mesh
 from megalard.train import main as train
+from megalard.training.run_folder import checkpoint_path
 from tests.jobs import NATIVE, arguments, make_job
 from tests.tools.test_checkpoint_tools import launch, tool
 

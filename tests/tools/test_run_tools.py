@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 
-from megalard.checkpoint import peft_adapter
+from megalard.checkpoint import peft as peft_adapter
 from megalard.checkpoint.convert import import_model
-from megalard.checkpoint.run_folder import checkpoint_path
-from megalard.checkpoint.source import open_model
+from megalard.checkpoint.open import open_model
 from megalard.parallel.mesh import SINGLE, build_mesh
 from megalard.train import main
+from megalard.training.run_folder import checkpoint_path
 from tests.jobs import arguments, make_job, save_tokenizer
 from tests.models import make_model
 from tests.ranks import run_ranks

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-from study_restoration import shown
-
 from megalard.data.token_file import write_store
 from megalard.data.tokenizer import load_tokenizer
-from study.figures import IN, OUT, Results, spread
-from study.methods import CONFIGS, METHODS, SHORT_TOKENS, config_file
-from study.report import write_report
-from study.worker import SHORT, TASKS, WINDOW, Run, Study, execute
 from tests.jobs import save_tokenizer
 from tests.models import make_model
+from tools.study.figures import IN, OUT, Results, spread
+from tools.study.methods import CONFIGS, METHODS, SHORT_TOKENS, config_file
+from tools.study.report import write_report
+from tools.study.restoration import shown
+from tools.study.worker import SHORT, TASKS, WINDOW, Run, Study, execute
 
 
 def measured(loss: float, accuracy: float = 0.5) -> dict:
@@ -146,8 +141,8 @@ def folder(tmp_path_factory):
 
 
 def test_a_run_is_measured_where_methods_are_compared_and_reported(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("study.worker.TASK_LENGTHS", (512, 1024))
-    monkeypatch.setattr("study.report.TASK_LENGTHS", (512, 1024))
+    monkeypatch.setattr("tools.study.worker.TASK_LENGTHS", (512, 1024))
+    monkeypatch.setattr("tools.study.report.TASK_LENGTHS", (512, 1024))
     # so much smaller that four steps are left, of which the first is where methods are compared
     study = Study(folder, "python", "cpu", shrink=61)
     runs = [

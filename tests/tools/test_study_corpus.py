@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 import sysconfig
 from collections import Counter
 from itertools import pairwise
@@ -15,13 +14,11 @@ import pytest
 
 from megalard.data.token_store import TokenStore
 from megalard.data.tokenizer import load_tokenizer
-from tests.tools.test_checkpoint_tools import CHECKOUT, tool
+from tests.tools.test_checkpoint_tools import tool
+from tools.study import corpus_text
+from tools.study.corpus_text import Document, pieces_of, without_duplicates
 
-sys.path.insert(0, str(CHECKOUT / "tools"))
-import corpus_text
-from corpus_text import Document, pieces_of, without_duplicates
-
-study_corpus = tool("study_corpus")
+study_corpus = tool("study.corpus")
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 OPTIONS = ("--megabytes", 1, "--vocab", 600, "--native", 512, "--workers", 2)
 

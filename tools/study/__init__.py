@@ -1,1 +1,1 @@
-"""The parts of ``tools/study_restoration.py``."""
+"""The parts of ``tools/study/restoration.py``."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from study.methods import NATIVE
-from study.worker import SHORT, WINDOW
+from tools.study.methods import NATIVE
+from tools.study.worker import SHORT, WINDOW
 
 SHARES = (0.90, 0.95, 0.983)
 IN, OUT = "in the training domain", "out of it"

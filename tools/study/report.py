@@ -6,9 +6,9 @@ import itertools
 import json
 from pathlib import Path
 
-from study.figures import IN, OUT, SHARES, Results
-from study.methods import METHODS, NATIVE
-from study.worker import EDGES, TASK_LENGTHS, WINDOW
+from tools.study.figures import IN, OUT, SHARES, Results
+from tools.study.methods import METHODS, NATIVE
+from tools.study.worker import EDGES, TASK_LENGTHS, WINDOW
 
 ROPE_NAMES = {"linear": "PI", "yarn": "YaRN"}
 

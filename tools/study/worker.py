@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megalard import assemble
-from megalard.config import Config
-from megalard.config_file import load_config
+from megalard.config.file import load_config
+from megalard.config.schema import Config
 from megalard.data.token_store import TokenStore
 from megalard.data.tokenizer import load_tokenizer
-from megalard.distill.step import Distiller
 from megalard.evaluation.measure import Measurement, cut_windows
 from megalard.evaluation.suite import Suite, make_samples, run_suite
 from megalard.evaluation.tasks import sentence_filler
 from megalard.model.decoder import Decoder
-from megalard.monitor import peak_memory_bytes
 from megalard.parallel.mesh import Mesh, build_mesh
-from study.methods import FACTOR, METHODS, NATIVE, config_file
+from megalard.training import assemble
+from megalard.training.monitor import peak_memory_bytes
+from megalard.training.step import Distiller
+from tools.study.methods import FACTOR, METHODS, NATIVE, config_file
 
 SHORT = (NATIVE // 4, NATIVE // 2, NATIVE)
 WINDOW = NATIVE * FACTOR

@@ -1,0 +1,152 @@
+"""What is in a checkpoint or a model directory, in words and numbers, for people."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from megalard.checkpoint.convert import check_complete, size_of, unknown_tensors
+from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.checkpoint.peft import AdapterWeights
+from megalard.checkpoint.provenance import check_base
+from megalard.checkpoint.sharded.dcp_storage import STATE_PREFIXES
+from megalard.checkpoint.sharded.manifest import Manifest, incomplete
+from megalard.checkpoint.weights import Weights
+from megalard.errors import UserError
+from megalard.files.safetensors import DTYPES
+from megalard.model.spec import read_spec
+
+
+def describe(manifest: Manifest) -> dict:
+    """What a checkpoint holds.
+
+    Raises:
+        UserError: the manifest lacks an entry.
+    """
+    try:
+        return _describe(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise incomplete(manifest, error) from None
+
+
+def _describe(manifest: Manifest) -> dict:
+    body, sizes, counts = manifest.body, {}, {}
+    for name, tensor in manifest.tensors.items():
+        is_state = manifest.kind == "training" and name.startswith(STATE_PREFIXES)
+        group = name.split(".")[0] if is_state else "weights"
+        count = math.prod(tensor["shape"])
+        counts[group] = counts.get(group, 0) + 1
+        sizes[group] = sizes.get(group, 0) + count * DTYPES[tensor["dtype"]].itemsize
+    writer, trained, training = body["written_by"], manifest.trained, manifest.training
+    facts = {
+        "kind": {"model": "a whole model", "training": "a run's state"}[manifest.kind],
+        "model": _shape(manifest.config),
+        "tensors": ", ".join(f"{n} {g} ({readable(sizes[g])})" for g, n in counts.items()),
+        "files": len(manifest.files),
+        "bytes": sum(file["size"] for file in manifest.files.values()),
+        "written by": f"{writer['ranks']} ranks (dp {writer['dp']} x cp {writer['cp']} x tp "
+        f"{writer['tp']}) on {writer['device']}, "
+        + ", ".join(f"{name} {version}" for name, version in writer["libraries"].items()),
+        "trained": "nothing" if trained is None else _trained(trained),
+        "step": "none" if training is None else _position(training),
+        "base": "none" if manifest.base is None else manifest.base["path"],
+        "teacher": "the base" if manifest.teacher is None else manifest.teacher["path"],
+        "complete": "yes",
+    }
+    if manifest.training is None:
+        del facts["teacher"]
+    return facts
+
+
+def _position(training: dict) -> str:
+    steps = training["config"]["optimizer"]["steps"]
+    read = sum(stream["blocks_read"] for stream in training["data"].values())
+    return f"{training['step']} of {steps}, seed {training['seed']}, {read} blocks read"
+
+
+def _trained(trained: dict) -> str:
+    count = sum(math.prod(shape) for shape in trained["tensors"].values())
+    how = trained["mode"]
+    if trained["lora"]:
+        how += " rank {rank}, alpha {alpha:g} on {}".format(
+            ", ".join(trained["lora"]["targets"]), **trained["lora"]
+        )
+    return f"{how}: {count:,} parameters in {len(trained['tensors'])} tensors"
+
+
+def _shape(config: dict) -> str:
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    return f"{config['model_type']}, {layers} layers of {hidden}"
+
+
+def describe_model(directory: Path) -> dict:
+    """What a Hugging Face directory holds; it records no checksums.
+
+    Raises:
+        UserError: it is none, or damaged, or incomplete.
+    """
+    spec, weights = read_spec(directory), HuggingFaceWeights(directory)
+    check_complete(weights, spec)
+    unknown = unknown_tensors(weights, spec)
+    beyond = {"not in model": f"{len(unknown)} tensors, such as {unknown[0]}"} if unknown else {}
+    return {
+        "kind": "a Hugging Face model",
+        "model": _shape(spec.hf_config),
+        **_contents(weights),
+        **beyond,
+        "complete": "yes",
+        "checksums": "none are recorded",
+    }
+
+
+def describe_adapter(directory: Path) -> dict:
+    """What a PEFT adapter holds; it records no checksums, and its base is not opened.
+
+    Raises:
+        UserError: it is damaged, or no plain LoRA.
+    """
+    weights = AdapterWeights(directory)
+    targets = sorted({name.split(".")[-2] for name in weights.names()})
+    count = sum(math.prod(weights.shape(name)) for name in weights.names())
+    return {
+        "kind": "a PEFT adapter",
+        **_contents(weights),
+        "trained": f"lora rank {weights.config['r']}, alpha {weights.config['lora_alpha']:g} on "
+        f"{', '.join(targets)}: {count:,} parameters",
+        "base": weights.config.get("base_model_name_or_path") or "none is named",
+        "complete": "yes",
+        "checksums": "none are recorded",
+    }
+
+
+def _contents(weights: Weights) -> dict:
+    files = weights.files()
+    return {
+        "tensors": f"{len(weights.names())} ({readable(size_of(weights))})",
+        "files": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
+    }
+
+
+def base_problem(
+    note: dict, directory: Path, sums: bool, whose: str, progress=lambda count: None
+) -> str | None:
+    """What is wrong with a model that a run's checkpoint refers to, looked for in ``directory``.
+
+    Args:
+        note: the manifest's, of the base or the teacher.
+        sums: whether to read its files and compare their checksums, beside names and lengths.
+    """
+    try:
+        check_base(note, directory, progress=progress, whose=whose, sums=sums)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def readable(count: int) -> str:
+    """Bytes in the largest unit that leaves a number of 1 or more, such as ``25.3 kB``."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if count >= 1000**power:
+            return f"{count / 1000**power:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,261 @@
+"""A LoRA student as a PEFT adapter, with the student's config beside it.
+
+An adapter carries no RoPE, so on its own it would be applied to the native model: load the base
+with the config that lies beside the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from megalard.checkpoint.weights import Weights
+from megalard.errors import UserError
+from megalard.files.atomic_folder import PartialFolder, cannot_write
+from megalard.files.safetensors import (
+    DamagedFile,
+    Entry,
+    TensorFile,
+    cannot_read,
+    sync_files,
+    write_tensor_file,
+)
+from megalard.parallel.tensor.layout import Layout
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# what makes something else of the weights than W + alpha / r B A
+_VARIANTS = (
+    "use_dora",
+    "use_rslora",
+    "use_qalora",
+    "alpha_pattern",
+    "rank_pattern",
+    "alora_invocation_tokens",
+    "fan_in_fan_out",
+    "layer_replication",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "arrow_config",
+    "use_bdlora",
+)
+# initializations that change the base as well, which the adapter doesn't hold
+_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def adapter_config(trained: dict, names: list[str], base: str) -> dict:
+    """``adapter_config.json`` of a run.
+
+    Args:
+        trained: the manifest's section, with LoRA's settings.
+        names: the trained tensors.
+        base: the base model's path.
+    """
+    modules = sorted({name.rpartition(".")[0] for name in names})
+    kinds = sorted({module.rpartition(".")[2] for module in modules})
+    layers = sorted({int(re.search(r"\.layers\.(\d+)\.", module)[1]) for module in modules})
+    regular = len(modules) == len(kinds) * len(layers)
+    lora = trained["lora"]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": lora["dropout"],
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": kinds if regular else modules,
+        "layers_to_transform": layers if regular else None,
+        "layers_pattern": "layers" if regular else None,
+    }
+
+
+def adapter_name(name: str) -> str:
+    """Ours (``model...q_proj.lora_A``) to PEFT's."""
+    return f"{_PREFIX}{name}.weight"
+
+
+class AdapterWeights:
+    """The LoRA pairs of a PEFT adapter, by the trainer's names.
+
+    Attributes:
+        directory: the adapter's.
+        config: its ``adapter_config.json``.
+        scale: alpha / r.
+
+    Raises:
+        UserError: a file is missing or damaged, it is no plain LoRA on projections, or its pairs
+            are incomplete or not of the rank the config gives.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        path = self.directory / ADAPTER_WEIGHTS
+        self.config = _read_config(self.directory / ADAPTER_CONFIG)
+        self.scale = _scale(self.config, self.directory)
+        try:
+            self._file = TensorFile(path)
+        except OSError as error:
+            raise cannot_read(path, error) from None
+        except DamagedFile as error:
+            raise _damaged(path, error) from None
+        self._names = {_our_name(name, self.directory): name for name in self._file.keys()}  # noqa: SIM118
+        if not self._names:
+            raise UserError(f"{path} holds no tensors, so it changes nothing: use another adapter")
+        for name in self._names:
+            shape, rank = self.shape(name), self.config["r"]
+            dim = 0 if name.endswith("lora_A") else 1
+            if len(shape) != 2 or shape[dim] != rank:
+                raise UserError(
+                    f"tensor {self._names[name]} in {path} has shape {list(shape)}, which is not "
+                    f"of the rank r = {rank} in its {ADAPTER_CONFIG}: the files do not belong "
+                    "together"
+                )
+            other = name[:-1] + ("B" if name.endswith("A") else "A")
+            if other not in self._names:
+                raise UserError(
+                    f"{path} has {self._names[name]} without its {other.rpartition('.')[2]}: it is "
+                    "damaged; use another copy"
+                )
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file.entries[self._names[name]].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file.entries[self._names[name]].dtype
+
+    def files(self) -> list[Path]:
+        return [self._file.path]
+
+    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
+        """The tensor in fp32."""
+        assert layout is None, "adapters are read whole"
+        try:
+            return self._file.read(self._names[name]).float()
+        except OSError as error:
+            raise cannot_read(self._file.path, error) from None
+        except DamagedFile as error:
+            raise _damaged(self._file.path, error) from None
+
+
+def _damaged(path: Path, error: DamagedFile) -> UserError:
+    return UserError(f"{path} is truncated or damaged ({error}): use another copy")
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is not JSON; use another copy") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object: use another copy")
+    return config
+
+
+def _scale(config: dict, directory: Path) -> float:
+    """alpha / r of a plain LoRA."""
+    kind, start = config.get("peft_type"), config.get("init_lora_weights")
+    odd = [key for key in _VARIANTS if config.get(key)]
+    if isinstance(start, str) and start.startswith(_CHANGING_BASE):
+        odd.append(f"init_lora_weights {start}, which changes the base model")
+    if kind != "LORA" or odd:
+        what = f"sets {', '.join(odd)}" if kind == "LORA" else f"is of peft_type {kind}"
+        raise UserError(
+            f"the adapter {directory} is no plain LoRA (it {what}): merge it with peft and give "
+            "the merged model"
+        )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise _bad_setting(directory, "r", rank, "a whole number from 1 on")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise _bad_setting(directory, "lora_alpha", alpha, "a number")
+    return alpha / rank
+
+
+def _bad_setting(directory: Path, key: str, value, wanted: str) -> UserError:
+    path = directory / ADAPTER_CONFIG
+    found = "has no" if value is None else f"gives {json.dumps(value)} as"
+    return UserError(f"{path} {found} {key}: set it to what the adapter was trained with, {wanted}")
+
+
+def _our_name(name: str, directory: Path) -> str:
+    match = re.fullmatch(r"base_model\.model\.(.+\.lora_[AB])\.weight", name)
+    if match is None:
+        raise UserError(f"the adapter {directory} holds {name}, which is no LoRA pair's")
+    return match[1]
+
+
+def check_lora(directory: Path, trained: dict) -> None:
+    """Refuse a run that trained something else than LoRA pairs, with a ``UserError``."""
+    if trained["mode"] != "lora":
+        raise UserError(
+            f"{directory} trained weights (trainable.mode {trained['mode']}), not LoRA "
+            "pairs, so there is no adapter: export it as a Hugging Face model"
+        )
+
+
+def write_adapter(
+    directory: str | Path,
+    weights: Weights,
+    trained: dict,
+    config: dict,
+    base: str,
+    companions: Iterable[Path],
+    progress: Callable[[int], None] = lambda count: None,
+    before_commit: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a run's LoRA pairs as a PEFT adapter, in one process; complete or not at all.
+
+    Args:
+        directory: where to; it must not exist or be empty.
+        weights: the trained tensors.
+        trained: the manifest's section.
+        config: the student's ``config.json``.
+        base: path of the base model, noted in the adapter.
+        companions: files copied beside it.
+        before_commit: called when everything is written and nothing has its name yet.
+
+    Raises:
+        UserError: other weights than LoRA's were trained, or the disk refuses.
+    """
+    directory = Path(directory)
+    check_lora(weights.directory, trained)
+    names = weights.names()
+    entries = {adapter_name(n): Entry(weights.dtype(n), weights.shape(n)) for n in names}
+    partial = PartialFolder(directory)
+    try:
+        partial.begin()
+        tensors = map(weights.read, names)
+        metadata = {"format": "pt"}
+        write_tensor_file(partial.path / ADAPTER_WEIGHTS, entries, tensors, metadata, progress)
+        for name, value in (
+            (ADAPTER_CONFIG, adapter_config(trained, names, base)),
+            ("config.json", config),
+        ):
+            (partial.path / name).write_text(json.dumps(value, indent=2) + "\n")
+        for file in companions:
+            shutil.copyfile(file, partial.path / file.name)
+        sync_files(partial.path)
+        before_commit()
+        partial.commit()
+    except OSError as error:
+        raise cannot_write(directory, error) from None
+    finally:
+        partial.abandon()
