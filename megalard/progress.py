@@ -1,4 +1,4 @@
-"""A progress bar for work counted in bytes, on rank 0."""
+"""Progress bars, drawn on rank 0 if stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -19,21 +21,27 @@ from megalard.parallel.mesh import SINGLE, Axis
 
 
 @contextmanager
-def progress_bar(title: str, total: int, axis: Axis = SINGLE) -> Iterator[Callable[[int], None]]:
-    """A bar of the ``total`` bytes that are rank 0's part; yields what it advances by.
-
-    Nothing is drawn on other ranks, or where there is no terminal.
-    """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    disable = axis.rank != 0 or not console.is_terminal
-    with Progress(*columns, console=console, disable=disable) as bar:
-        task = bar.add_task(title, total=total)
+def byte_bar(title: str, total: int, axis: Axis = SINGLE) -> Iterator[Callable[[int], None]]:
+    """Draw a bar of ``total`` bytes, rank 0's share; yield a function that advances it."""
+    columns = (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with _bar(title, total, columns, axis) as (bar, task):
         yield lambda count: bar.advance(task, count)
         bar.update(task, completed=total)
+
+
+@contextmanager
+def token_bar(total: int, axis: Axis = SINGLE) -> Iterator[Callable[[str, int], None]]:
+    """Draw a bar of ``total`` tokens; yield a function that names and advances it."""
+    with _bar("", total, (TaskProgressColumn(),), axis) as (bar, task):
+        yield lambda name, tokens: bar.update(task, description=name, advance=tokens)
+
+
+@contextmanager
+def _bar(title: str, total: int, columns: tuple[ProgressColumn, ...], axis: Axis):
+    console = Console(stderr=True)
+    is_hidden = axis.rank != 0 or not console.is_terminal
+    text = TextColumn("{task.description}")
+    with Progress(
+        text, BarColumn(), *columns, TimeRemainingColumn(), console=console, disable=is_hidden
+    ) as bar:
+        yield bar, bar.add_task(title, total=total)

@@ -1,4 +1,4 @@
-"""Copies between host and GPU that neither waits for, so that kernels stay queued."""
+"""Copies between host and GPU that the host does not wait for, so that kernels stay queued."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``tensor`` on ``device``; to a GPU from pinned memory, without waiting for the copy."""
+    """Return ``tensor`` on ``device``. A copy to a GPU goes through pinned memory, unawaited."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def to_host(tensor: torch.Tensor) -> Callable[[], list]:
-    """Start copying; calling what is returned waits for this copy alone and gives the numbers.
+    """Start to copy a tensor to the host; return a function that waits for the copy.
 
-    What is queued after this call goes on while the numbers are waited for.
+    The function returns the tensor's values as a list. It waits for this copy alone, so that work
+    which is queued after this call continues meanwhile.
     """
     if tensor.device.type != "cuda":
         return tensor.tolist
@@ -26,8 +27,8 @@ def to_host(tensor: torch.Tensor) -> Callable[[], list]:
     copied = torch.cuda.Event()
     copied.record()
 
-    def numbers() -> list:
+    def values() -> list:
         copied.synchronize()
         return host.tolist()
 
-    return numbers
+    return values

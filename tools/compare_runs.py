@@ -1,9 +1,9 @@
-"""Put several restorations of one model side by side: one table, one JSON file, one plot.
+"""Show several restorations of one model next to each other: one table, one JSON file, one plot.
 
     python tools/compare_runs.py RUN [RUN ...] --output DIR
 
-Each RUN is an output directory of megalard.train that was evaluated. The teacher and the scaled
-student are taken from the first and must be the same in all.
+Each RUN is the output directory of a training run that was evaluated. The teacher and the scaled
+student are taken from the first run, and must be the same in all runs.
 """
 
 from __future__ import annotations
@@ -12,76 +12,80 @@ import argparse
 import sys
 from pathlib import Path
 
+from megalard import cli
 from megalard.errors import UserError
-from megalard.evaluation.report import (
-    ModelResult,
-    gap_restored,
-    plot,
-    print_table,
-    read_json,
-    write_json,
-)
+from megalard.evaluation.plots import draw
+from megalard.evaluation.report import Entry, Restoration, print_tables, read_json, write_json
 
 
-def collect(runs: list[Path]) -> tuple[list[ModelResult], int, float]:
-    """Teacher, scaled student, and each run's restored student under the run's name.
+def collect(runs: list[Path]) -> tuple[list[Entry], Restoration]:
+    """Return teacher, scaled student, and each run's restored student under the name of the run.
 
     Raises:
-        UserError: a run has no evaluation, or was evaluated on something else than the first.
+        UserError: a run has no evaluation, or was evaluated on something else than the first run.
     """
-    combined: list[ModelResult] = []
+    entries: list[Entry] = []
     for run in runs:
         file = run / "evaluation.json"
         if not file.is_file():
             raise UserError(f"{run} has no evaluation.json: give evaluation.paths to the run")
-        results, native, factor = read_json(file)
-        if not combined:
-            combined, first = results[:2], (native, factor)
-        same = all(
-            ours.by_length.keys() == theirs.by_length.keys()
-            and all(
-                abs(m.loss - theirs.by_length[n].loss) < 1e-3 for n, m in ours.by_length.items()
-            )
-            for ours, theirs in zip(results[:2], combined, strict=False)
+        run_entries, restoration = read_json(file)
+        if not entries:
+            entries, first_restoration = run_entries[:2], restoration
+        is_same = restoration == first_restoration and all(
+            _is_same(ours, theirs) for ours, theirs in zip(run_entries, entries[:2], strict=False)
         )
-        if (native, factor) != first or not same:
+        if not is_same:
             raise UserError(f"{run} restored another model or was evaluated on other text")
-        results[2].name = run.name
-        combined.append(results[2])
-    return combined, *first
+        run_entries[2].name = run.name
+        entries.append(run_entries[2])
+    return entries, first_restoration
 
 
-def main() -> None:
+def _is_same(a: Entry, b: Entry) -> bool:
+    by_length, other = a.results.by_length, b.results.by_length
+    return by_length.keys() == other.keys() and all(
+        abs(m.loss - other[n].loss) < 1e-3 for n, m in by_length.items()
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare the runs that the arguments name; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output of a run")
     parser.add_argument(
-        "--output", type=Path, required=True, help="where comparison.json and .png are written"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where comparison.json and comparison.png are written",
     )
-    options = parser.parse_args()
-    try:
-        results, native, factor = collect(options.runs)
-    except UserError as error:
-        print(f"megalard: error: {error}", file=sys.stderr)
-        sys.exit(1)
-    options.output.mkdir(parents=True, exist_ok=True)
-    print_table(results, native)
-    write_json(options.output / "comparison.json", results, native, factor)
-    plot(options.output / "comparison.png", results, native)
-    teacher, scaled, *restored = results
-    for result in restored:
-        share = gap_restored(result, teacher, scaled, native)
-        told = (
+    options = parser.parse_args(arguments)
+    return cli.run(lambda: compare(options.runs, options.output))
+
+
+def compare(runs: list[Path], output: Path) -> None:
+    """Print, write and draw the comparison."""
+    entries, restoration = collect(runs)
+    output.mkdir(parents=True, exist_ok=True)
+    print_tables(entries, restoration)
+    settings = {"runs": [str(run) for run in runs]}
+    write_json(output / "comparison.json", entries, settings, restoration)
+    draw(output / "comparison.png", entries, restoration)
+    for entry in entries[2:]:
+        share = restoration.gap_restored(entry, entries)
+        gap = (
             "no short-text gap" if share is None else f"{share:.0%} of the short-text gap restored"
         )
-        print(f"{result.name}: {told} with {result.tokens:,} tokens")
-    for result in restored:
-        model = options.output / result.name / "student"
+        print(f"{entry.name}: {gap} with {entry.tokens:,} tokens")
+    for entry in entries[2:]:
+        model = output / entry.name / "student"
         if model.is_dir():
-            print(f"restored model ({result.name}): {model}")
-    print(f"plot: {options.output / 'comparison.png'}")
+            print(f"restored model ({entry.name}): {model}")
+    print(f"plot: {output / 'comparison.png'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Models on disk: opened, compared, converted and written, however they are stored."""

@@ -1,4 +1,4 @@
-"""Making decoders: without storage first, then filled with this rank's slices."""
+"""Build decoders: first without storage, then filled with this rank's slices of the weights."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from torch import nn
 from megalard.checkpoint.weights import Weights
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
-from megalard.model.rope import RopeTable
+from megalard.model.rope import RopeTable, rope_table
 from megalard.model.spec import ModelSpec
-from megalard.parallel.mesh import Axis
-from megalard.parallel.tensor.layout import parameter_layout
-from megalard.parallel.tensor.linear import TensorParallel
+from megalard.parallel.mesh import SINGLE, Axis
+from megalard.parallel.ops import ParallelOps
+from megalard.parallel.tensor.layout import Layout, parameter_layout
 
 
 def empty_decoder(spec: ModelSpec, rope: RopeTable, axis: Axis) -> Decoder:
-    """A decoder for this rank of the tp ``axis``, its parameters without storage."""
+    """Return a decoder for this rank of the tp axis whose parameters have no storage."""
     layout = partial(parameter_layout, spec=spec, rank=axis.rank, tp=axis.size)
     with torch.device("meta"):
-        return Decoder(spec, rope, TensorParallel(axis), layout)
+        return Decoder(spec, rope, ParallelOps(axis), layout)
+
+
+def full_layouts(spec: ModelSpec) -> dict[str, Layout]:
+    """Return the layout of every parameter of a model in a single process, by name."""
+    return dict(empty_decoder(spec, rope_table(spec), SINGLE).layouts)
 
 
 def load_decoder(
@@ -32,7 +37,7 @@ def load_decoder(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Decoder:
-    """A frozen decoder with the weights of a model directory, cast to ``dtype``.
+    """Return a frozen decoder with weights that are read from disk and cast to ``dtype``.
 
     Raises:
         UserError: a tensor is missing or has another shape than config.json implies.
@@ -45,24 +50,38 @@ def load_decoder(
 
 
 def read_parameter(decoder: Decoder, name: str, weights: Weights) -> torch.Tensor:
-    """This rank's slice of a parameter from the files, in their dtype, on the CPU."""
+    """Return this rank's slice of a parameter, in the dtype of the files, on the CPU."""
     layout = decoder.layouts[name]
-    shape = weights.shape(name)
-    if shape != layout.full_shape:
-        raise UserError(
-            f"tensor {name} in {weights.directory} has shape {list(shape)}, but config.json "
-            f"implies {list(layout.full_shape)}: the files do not belong together"
-        )
+    check_shape(name, layout.full_shape, weights)
     return weights.read(name, layout)
 
 
-def get_module(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the parameter ``name``, and the parameter's name in it."""
-    path, _, last = name.rpartition(".")
-    return root.get_submodule(path), last
+def check_shape(name: str, expected: tuple[int, ...], weights: Weights) -> None:
+    """Refuse a tensor that is missing or has another shape than config.json implies.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    shape = weights.shape(name)
+    if shape != expected:
+        raise UserError(
+            f"tensor {name} in {weights.directory} has shape {list(shape)}, but config.json "
+            f"implies {list(expected)}: the files do not belong together"
+        )
+
+
+def get_parameter(root: nn.Module, name: str) -> nn.Parameter:
+    """Return the parameter ``name``."""
+    module, last = _module_of(root, name)
+    return getattr(module, last)
 
 
 def set_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put ``parameter`` in the place ``name``; two models may hold the same object."""
-    module, last = get_module(root, name)
+    """Set the parameter ``name``; two models may have the same parameter object."""
+    module, last = _module_of(root, name)
     setattr(module, last, parameter)
+
+
+def _module_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, last = name.rpartition(".")
+    return root.get_submodule(path), last

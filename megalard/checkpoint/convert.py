@@ -1,52 +1,53 @@
-"""Hugging Face to sharded and back, streaming: no process holds more than a tensor or two."""
+"""Convert models between Hugging Face and the sharded format, one or two tensors at a time."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from megalard.checkpoint.build import empty_decoder
-from megalard.checkpoint.huggingface_writer import FILE_BYTES, write_huggingface
-from megalard.checkpoint.open import Model
+from megalard.checkpoint.build import check_shape, full_layouts
+from megalard.checkpoint.huggingface import write_huggingface
+from megalard.checkpoint.open import StoredModel
 from megalard.checkpoint.peft import check_lora, write_adapter
 from megalard.checkpoint.sharded.dcp_storage import LazySavePlanner
 from megalard.checkpoint.sharded.manifest import written_by
 from megalard.checkpoint.sharded.save_load import as_dtensor, save_sharded
 from megalard.checkpoint.weights import Weights
-from megalard.errors import UserError
-from megalard.model.rope import rope_table, write_rope
+from megalard.checkpoint.write_options import WriteOptions
+from megalard.errors import UserError, shown
+from megalard.model.rope import write_rope
 from megalard.model.spec import ModelSpec
 from megalard.parallel.agreement import checked_meanwhile
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
-from megalard.parallel.tensor.layout import Layout, check_divisible, parameter_layout
-
-Progress = Callable[[int], None]
+from megalard.parallel.tensor.layout import (
+    Layout,
+    check_divisible,
+    full_layout,
+    parameter_layout,
+)
 
 
 def import_model(
-    source: Model,
-    directory: str | Path,
-    mesh: Mesh,
-    axis: Axis,
-    file_bytes: int = FILE_BYTES,
-    progress: Progress = lambda count: None,
+    source: StoredModel, directory: str | Path, mesh: Mesh, axis: Axis, options: WriteOptions
 ) -> None:
-    """Write any model as a sharded checkpoint, each tp rank its own slices.
+    """Write any model as a sharded checkpoint; each tp rank writes its own slices.
+
+    The checksums that the source records are compared meanwhile, and the checkpoint gets its name
+    only if they hold.
 
     Args:
-        source: what is read; every rank reads only the slices it writes.
+        source: the model; every rank reads only the slices that it writes.
         directory: the checkpoint; it must not exist or be empty.
-        mesh: all ranks are tp ranks.
-        axis: all ranks, with a CPU group.
+        mesh: a mesh in which all ranks are tp ranks.
+        axis: all ranks, with a process group for CPU tensors.
 
     Raises:
-        UserError: on every rank, for bad input or when any rank cannot write.
+        UserError: on every rank, for bad input, or if any rank cannot write.
     """
     check_complete(source.weights, source.spec)
     layouts = weight_layouts(source.weights, source.spec, mesh.tp)
@@ -58,7 +59,7 @@ def import_model(
         )
         for name, layout in layouts.items()
     }
-    head = {
+    sections = {
         "kind": "model",
         "config": source.spec.hf_config,
         "base": None,
@@ -66,37 +67,34 @@ def import_model(
         "training": None,
         "written_by": written_by(mesh),
     }
-    # a Hugging Face directory records no checksums, and a thread more costs memory
+    # A Hugging Face directory records no checksums, and one more thread costs memory.
     checking = (
         nullcontext(lambda: None)
         if source.checked_bytes() == 0
         else checked_meanwhile(partial(source.check_sums, axis), axis)
     )
-    with checking as agreed:
+    with checking as wait_for_checksums:
         save_sharded(
             directory,
             tensors,
-            head,
+            sections,
             axis,
-            companions=source.companions,
+            replace(options, companions=source.companions, before_commit=wait_for_checksums),
             planner=LazySavePlanner(partial(_read_box, source.weights)),
-            file_bytes=file_bytes,
-            progress=progress,
-            before_commit=agreed,
         )
 
 
 def _read_box(weights: Weights, name: str, start, size) -> torch.Tensor:
     shape = weights.shape(name)
-    split = [dim for dim in range(len(shape)) if size[dim] != shape[dim]]
-    if not split:
+    split_dims = [dim for dim in range(len(shape)) if size[dim] != shape[dim]]
+    if not split_dims:
         return weights.read(name)
-    (dim,) = split
+    (dim,) = split_dims
     return weights.read(name, Layout(shape, dim, start[dim], size[dim], 1))
 
 
 def weight_layouts(weights: Weights, spec: ModelSpec, axis: Axis) -> dict[str, Layout]:
-    """Every tensor's slice on this rank; what the model does not know is kept whole.
+    """Return the slice of every tensor on this rank. Tensors that the model does not know are full.
 
     Raises:
         UserError: the model cannot be split over this many ranks.
@@ -106,7 +104,7 @@ def weight_layouts(weights: Weights, spec: ModelSpec, axis: Axis) -> dict[str, L
     for name in weights.names():
         shape = weights.shape(name)
         layouts[name] = (
-            Layout(shape, None, 0, 0, axis.size)
+            full_layout(shape, axis.size)
             if name in unknown
             else parameter_layout(name, shape, spec, axis.rank, axis.size)
         )
@@ -114,134 +112,111 @@ def weight_layouts(weights: Weights, spec: ModelSpec, axis: Axis) -> dict[str, L
 
 
 def unknown_tensors(weights: Weights, spec: ModelSpec) -> list[str]:
-    """What stands in the files and is no part of the model, such as old files' ``inv_freq``."""
-    known = {*empty_decoder(spec, rope_table(spec), SINGLE).layouts, "lm_head.weight"}
-    return [name for name in weights.names() if name not in known]
+    """Return the tensors in the files that are not part of the model, such as ``inv_freq``."""
+    model_names = {*full_layouts(spec), "lm_head.weight"}
+    return [name for name in weights.names() if name not in model_names]
 
 
 def check_complete(weights: Weights, spec: ModelSpec) -> None:
-    """Refuse a model that lacks a tensor its config implies, or has it in another shape.
+    """Refuse a model that lacks a tensor or has one in another shape than its config implies.
 
     Raises:
-        UserError: naming the first.
+        UserError: naming the first such tensor.
     """
-    for name, layout in empty_decoder(spec, rope_table(spec), SINGLE).layouts.items():
-        if weights.shape(name) != layout.full_shape:
-            raise UserError(
-                f"tensor {name} in {weights.directory} has shape {list(weights.shape(name))}, but "
-                f"config.json implies {list(layout.full_shape)}: the files do not belong together"
-            )
+    for name, layout in full_layouts(spec).items():
+        check_shape(name, layout.full_shape, weights)
 
 
 def export_model(
-    model: Model,
-    directory: str | Path,
-    axis: Axis,
-    file_bytes: int = FILE_BYTES,
-    progress: Progress = lambda count: None,
+    model: StoredModel, directory: str | Path, axis: Axis, options: WriteOptions
 ) -> None:
-    """Write any model as a Hugging Face directory with merged weights, the files shared out.
+    """Write any model as a Hugging Face directory with merged weights; ranks share the files.
 
-    The source's checksums are compared at the same time; nothing appears if one does not hold.
+    The checksums that the model records are compared meanwhile, and nothing appears if one does not
+    hold.
 
     Raises:
-        UserError: on every rank, for bad input or when any rank cannot write.
+        UserError: on every rank, for bad input, or if any rank cannot write.
     """
-    with checked_meanwhile(partial(model.check_sums, axis), axis) as agreed:
+    with checked_meanwhile(partial(model.check_sums, axis), axis) as wait_for_checksums:
         write_huggingface(
             directory,
             model.weights,
             export_config(model.spec),
-            model.companions,
+            replace(options, companions=model.companions, before_commit=wait_for_checksums),
             axis=axis,
-            file_bytes=file_bytes,
-            progress=progress,
             ahead=True,
-            before_commit=agreed,
         )
 
 
-def export_adapter(
-    model: Model, directory: str | Path, progress: Progress = lambda count: None
-) -> None:
-    """Write a run's LoRA pairs as a PEFT adapter with the student's config beside it.
+def export_adapter(model: StoredModel, directory: str | Path, options: WriteOptions) -> None:
+    """Write a run's LoRA pairs as a PEFT adapter with the student's config.json.
 
     Raises:
-        UserError: the model is no run's checkpoint, or trained something else.
+        UserError: the model is not a run's checkpoint, or its run did not train LoRA pairs.
     """
     check_adapter(model)
-    with checked_meanwhile(model.check_sums, SINGLE) as agreed:
+    with checked_meanwhile(model.check_sums, SINGLE) as wait_for_checksums:
         write_adapter(
             directory,
             model.trained,
             model.manifest.trained,
             export_config(model.spec),
             str(model.base.directory.absolute()),
-            model.companions,
-            progress,
-            agreed,
+            replace(options, companions=model.companions, before_commit=wait_for_checksums),
         )
 
 
-def check_adapter(model: Model) -> None:
+def check_adapter(model: StoredModel) -> None:
     """Refuse a model without LoRA pairs.
 
     Raises:
-        UserError: the model is no run's checkpoint, or trained something else.
+        UserError: the model is not a run's checkpoint, or its run did not train LoRA pairs.
     """
     if model.kind != "training":
         raise UserError(
-            f"{model.directory} is no checkpoint of a run ({model.kind}): there is no adapter in it"
+            f"{model.directory} is not a run's checkpoint ({model.kind}): there is no adapter in it"
         )
     check_lora(model.directory, model.manifest.trained)
 
 
 def export_config(spec: ModelSpec) -> dict:
-    """``config.json`` with RoPE in the spellings of transformers 4 and 5."""
+    """Return ``config.json`` with RoPE in the spellings of transformers 4 and 5."""
     return write_rope(spec.hf_config, spec.rope, spec.head_dim)
 
 
 def check_target(directory: str | Path) -> None:
-    """Refuse to write over anything.
+    """Refuse a target directory that could not be created, or whose content would be overwritten.
 
     Raises:
-        UserError: the directory exists and is not empty, or is no directory.
+        UserError: naming the directory and the reason.
     """
     directory = Path(directory)
     try:
-        taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+        is_taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
     except OSError as error:
         raise UserError(f"cannot read {directory}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{str(directory)!r} is no path: {error}") from None
-    if taken:
+        raise UserError(f"{shown(str(directory))} is not a path: {error}") from None
+    if is_taken:
         raise UserError(f"{directory} is not empty: choose another directory")
     if directory.is_symlink():
-        raise UserError(f"{directory} is a link: give the directory it leads to, or another")
+        raise UserError(f"{directory} is a link: give the directory it leads to, or another one")
     if not directory.name or directory.is_mount():
-        # it is written beside its name, and renamed
-        raise UserError(f"{directory} cannot be given a new content: choose a directory in it")
-    # the first that exists of those it lies in
-    above = next(path for path in directory.absolute().parents if path.exists())
-    if not above.is_dir():
-        raise UserError(f"{above} is no directory: {directory} cannot be made")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write into {above}: choose another place than {directory}")
-
-
-def size_of(weights: Weights) -> int:
-    """Bytes of all tensors."""
-    return sum(
-        torch.Size(weights.shape(name)).numel() * weights.dtype(name).itemsize
-        for name in weights.names()
-    )
+        # The directory is written under another name and then renamed.
+        raise UserError(f"{directory} cannot be replaced: choose a directory inside it")
+    parent = next(path for path in directory.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise UserError(f"{parent} is not a directory, so {directory} cannot be made")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into {parent}: choose another place than {directory}")
 
 
 def parse_size(text: str) -> int:
-    """``4GiB``, ``500MB`` or a number of bytes.
+    """Return the number of bytes of a size such as ``4GiB``, ``500MB`` or ``1000000``.
 
     Raises:
-        UserError: it is no size.
+        UserError: the text is not a size.
     """
     units = {"": 1, "B": 1}
     for power, letter in enumerate("KMGT", 1):
@@ -251,7 +226,7 @@ def parse_size(text: str) -> int:
         value = float(number) * units[text[len(number) :].strip().upper()]
         int(value)
     except (ValueError, KeyError, OverflowError):
-        raise UserError(f"{json.dumps(text)} is no size: write it as 4GiB or 500MB") from None
+        raise UserError(f"{shown(text)} is not a size: write it as 4GiB or 500MB") from None
     if not value >= 1:
-        raise UserError(f"a file size of {text} holds nothing: write it as 4GiB or 500MB")
+        raise UserError(f"a file size of {shown(text)} is too small: write it as 4GiB or 500MB")
     return int(value)

@@ -1,37 +1,56 @@
-"""Reading a Hugging Face model directory: every rank reads only its own slices."""
+"""Hugging Face model directories: every rank reads only its own slices, and ranks share writing."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from megalard.checkpoint.weights import Weights, tensor_bytes
+from megalard.checkpoint.write_options import WriteOptions, split_by_size
 from megalard.errors import UserError
-from megalard.files.safetensors import DTYPES, DamagedFile, TensorFile, cannot_read
+from megalard.files.atomic_folder import AtomicFolder
+from megalard.files.reading import cannot_read, read_json
+from megalard.files.safetensors import (
+    DTYPES,
+    DamagedFile,
+    Entry,
+    TensorFile,
+    TensorSlice,
+    in_file_order,
+    read_ahead,
+    write_tensor_file,
+)
+from megalard.files.writing import cannot_write, sync_files
+from megalard.parallel.agreement import checked_on_all_ranks
+from megalard.parallel.mesh import SINGLE, Axis
 from megalard.parallel.tensor.layout import Layout
 
 
 class HuggingFaceWeights:
-    """The tensors of a directory of safetensors files, single or indexed.
+    """The tensors of a directory of safetensors files, with or without an index.
 
     Raises:
-        UserError: no safetensors files, a file that the index names is missing, cannot be read, is
-            truncated or damaged, or a tensor that stands in two files.
+        UserError: there are no safetensors files, a file that the index names is missing, a file
+            cannot be read or is damaged, or a tensor is in two files.
     """
 
     def __init__(self, model_dir: str | Path):
         self.directory = Path(model_dir)
         self._files = {path: _open(path) for path in self._paths()}
-        self._where: dict[str, Path] = {}
+        self._file_of: dict[str, Path] = {}
         for path, file in self._files.items():
-            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                if name in self._where:
+            for name in file.keys():  # noqa: SIM118 (a TensorFile is not a mapping)
+                if name in self._file_of:
                     raise UserError(
-                        f"tensor {name} stands in both {self._where[name].name} and {path.name} of "
+                        f"tensor {name} is in both {self._file_of[name].name} and {path.name} of "
                         f"{self.directory}: remove the file that does not belong there"
                     )
-                self._where[name] = path
+                self._file_of[name] = path
 
     def _paths(self) -> list[Path]:
         index = self.directory / "model.safetensors.index.json"
@@ -41,7 +60,8 @@ class HuggingFaceWeights:
             files = sorted(self.directory.iterdir()) if self.directory.is_dir() else []
         except OSError as error:
             raise cannot_read(error.filename or self.directory, error) from None
-        # beside it others lie in other formats of the same weights; dotfiles are file systems' own
+        # Other .safetensors files next to model.safetensors hold the same weights in other formats.
+        # File systems keep files of their own under names that begin with a dot.
         single = [path for path in files if path.name == "model.safetensors"]
         paths = single or [
             path
@@ -49,57 +69,61 @@ class HuggingFaceWeights:
             if path.suffix == ".safetensors" and not path.name.startswith(".")
         ]
         if not paths:
-            pickled = any(path.suffix == ".bin" for path in files)
-            fix = "convert its .bin files to safetensors" if pickled else "check the path"
+            is_pickled = any(path.suffix == ".bin" for path in files)
+            fix = "convert its .bin files to safetensors" if is_pickled else "check the path"
             raise UserError(f"{self.directory} has no .safetensors files: {fix}")
         return paths
 
     def _indexed(self, index: Path) -> list[Path]:
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
+            names = set(read_json(index)["weight_map"].values())
             if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index} is not a safetensors index: download it again") from None
+        for name in sorted(names):
+            if Path(name).name != name:
+                raise UserError(
+                    f"{index} names the file {name!r} outside its directory: download it again"
+                )
         missing = [name for name in sorted(names) if not (self.directory / name).is_file()]
         if missing:
-            raise UserError(f"{self.directory} lacks {', '.join(missing)}, named by its index")
+            raise UserError(
+                f"{self.directory} lacks {', '.join(missing)}, which its index names: download it "
+                "again"
+            )
         return [self.directory / name for name in sorted(names)]
 
     def names(self) -> list[str]:
-        """All tensor names, in the order of the files."""
-        return list(self._where)
+        return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the full tensor; it is a UserError if there is none of this name."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The tensor's dtype in the file."""
         return DTYPES[self._slice(name).get_dtype()]
 
     def files(self) -> list[Path]:
-        """The files the tensors stand in."""
         return list(self._files)
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """The tensor, or this rank's slice of it, in the file's dtype, on the CPU."""
-        part = self._slice(name)
+        """Return the tensor, or the slice of a layout, in the dtype of the file."""
+        tensor = self._slice(name)
         index = slice(None)
         if layout is not None and layout.dim is not None:
-            wanted = slice(layout.start, layout.start + layout.length)
-            index = wanted if layout.dim == 0 else (slice(None), wanted)
+            local = slice(layout.start, layout.start + layout.length)
+            index = local if layout.dim == 0 else (slice(None), local)
         try:
-            return part[index]
+            return tensor[index]
         except OSError as error:
-            raise cannot_read(self._where[name], error) from None
+            raise cannot_read(self._file_of[name], error) from None
         except DamagedFile as error:
-            raise _damaged(self._where[name], error) from None
+            raise _damaged(self._file_of[name], error) from None
 
-    def _slice(self, name: str):
-        if name not in self._where:
+    def _slice(self, name: str) -> TensorSlice:
+        if name not in self._file_of:
             raise UserError(f"{self.directory} has no tensor {name}, which its config.json implies")
-        return self._files[self._where[name]].get_slice(name)
+        return self._files[self._file_of[name]].get_slice(name)
 
 
 def _open(path: Path) -> TensorFile:
@@ -112,4 +136,109 @@ def _open(path: Path) -> TensorFile:
 
 
 def _damaged(path: Path, error: DamagedFile) -> UserError:
-    return UserError(f"{path} is truncated or damaged ({error}): fetch it again")
+    return UserError(f"{path} is truncated or damaged ({error}): download it again")
+
+
+def plan_files(weights: Weights, file_bytes: int) -> list[dict[str, Entry]]:
+    """Return the tensors of each file, in the order in which they are written."""
+    entries = {name: Entry(weights.dtype(name), weights.shape(name)) for name in weights.names()}
+    sizes = {name: tensor_bytes(weights, name) for name in entries}
+    return [
+        {name: entries[name] for name in in_file_order({n: entries[n] for n in names})}
+        for names in split_by_size(sizes, file_bytes)
+    ]
+
+
+def bytes_of_rank(weights: Weights, file_bytes: int, axis: Axis) -> int:
+    """Return the number of bytes that ``write_huggingface`` has this rank write."""
+    files = plan_files(weights, file_bytes)[axis.rank :: axis.size]
+    return sum(entry.nbytes for entries in files for entry in entries.values())
+
+
+def write_huggingface(
+    directory: str | Path,
+    weights: Weights,
+    config: dict,
+    options: WriteOptions,
+    *,
+    axis: Axis = SINGLE,
+    ahead: bool = False,
+    replace: bool = False,
+) -> None:
+    """Write a Hugging Face model directory that appears complete or not at all.
+
+    The ranks of the axis share the files.
+
+    Args:
+        directory: the target.
+        weights: read one tensor at a time, in the order of ``plan_files``.
+        config: the content of ``config.json``.
+        ahead: whether a thread reads the next tensor while one is written. Not for weights whose
+            reading is a collective call.
+        replace: whether an earlier directory of this name is replaced. Without it the target must
+            not exist or be empty.
+
+    Raises:
+        UserError: on every rank, if any rank cannot write. What was there before is unchanged.
+    """
+    directory = Path(directory)
+    folder = AtomicFolder(directory, replace)
+    files = plan_files(weights, options.file_bytes)
+    count = len(files)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if count == 1:
+        names = ["model.safetensors"]
+    try:
+        with _disk_errors_on_all_ranks(directory, axis):
+            if axis.rank == 0:
+                folder.begin()
+        with _disk_errors_on_all_ranks(directory, axis):
+            for name, entries in list(zip(names, files, strict=True))[axis.rank :: axis.size]:
+                tensors = map(weights.read, entries)
+                write_tensor_file(
+                    folder.path / name,
+                    entries,
+                    read_ahead(tensors) if ahead else tensors,
+                    {"format": "pt"},
+                    options.progress,
+                    checksum=False,
+                )
+        options.before_commit()
+        with _disk_errors_on_all_ranks(directory, axis):
+            if axis.rank == 0:
+                _write_small_files(folder.path, names, files, config, options.companions)
+                folder.commit()
+    except BaseException:  # an interrupted export leaves nothing either
+        if axis.rank == 0:
+            folder.abandon()
+        raise
+
+
+@contextmanager
+def _disk_errors_on_all_ranks(directory: Path, axis: Axis) -> Iterator[None]:
+    """Raise an ``OSError`` of the block on any rank as a ``UserError`` on all of them."""
+    with checked_on_all_ranks(axis):
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(directory, error) from None
+
+
+def _write_small_files(
+    folder: Path,
+    names: list[str],
+    files: list[dict[str, Entry]],
+    config: dict,
+    companions: tuple[Path, ...],
+) -> None:
+    """Write the index, config.json and the companion files."""
+    if len(files) > 1:
+        total = sum(entry.nbytes for entries in files for entry in entries.values())
+        file_of = {t: name for name, entries in zip(names, files, strict=True) for t in entries}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in companions:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    sync_files(folder)

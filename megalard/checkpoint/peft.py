@@ -1,7 +1,7 @@
-"""A LoRA student as a PEFT adapter, with the student's config beside it.
+"""PEFT adapters: read as LoRA pairs, and written from a run with the student's config.json.
 
-An adapter carries no RoPE, so on its own it would be applied to the native model: load the base
-with the config that lies beside the adapter.
+An adapter carries no RoPE. On its own it would be applied to the model with native RoPE, so the
+base model must be loaded with the config.json that is next to the adapter.
 """
 
 from __future__ import annotations
@@ -10,27 +10,22 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from megalard.checkpoint.weights import Weights
-from megalard.errors import UserError
-from megalard.files.atomic_folder import PartialFolder, cannot_write
-from megalard.files.safetensors import (
-    DamagedFile,
-    Entry,
-    TensorFile,
-    cannot_read,
-    sync_files,
-    write_tensor_file,
-)
+from megalard.checkpoint.write_options import WriteOptions
+from megalard.errors import UserError, shown
+from megalard.files.atomic_folder import AtomicFolder
+from megalard.files.reading import cannot_read, read_json
+from megalard.files.safetensors import DamagedFile, Entry, TensorFile, write_tensor_file
+from megalard.files.writing import cannot_write, sync_files
 from megalard.parallel.tensor.layout import Layout
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# what makes something else of the weights than W + alpha / r B A
+# Settings with which the merged weight is not W + alpha / r B A.
 _VARIANTS = (
     "use_dora",
     "use_rslora",
@@ -46,22 +41,22 @@ _VARIANTS = (
     "arrow_config",
     "use_bdlora",
 )
-# initializations that change the base as well, which the adapter doesn't hold
+# Initializations that also change the base model, whose changes the adapter does not contain.
 _CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def adapter_config(trained: dict, names: list[str], base: str) -> dict:
-    """``adapter_config.json`` of a run.
+    """Return the ``adapter_config.json`` of a run.
 
     Args:
-        trained: the manifest's section, with LoRA's settings.
-        names: the trained tensors.
-        base: the base model's path.
+        trained: the section ``trained`` of the manifest, with LoRA's settings.
+        names: the names of the trained tensors.
+        base: the path of the base model.
     """
     modules = sorted({name.rpartition(".")[0] for name in names})
     kinds = sorted({module.rpartition(".")[2] for module in modules})
     layers = sorted({int(re.search(r"\.layers\.(\d+)\.", module)[1]) for module in modules})
-    regular = len(modules) == len(kinds) * len(layers)
+    is_regular = len(modules) == len(kinds) * len(layers)
     lora = trained["lora"]
     return {
         "peft_type": "LORA",
@@ -76,28 +71,28 @@ def adapter_config(trained: dict, names: list[str], base: str) -> dict:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": kinds if regular else modules,
-        "layers_to_transform": layers if regular else None,
-        "layers_pattern": "layers" if regular else None,
+        "target_modules": kinds if is_regular else modules,
+        "layers_to_transform": layers if is_regular else None,
+        "layers_pattern": "layers" if is_regular else None,
     }
 
 
 def adapter_name(name: str) -> str:
-    """Ours (``model...q_proj.lora_A``) to PEFT's."""
+    """Return PEFT's name of a tensor that the trainer calls ``model...q_proj.lora_A``."""
     return f"{_PREFIX}{name}.weight"
 
 
 class AdapterWeights:
-    """The LoRA pairs of a PEFT adapter, by the trainer's names.
+    """The LoRA pairs of a PEFT adapter, under the names of the trainer.
 
     Attributes:
-        directory: the adapter's.
-        config: its ``adapter_config.json``.
+        directory: the directory of the adapter.
+        config: the content of ``adapter_config.json``.
         scale: alpha / r.
 
     Raises:
-        UserError: a file is missing or damaged, it is no plain LoRA on projections, or its pairs
-            are incomplete or not of the rank the config gives.
+        UserError: a file is missing or damaged, the adapter is not plain LoRA on projections, or
+            its pairs are incomplete or have another rank than the config gives.
     """
 
     def __init__(self, directory: str | Path):
@@ -113,14 +108,14 @@ class AdapterWeights:
             raise _damaged(path, error) from None
         self._names = {_our_name(name, self.directory): name for name in self._file.keys()}  # noqa: SIM118
         if not self._names:
-            raise UserError(f"{path} holds no tensors, so it changes nothing: use another adapter")
+            raise UserError(f"{path} has no tensors, so it changes nothing: use another adapter")
         for name in self._names:
             shape, rank = self.shape(name), self.config["r"]
             dim = 0 if name.endswith("lora_A") else 1
             if len(shape) != 2 or shape[dim] != rank:
                 raise UserError(
-                    f"tensor {self._names[name]} in {path} has shape {list(shape)}, which is not "
-                    f"of the rank r = {rank} in its {ADAPTER_CONFIG}: the files do not belong "
+                    f"tensor {self._names[name]} in {path} has shape {list(shape)}, which does "
+                    f"not fit the rank r = {rank} in its {ADAPTER_CONFIG}: the files do not belong "
                     "together"
                 )
             other = name[:-1] + ("B" if name.endswith("A") else "A")
@@ -143,8 +138,8 @@ class AdapterWeights:
         return [self._file.path]
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """The tensor in fp32."""
-        assert layout is None, "adapters are read whole"
+        """Return the full tensor in fp32."""
+        assert layout is None, "adapters are read as full tensors"
         try:
             return self._file.read(self._names[name]).float()
         except OSError as error:
@@ -159,31 +154,31 @@ def _damaged(path: Path, error: DamagedFile) -> UserError:
 
 def _read_config(path: Path) -> dict:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except OSError as error:
         raise cannot_read(path, error) from None
     except ValueError:
         raise UserError(f"{path} is damaged: it is not JSON; use another copy") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object: use another copy")
+        raise UserError(f"{path} does not contain a JSON object: use another copy")
     return config
 
 
 def _scale(config: dict, directory: Path) -> float:
-    """alpha / r of a plain LoRA."""
+    """Return alpha / r of an adapter, or refuse an adapter that is not plain LoRA."""
     kind, start = config.get("peft_type"), config.get("init_lora_weights")
-    odd = [key for key in _VARIANTS if config.get(key)]
+    variants = [key for key in _VARIANTS if config.get(key)]
     if isinstance(start, str) and start.startswith(_CHANGING_BASE):
-        odd.append(f"init_lora_weights {start}, which changes the base model")
-    if kind != "LORA" or odd:
-        what = f"sets {', '.join(odd)}" if kind == "LORA" else f"is of peft_type {kind}"
+        variants.append(f"init_lora_weights {shown(start)}, which changes the base model")
+    if kind != "LORA" or variants:
+        reason = f"sets {', '.join(variants)}" if kind == "LORA" else f"has peft_type {shown(kind)}"
         raise UserError(
-            f"the adapter {directory} is no plain LoRA (it {what}): merge it with peft and give "
+            f"the adapter {directory} is not plain LoRA (it {reason}): merge it with peft and give "
             "the merged model"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        raise _bad_setting(directory, "r", rank, "a whole number from 1 on")
+        raise _bad_setting(directory, "r", rank, "a whole number of at least 1")
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise _bad_setting(directory, "lora_alpha", alpha, "a number")
     return alpha / rank
@@ -191,19 +186,28 @@ def _scale(config: dict, directory: Path) -> float:
 
 def _bad_setting(directory: Path, key: str, value, wanted: str) -> UserError:
     path = directory / ADAPTER_CONFIG
-    found = "has no" if value is None else f"gives {json.dumps(value)} as"
-    return UserError(f"{path} {found} {key}: set it to what the adapter was trained with, {wanted}")
+    content = "has no" if value is None else f"has {shown(value)} as"
+    return UserError(
+        f"{path} {content} {key}: set it to the value that the adapter was trained with, {wanted}"
+    )
 
 
 def _our_name(name: str, directory: Path) -> str:
     match = re.fullmatch(r"base_model\.model\.(.+\.lora_[AB])\.weight", name)
     if match is None:
-        raise UserError(f"the adapter {directory} holds {name}, which is no LoRA pair's")
+        raise UserError(
+            f"the adapter {directory} has the tensor {shown(name)}, which is not part of a LoRA "
+            "pair: merge it with peft and give the merged model"
+        )
     return match[1]
 
 
 def check_lora(directory: Path, trained: dict) -> None:
-    """Refuse a run that trained something else than LoRA pairs, with a ``UserError``."""
+    """Refuse a run that did not train LoRA pairs.
+
+    Raises:
+        UserError: the run trained weights.
+    """
     if trained["mode"] != "lora":
         raise UserError(
             f"{directory} trained weights (trainable.mode {trained['mode']}), not LoRA "
@@ -217,45 +221,42 @@ def write_adapter(
     trained: dict,
     config: dict,
     base: str,
-    companions: Iterable[Path],
-    progress: Callable[[int], None] = lambda count: None,
-    before_commit: Callable[[], None] = lambda: None,
+    options: WriteOptions,
 ) -> None:
-    """Write a run's LoRA pairs as a PEFT adapter, in one process; complete or not at all.
+    """Write a run's LoRA pairs as a PEFT adapter, in one process, completely or not at all.
 
     Args:
-        directory: where to; it must not exist or be empty.
+        directory: the target; it must not exist or be empty.
         weights: the trained tensors.
-        trained: the manifest's section.
+        trained: the section ``trained`` of the manifest.
         config: the student's ``config.json``.
-        base: path of the base model, noted in the adapter.
-        companions: files copied beside it.
-        before_commit: called when everything is written and nothing has its name yet.
+        base: the path of the base model, which the adapter names.
 
     Raises:
-        UserError: other weights than LoRA's were trained, or the disk refuses.
+        UserError: the run trained weights and not LoRA pairs, or the disk refuses.
     """
     directory = Path(directory)
     check_lora(weights.directory, trained)
     names = weights.names()
     entries = {adapter_name(n): Entry(weights.dtype(n), weights.shape(n)) for n in names}
-    partial = PartialFolder(directory)
+    folder = AtomicFolder(directory)
     try:
-        partial.begin()
+        folder.begin()
         tensors = map(weights.read, names)
         metadata = {"format": "pt"}
-        write_tensor_file(partial.path / ADAPTER_WEIGHTS, entries, tensors, metadata, progress)
+        path = folder.path / ADAPTER_WEIGHTS
+        write_tensor_file(path, entries, tensors, metadata, options.progress)
         for name, value in (
             (ADAPTER_CONFIG, adapter_config(trained, names, base)),
             ("config.json", config),
         ):
-            (partial.path / name).write_text(json.dumps(value, indent=2) + "\n")
-        for file in companions:
-            shutil.copyfile(file, partial.path / file.name)
-        sync_files(partial.path)
-        before_commit()
-        partial.commit()
+            (folder.path / name).write_text(json.dumps(value, indent=2) + "\n")
+        for file in options.companions:
+            shutil.copyfile(file, folder.path / file.name)
+        sync_files(folder.path)
+        options.before_commit()
+        folder.commit()
     except OSError as error:
         raise cannot_write(directory, error) from None
     finally:
-        partial.abandon()
+        folder.abandon()

@@ -1,4 +1,4 @@
-"""A base model with what was trained on it, read as the tensors of one model."""
+"""The tensors of a model as a protocol, and a base model merged with what was trained on it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,51 @@ import torch
 from megalard.errors import UserError
 from megalard.parallel.tensor.layout import Layout
 
-BLOCK_ELEMENTS = 2**22  # of fp32, 16 MiB
+BLOCK_ELEMENTS = 2**22  # 16 MiB of fp32
 
 
 class Weights(Protocol):
-    """What a source of a model's tensors can do, whatever its files are like."""
+    """The tensors of a model on disk, however they are stored.
+
+    Attributes:
+        directory: where the model is.
+    """
 
     directory: Path
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """Return the names of the tensors."""
+        ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a full tensor."""
+        ...
 
-    def dtype(self, name: str) -> torch.dtype: ...
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that ``read`` returns."""
+        ...
 
-    def files(self) -> list[Path]: ...
+    def files(self) -> list[Path]:
+        """Return the files that the tensors are read from."""
+        ...
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor: ...
+    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
+        """Return the full tensor, or the slice of a layout, on the CPU."""
+        ...
+
+
+def size_of(weights: Weights) -> int:
+    """Return the number of bytes of all tensors."""
+    return sum(tensor_bytes(weights, name) for name in weights.names())
+
+
+def tensor_bytes(weights: Weights, name: str) -> int:
+    """Return the number of bytes of one tensor."""
+    return torch.Size(weights.shape(name)).numel() * weights.dtype(name).itemsize
 
 
 def trained_parts(name: str, trained: Iterable[str]) -> list[str]:
-    """The trained tensors a weight is made of: itself, or LoRA's A and B, or none."""
+    """Return the trained tensors that make up a weight: itself, or LoRA's A and B, or none."""
     stem = name.removesuffix("weight")
     return [part for part in (name, f"{stem}lora_A", f"{stem}lora_B") if part in trained]
 
@@ -39,15 +63,16 @@ def trained_parts(name: str, trained: Iterable[str]) -> list[str]:
 def merge_lora(
     name: str, original: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """W + scale B A in fp32 on ``lora_a``'s device, rounded to W's dtype, in W's own memory.
+    """Return W + scale B A, computed in fp32 on the device of ``lora_a`` and rounded to W's dtype.
 
-    Beside W it takes one block of rows. A block has the bits of the whole product: compared with
-    MKL 2024.2 on 184 shapes of 16 or more columns, in blocks of 2^16 elements and 64 rows or
-    more. Products of fewer columns may differ, as may single rows; cuBLAS, which chooses its
-    kernel by the shape, is given the whole.
+    The result takes the memory of ``original``, and one block of rows is needed in addition. A
+    block has the same bits as the same rows of the full product: this was compared with MKL 2024.2
+    on 184 shapes of 16 or more columns, in blocks of 2^16 elements and 64 rows or more. Products of
+    fewer columns, and single rows, may differ. cuBLAS chooses its kernel by the shape and is given
+    the full product.
 
     Raises:
-        UserError: naming W, where the sum is finite and does not fit its dtype (fp16).
+        UserError: naming W, if the sum is finite and does not fit its dtype (fp16).
     """
     rows, columns = original.shape
     blocks = 1
@@ -69,76 +94,81 @@ def merge_lora(
 
 
 def check_trained(base: Weights, trained: Weights, names: Iterable[str]) -> None:
-    """Refuse trained tensors that are no part of a base, or of other shapes than its own.
+    """Refuse trained tensors that do not belong to the base or have other shapes.
 
     Args:
-        names: the tensors the merged model has.
+        names: the tensors that the merged model has.
 
     Raises:
-        UserError: naming the first.
+        UserError: naming the first such tensor.
     """
-    known, parts = set(names), set(trained.names())
-    own = "give the model it was trained on with --base"
+    base_names, parts = set(names), set(trained.names())
+    fix = "give the model it was trained on with --base"
     for part in trained.names():
         stem, _, last = part.rpartition(".")
         is_lora = last in ("lora_A", "lora_B")
         name = f"{stem}.weight" if is_lora else part
-        if name not in known:
+        if name not in base_names:
             raise UserError(
-                f"{trained.directory} has {part}, but {base.directory} has no tensor {name} of "
-                f"its own to put it into: {own}"
+                f"{trained.directory} has {part}, but {base.directory} has no tensor {name} that "
+                f"it could be merged into: {fix}"
             )
-        shape, found = base.shape(name), trained.shape(part)
+        shape, trained_shape = base.shape(name), trained.shape(part)
         if is_lora:
-            pair = [f"{stem}.lora_A", f"{stem}.lora_B"]
-            missing = [other for other in pair if other not in parts]
-            if missing:
-                raise UserError(
-                    f"{trained.directory} has {part} without {missing[0]}: it is damaged; use "
-                    "another copy"
-                )
-            (rank, columns), (rows, inner) = (_matrix(trained, other) for other in pair)
-            if rank != inner:
-                raise UserError(
-                    f"{trained.directory} has {stem}.lora_A of rank {rank} and lora_B of rank "
-                    f"{inner}: it is damaged; use another copy"
-                )
-            found = (rows, columns)
-        if found != shape:
+            trained_shape = _merged_shape(trained, stem, part, parts)
+        if trained_shape != shape:
             raise UserError(
-                f"{trained.directory} was trained on {name} of shape {list(found)}, but in "
-                f"{base.directory} it has shape {list(shape)}: {own}"
+                f"{trained.directory} was trained on {name} of shape {list(trained_shape)}, but in "
+                f"{base.directory} it has shape {list(shape)}: {fix}"
             )
 
 
-def _matrix(weights: Weights, name: str) -> tuple[int, int]:
+def _merged_shape(trained: Weights, stem: str, part: str, parts: set[str]) -> tuple[int, int]:
+    """Return the shape of B A."""
+    pair = [f"{stem}.lora_A", f"{stem}.lora_B"]
+    missing = [name for name in pair if name not in parts]
+    if missing:
+        raise UserError(
+            f"{trained.directory} has {part} without {missing[0]}: it is damaged; use another copy"
+        )
+    (rank_a, columns), (rows, rank_b) = (_matrix_shape(trained, name) for name in pair)
+    if rank_a != rank_b:
+        raise UserError(
+            f"{trained.directory} has {stem}.lora_A of rank {rank_a} and lora_B of rank {rank_b}: "
+            "it is damaged; use another copy"
+        )
+    return rows, columns
+
+
+def _matrix_shape(weights: Weights, name: str) -> tuple[int, int]:
     shape = weights.shape(name)
     if len(shape) != 2:
         raise UserError(
-            f"{name} in {weights.directory} has shape {list(shape)} and is no matrix: use another "
-            "copy"
+            f"{name} in {weights.directory} has shape {list(shape)} and is not a matrix: use "
+            "another copy"
         )
     return shape
 
 
 class MergedWeights:
-    """A base with trained weights in place of its own, and LoRA pairs merged into it.
+    """A base model in which trained weights replace its own, and LoRA pairs are merged.
 
     Args:
         base: the untrained model, whose dtypes the result has.
-        trained: fp32 tensors by the base's names, or LoRA's (``...q_proj.lora_A``, ``lora_B``).
+        trained: fp32 tensors under the names of the base, or under the names of LoRA pairs
+            (``...q_proj.lora_A`` and ``lora_B``).
         scale: LoRA's alpha / rank.
-        tied: whether the head is the embedding; one that stands in the base is then left out, as
-            it would no longer be equal to a trained embedding.
+        tied: whether the embedding is also the head. A head in the files of the base is then left
+            out, because it would no longer be equal to a trained embedding.
 
     Raises:
-        UserError: a trained tensor is no part of the base, or of another shape.
+        UserError: a trained tensor does not belong to the base, or has another shape.
     """
 
     def __init__(self, base: Weights, trained: Weights, scale: float, tied: bool):
         self.base, self.trained, self.scale = base, trained, scale
         self.directory = trained.directory
-        self._trained = set(trained.names())
+        self._trained_names = set(trained.names())
         self._names = [n for n in base.names() if not (tied and n == "lm_head.weight")]
         check_trained(base, trained, self._names)
 
@@ -155,15 +185,13 @@ class MergedWeights:
         return [*self.trained.files(), *self.base.files()]
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """The tensor, or a rank's slice, in the base's dtype."""
-        parts = trained_parts(name, self._trained)
+        """Return the tensor, or the slice of a layout, in the base's dtype."""
+        parts = trained_parts(name, self._trained_names)
         if not parts:
             return self.base.read(name, layout)
         if parts == [name]:
             return self.trained.read(name, layout).to(self.base.dtype(name))
-        # merged whole and then cut: a product of slices may round differently
+        # The full tensor is merged and then cut, because a product of slices may round differently.
         lora_a, lora_b = (self.trained.read(part) for part in parts)
         merged = merge_lora(name, self.base.read(name), lora_a, lora_b, self.scale)
-        if layout is None or layout.dim is None:
-            return merged
-        return merged.narrow(layout.dim, layout.start, layout.length).contiguous()
+        return merged if layout is None else layout.cut(merged).contiguous()

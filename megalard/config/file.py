@@ -1,112 +1,203 @@
-"""Reading a configuration: a YAML file, ``--section.key value`` overrides, help for every key."""
+"""Read a configuration: a YAML file, then ``--section.key value`` overrides."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import inspect
-import itertools
-import textwrap
-import types
+import sys
 import typing
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import yaml
+from megalard.config.fields import without_none
+from megalard.config.rules import validate
+from megalard.config.schema import RELATIONS, Config
+from megalard.config.yaml_text import parse_file, parse_value
+from megalard.errors import UserError, shown
 
-from megalard.config.rules import RELATIONS, validate
-from megalard.config.schema import Config, StreamConfig
-from megalard.errors import UserError
+# Old spelling of a key, under any section, and the present one.
+RENAMED = {"objective.attention_context": "objective.attention_output"}
 
-
-class _OneOfEach(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"{twice!r} is given twice {node.start_mark}".strip())
-        return super().construct_mapping(node, deep)
+# A stream takes these from the section optimizer unless it gives its own.
+STREAM_BATCHES = ("global_batch", "micro_batch")
 
 
 def load_config(path: str | None, overrides: list[str]) -> Config:
     """Read a YAML file and apply ``--section.key value`` overrides.
 
+    The override ``null`` removes a key of the file, so that its default holds again.
+
     Raises:
-        UserError: unreadable file, unknown key (the nearest known one is named), wrong type, or a
-            value out of range.
+        UserError: the file cannot be read, a key is unknown (the nearest known key is named), or a
+            value has the wrong type or is out of range.
     """
-    tree: dict = {}
-    if path is not None:
-        try:
-            tree = yaml.load(Path(path).read_text(encoding="utf-8"), _OneOfEach) or {}
-        except OSError as error:
-            raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(tree, dict):
-            raise UserError(f"{path} must hold sections such as 'model:' and 'data:'")
-    for key, value in _pairs(overrides):
-        node = tree
-        *sections, last = key.split(".")
-        for section in sections:
-            if node.get(section) is None:
-                node[section] = {}
-            node = node[section]
-            if not isinstance(node, dict):
-                raise UserError(f"--{key}: '{section}' is a value, not a section")
-        node[last] = value if _is_text(key, value) else _parse(value)
+    tree = in_present_spelling(parse_file(path), _warn) if path is not None else {}
+    # Judged before the overrides: a recipe's shared value may lose its last user to an override.
+    _check_shared_values(tree, None)
+    keys = []
+    for key, text in _pairs(overrides):
+        present = present_spelling(key)
+        if present != key:
+            _warn(key, present)
+        _override(tree, present, text)
+        keys.append(present)
+    for key in keys:
+        _check_shared_values(tree, key)
     _complete_streams(tree)
     config = _build(Config, tree, "")
     validate(config)
     return config
 
 
-def _complete_streams(tree: dict) -> None:
-    """Give each stream the values it takes from other sections, in place.
+def _pairs(overrides: list[str]) -> Iterator[tuple[str, str]]:
+    position = 0
+    while position < len(overrides):
+        word = overrides[position]
+        if not word.startswith("--"):
+            raise UserError(f"expected --section.key value, got {shown(word)}")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            position += 1
+            if position == len(overrides):
+                raise UserError(
+                    f"--{key} needs a value: only --preflight, --version and --help take none"
+                )
+            value = overrides[position]
+        yield key, value
+        position += 1
+
+
+def _override(tree: dict, key: str, text: str) -> None:
+    """Set or, for the text ``null``, remove one key of the tree, in place."""
+    *sections, last = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UserError(f"--{key}: '{section}' is a value, not a section")
+    value = text if _holds_text(key, text) else parse_value(text)
+    if value is None:
+        tree.pop(last, None)
+    else:
+        tree[last] = value
+
+
+def _holds_text(key: str, text: str) -> bool:
+    """Whether a key holds text, which is taken as typed: a path may look like a number or a date.
+
+    The word null still removes a text that may be left out.
+    """
+    hint: Any = Config
+    for name in key.split("."):
+        if typing.get_origin(hint) is dict:
+            hint = typing.get_args(hint)[1]
+        else:
+            hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    hint, optional = without_none(hint)
+    return hint is str and not (optional and text in ("null", "~", ""))
+
+
+def present_spelling(key: str) -> str:
+    """Return the present spelling of a dotted key."""
+    for old, new in RENAMED.items():
+        if key == old or key.endswith(f".{old}"):
+            return key.removesuffix(old) + new
+    return key
+
+
+def in_present_spelling(
+    tree: dict, on_old: Callable[[str, str], None] = lambda old, new: None, prefix: str = ""
+) -> dict:
+    """Return a copy of a tree of settings in which every key has its present spelling.
+
+    Args:
+        on_old: called with the old and the present spelling of every dotted key that was renamed.
+    """
+    result = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            value = in_present_spelling(value, on_old, f"{prefix}{key}.")
+        dotted = f"{prefix}{key}"
+        present = present_spelling(dotted)
+        if present != dotted:
+            on_old(dotted, present)
+            key = present.rpartition(".")[2]
+        result[key] = value
+    return result
+
+
+def _warn(old: str, present: str) -> None:
+    print(f"warning: {old} is now called {present}", file=sys.stderr, flush=True)
+
+
+def _check_shared_values(tree: dict, override: str | None) -> None:
+    """Refuse a value of ``data`` or ``optimizer`` that every stream replaces by its own.
+
+    Args:
+        tree: the configuration so far.
+        override: the one key to judge; None judges every key of the tree.
 
     Raises:
-        UserError: a value stands where streams would take it from, and none does.
+        UserError: naming the key that has no effect.
     """
+    streams = tree.get("streams")
+    if not isinstance(streams, dict) or not streams:
+        return
+    streams = [stream for stream in streams.values() if isinstance(stream, dict)]
+    for key, in_stream in _shared_keys(tree):
+        if override in (None, key) and streams and all(_has(s, in_stream) for s in streams):
+            raise UserError(
+                f"{key} is given, but every stream gives its own: set "
+                f"streams.NAME.{'.'.join(in_stream)} instead"
+            )
+
+
+def _shared_keys(tree: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the keys that streams take from other sections, with their place in a stream."""
+    for section, names in (("optimizer", STREAM_BATCHES), ("data", None)):
+        values = tree.get(section)
+        for name in values if isinstance(values, dict) else ():
+            if names is None or name in names:
+                yield f"{section}.{name}", (name,) if names else (section, name)
+
+
+def _has(tree: dict, path: tuple[str, ...]) -> bool:
+    for name in path:
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
+
+
+def _complete_streams(tree: dict) -> None:
+    """Give each stream the values that it takes from other sections, in place."""
     streams = tree.get("streams")
     if streams is None:
         tree.pop("streams", None)
     if not isinstance(streams, dict) or not streams:
         return
     if tree.get("objective"):
-        raise UserError("objective and streams are both given: say each stream's objective there")
+        raise UserError(
+            "objective and streams are both given: give each stream its objective under "
+            "streams.NAME.objective"
+        )
     optimizer = tree.get("optimizer")
     optimizer = optimizer if isinstance(optimizer, dict) else {}
-    batches = {key: optimizer[key] for key in _STREAM_BATCHES if optimizer.get(key) is not None}
-    shared = {"data": tree.get("data") or {}, **batches}
-    own = [stream for stream in streams.values() if isinstance(stream, dict)]
-    for key in batches:
-        _require_taken(f"optimizer.{key}", key, [key in stream for stream in own])
-    if isinstance(shared["data"], dict):
-        of_streams = [stream.get("data") or {} for stream in own]
-        for key in shared["data"]:
-            given = [isinstance(data, dict) and key in data for data in of_streams]
-            _require_taken(f"data.{key}", f"data.{key}", given)
-    base = {**shared, "objective": {"relations": dict.fromkeys(RELATIONS, 0.0)}}
+    batches = {key: optimizer[key] for key in STREAM_BATCHES if optimizer.get(key) is not None}
+    shared = {
+        "data": tree.get("data") or {},
+        **batches,
+        "objective": {"relations": dict.fromkeys(RELATIONS, 0.0)},
+    }
     tree["streams"] = {
-        str(name): _merged(base, stream or {}) if isinstance(stream, dict | None) else stream
+        str(name): _merged(shared, stream or {}) if isinstance(stream, dict | None) else stream
         for name, stream in streams.items()
     }
 
 
-def _require_taken(key: str, own_key: str, given: list[bool]) -> None:
-    if given and all(given):
-        raise UserError(
-            f"{key} is given, but every stream gives its own: set streams.NAME.{own_key} instead"
-        )
-
-
-_STREAM_BATCHES = ("global_batch", "micro_batch")
-
-
 def _merged(base: dict, over: dict) -> dict:
-    """``over``'s values, and ``base``'s where it has none; sections are merged key by key."""
+    """Return ``over``, completed from ``base``; sections are merged key by key."""
     merged = {**base, **over}
     for key in base.keys() & over.keys():
         if isinstance(base[key], dict) and isinstance(over[key], dict | None):
@@ -114,157 +205,76 @@ def _merged(base: dict, over: dict) -> dict:
     return merged
 
 
-def describe_keys() -> str:
-    """Every key with its meaning and default, for ``--help``."""
-    return "\n".join(_describe(Config, "--"))
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    """Make a section from a tree of plain values."""
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"'{prefix.rstrip('.')}' is a section, got the value {shown(tree)}")
+    hints = typing.get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}
+    values = {}
+    for key, value in tree.items():
+        if key not in names:
+            nearest = _nearest(str(key), names, prefix)
+            raise UserError(
+                f"unknown key '{prefix}{shown(key).strip(chr(39))}'; the nearest known one is "
+                f"'{nearest}'"
+            )
+        values[key] = _convert(hints[key], value, f"{prefix}{key}")
+    return cls(**values)
 
 
-def _describe(cls, prefix: str) -> list[str]:
-    lines, meanings = [], _meanings(cls)
-    for item in dataclasses.fields(cls):
-        default = (
-            item.default if item.default is not dataclasses.MISSING else item.default_factory()
-        )
-        if dataclasses.is_dataclass(default):
-            lines += _describe(type(default), f"{prefix}{item.name}.")
-            continue
-        if isinstance(default, dict):
-            lines.append(f"  {prefix}{item.name}  (default: none)")
-            own = inspect.getdoc(StreamConfig).partition("\n\n")[2]
-            about = f"{meanings.get(item.name, '')} {own}"
-            lines += textwrap.wrap(" ".join(about.split()), 90, **_INDENT)
-            lines += _describe_stream(f"{prefix}{item.name}.NAME.")
-        else:
-            lines.append(f"  {prefix}{item.name}  (default: {default})")
-            lines += textwrap.wrap(meanings.get(item.name, ""), 90, **_INDENT)
-    return lines
-
-
-def _describe_stream(prefix: str) -> list[str]:
-    """A stream's own keys; its ``objective`` and ``data`` have those of the sections."""
-    lines = [f"  {prefix}objective.KEY, {prefix}data.KEY  (as in those sections)"]
-    meanings = _meanings(StreamConfig)
-    for item in dataclasses.fields(StreamConfig):
-        if item.default is not dataclasses.MISSING:
-            batch = item.name in _STREAM_BATCHES
-            default = f"that of --optimizer.{item.name}" if batch else item.default
-            lines.append(f"  {prefix}{item.name}  (default: {default})")
-            lines += textwrap.wrap(meanings[item.name], 90, **_INDENT)
-    return lines
-
-
-_INDENT = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
-
-
-def _meanings(cls) -> dict[str, str]:
-    """Field name to the string that follows it in the class."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    return {
-        before.target.id: " ".join(after.value.value.split())
-        for before, after in itertools.pairwise(body)
-        if isinstance(before, ast.AnnAssign)
-        and isinstance(after, ast.Expr)
-        and isinstance(after.value, ast.Constant)
-    }
-
-
-def _pairs(overrides: list[str]):
-    position = 0
-    while position < len(overrides):
-        word = overrides[position]
-        if not word.startswith("--"):
-            raise UserError(f"expected --section.key value, got '{word}'")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            position += 1
-            if position == len(overrides):
-                raise UserError(f"--{key} needs a value: only --preflight and --help take none")
-            value = overrides[position]
-        yield key, value
-        position += 1
-
-
-def _parse(value: str):
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """Return a value as the type of its field, or raise a ``UserError``."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.")
+    hint, optional = without_none(hint)
+    if value is None and optional:
+        return None
+    origin = typing.get_origin(hint)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"'{key}' is a section of named entries, got the value {shown(value)}")
+        entry_hint = typing.get_args(hint)[1]
+        return {
+            str(name): _convert(entry_hint, entry, f"{key}.{name}") for name, entry in value.items()
+        }
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        (item_hint,) = typing.get_args(hint)
+        return [_convert(item_hint, item, key) for item in items]
+    expected = str if origin is typing.Literal else hint
+    if expected is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        # YAML 1.1 reads 2e-5 as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+        except OverflowError:
+            raise UserError(f"{key} must be a finite number; got {shown(value)}") from None
+    elif isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
         return value
+    raise UserError(f"{key} must be of type {expected.__name__}, got {shown(value)}")
 
 
-def _is_text(key: str, value: str) -> bool:
-    """Whether the key holds text, which is taken as typed: a path may look like a number or date.
-
-    ``null`` leaves out what may be left out.
-    """
-    hint = Config
-    for name in key.split("."):
-        if typing.get_origin(hint) is dict:
-            hint = typing.get_args(hint)[1]
-        else:
-            hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
-    return hint is str or (hint == str | None and value not in ("null", "~", ""))
-
-
-def _nearest(key: str, known: set[str], prefix: str) -> str:
-    """The known key that ``key`` was most likely meant to be: here, else in any section."""
+def _nearest(key: str, names: set[str], prefix: str) -> str:
+    """Return the known key that ``key`` most likely stands for, in this section or in another."""
     everywhere = {path.rpartition(".")[2]: path for path in _paths(Config, "")}
+    # Abbreviations that difflib would not find.
+    everywhere |= {"lr": "optimizer.learning_rate", "batch_size": "optimizer.global_batch"}
     if key in everywhere:
         return everywhere[key]
-    here = difflib.get_close_matches(key, known, n=1)
-    elsewhere = [] if here else difflib.get_close_matches(key, everywhere, n=1)
+    here = difflib.get_close_matches(key[:100], names, n=1)
+    elsewhere = [] if here else difflib.get_close_matches(key[:100], everywhere, n=1)
     if elsewhere:
         return everywhere[elsewhere[0]]
-    return prefix + (here or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
+    return prefix + (here or difflib.get_close_matches(key[:100], names, n=1, cutoff=0.0))[0]
 
 
-def _paths(cls, prefix: str) -> list[str]:
+def _paths(cls: type, prefix: str) -> list[str]:
     paths = []
     for name, hint in typing.get_type_hints(cls).items():
         paths += _paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else []
         paths.append(prefix + name)
     return paths
-
-
-def _build(cls, tree, prefix: str):
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise UserError(f"'{prefix.rstrip('.')}' is a section, got the value {tree!r}")
-    hints = typing.get_type_hints(cls)
-    known = {item.name for item in dataclasses.fields(cls)}
-    values = {}
-    for key, value in tree.items():
-        if key not in known:
-            near = _nearest(str(key), known, prefix)
-            raise UserError(f"unknown key '{prefix}{key}'; the nearest known one is '{near}'")
-        values[key] = _convert(hints[key], value, f"{prefix}{key}")
-    return cls(**values)
-
-
-def _convert(hint, value, key: str):
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{key}.")
-    if typing.get_origin(hint) is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"'{key}' is a section of named entries, got the value {value!r}")
-        item_hint = typing.get_args(hint)[1]
-        return {
-            str(name): _convert(item_hint, item, f"{key}.{name}") for name, item in value.items()
-        }
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    if typing.get_origin(hint) is list:
-        items = value if isinstance(value, list) else [value]
-        (item_hint,) = typing.get_args(hint)
-        return [_convert(item_hint, item, key) for item in items]
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        # YAML 1.1 reads 2e-5 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    raise UserError(f"{key} must be of type {hint.__name__}, got {value!r}")

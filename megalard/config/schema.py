@@ -1,282 +1,351 @@
-"""The run's configuration: frozen dataclasses, read by ``megalard.config.file``.
+"""The settings of a run: frozen dataclasses whose fields state their default, range and meaning.
 
-Everything that can be checked without the model or the data is checked at the start, in
-``megalard.config.rules``. Checks that need the model's config live in ``megalard.model.spec``;
-those that need the data in ``megalard.data``.
+``config.file`` reads them from YAML and the command line, and ``config.rules`` checks what concerns
+several fields. Checks that need a model's config.json are in ``megalard.model.spec`` and
+``megalard.training.plan``; checks that need the text are in ``megalard.data``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-from megalard.config.rules import RELATIONS
+from megalard.config.fields import allowed_of, section, setting
+
+ROPE_TYPES = ("linear", "abf", "yarn", "llama3", "longrope", "table", "checkpoint")
+RopeType = Literal["linear", "abf", "yarn", "llama3", "longrope", "table", "checkpoint"]
+Projection = Literal["q", "k", "v", "o"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model is restored."""
 
-    teacher: str = ""
-    """Hugging Face directory of the teacher (native RoPE)."""
-    student: str | None = None
-    """Directory the student starts from; the teacher's own weights when not given."""
-    tokenizer: str | None = None
-    """Directory of the tokenizer; the teacher's when not given."""
-    native_context: int | None = None
+    teacher: str = setting("", path=True, required="give the teacher's Hugging Face directory")
+    """Hugging Face directory of the teacher, which has its native RoPE."""
+    student: str | None = setting(None, path=True)
+    """Directory of the student's initial weights; the teacher's weights when not given."""
+    tokenizer: str | None = setting(None, path=True)
+    """Directory of the tokenizer; the teacher's directory when not given."""
+    native_context: int | None = setting(None, at_least=1)
     """Native window M in tokens; the teacher's max_position_embeddings when not given."""
-    compute_dtype: str = "bfloat16"
-    """bfloat16 or float32. Trained weights are always kept in float32."""
+    compute_dtype: Literal["bfloat16", "float32"] = setting("bfloat16")
+    """Dtype of activations and frozen weights. Trained weights are always kept in float32."""
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """How the student's RoPE is scaled; what a type needs beyond its factor is derived."""
+    """How the student's RoPE is scaled. What a type needs in addition to its factor is derived."""
 
-    type: str = "linear"
-    """linear (position interpolation), abf (a new theta), yarn, llama3, longrope, table (inverse
-    frequencies from a file), or checkpoint (the student checkpoint's own RoPE)."""
-    factor: float = 8.0
-    """f: the student's window is f times the native one."""
-    theta: float | None = None
-    """abf only: the new base; the NTK-aware theta * f^(d/(d-2)) when not given."""
-    long_factors: list[float] | None = None
-    """longrope only: one factor per pair of dimensions; all equal to f when not given."""
-    table: str | None = None
-    """table only: .json, .npy or .txt file with head_dim/2 inverse frequencies."""
+    type: RopeType = setting("linear")
+    """linear is position interpolation, abf a new theta, table reads inverse frequencies from a
+    file, and checkpoint keeps the RoPE that the student's own config.json describes."""
+    factor: float = setting(8.0, above=1)
+    """f: the student's window is f times the native window."""
+    theta: float | None = setting(None, above=0)
+    """Type abf: the new base; the NTK-aware theta * f^(d/(d-2)) when not given."""
+    long_factors: list[float] | None = setting(None, above=0)
+    """Type longrope: one factor per pair of dimensions; all equal to f when not given."""
+    table: str | None = setting(None, path=True)
+    """Type table: a .json, .npy or .txt file with head_dim/2 inverse frequencies."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (the authors use rank 1024, alpha 2048, dropout 0.05 on q, k, v)."""
+    """Low-rank adapters. The authors use rank 1024, alpha 2048 and dropout 0.05 on q, k and v."""
 
-    targets: list[str] = field(default_factory=lambda: ["q", "k", "v"])
-    """Which of the projections q, k, v, o get an adapter."""
-    rank: int = 1024
-    alpha: float = 2048.0
-    """The adapter counts alpha / rank."""
-    dropout: float = 0.05
-    """Of the adapters' input."""
+    targets: list[Projection] = setting(["q", "k", "v"], distinct=True)
+    """The projections that get an adapter."""
+    rank: int = setting(1024, at_least=1, at_most=2**20)
+    """Rank of the adapters."""
+    alpha: float = setting(2048.0, above=0)
+    """The product of an adapter's two matrices is multiplied by alpha / rank."""
+    dropout: float = setting(0.05, at_least=0, below=1)
+    """Share of the adapters' inputs that is set to zero."""
 
 
 @dataclass(frozen=True)
 class TrainableConfig:
     """Which of the student's weights are trained."""
 
-    mode: str = "lora"
-    """lora, weights (the projections in ``weights``), or all."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    weights: list[str] = field(default_factory=lambda: ["q", "k", "v"])
-    """Mode weights: which of q, k, v, o are trained whole."""
+    mode: Literal["lora", "weights", "all"] = setting("lora")
+    """lora trains adapters, weights the projections that ``weights`` lists, all every weight."""
+    lora: LoraConfig = section(LoraConfig)
+    weights: list[Projection] = setting(["q", "k", "v"], distinct=True)
+    """Mode weights: the projections whose weights are trained."""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A relation compares the rows of one operand with the columns of another.
+
+    Attributes:
+        rows, columns: the operands, each q, k or v. Everything else follows: the relation has as
+            many heads as its rows, and it depends on the projections of both operands.
+    """
+
+    rows: str
+    columns: str
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The different operands that the relation reads."""
+        return tuple(dict.fromkeys((self.rows, self.columns)))
+
+
+def _relation(weight: float, rows: str, columns: str) -> float:
+    return setting(weight, at_least=0, extra=Relation(rows, columns))
 
 
 @dataclass(frozen=True)
 class RelationWeights:
-    """Weight of each relation; zero leaves it out."""
+    """Weight of each relation in the loss. A relation of weight zero is not computed."""
 
-    q: float = 1.0
-    k: float = 1.0
-    v: float = 1.0
-    qk: float = 0.0
-    """The attention map itself, which q and k alone do not pin; not in the published method."""
+    q: float = _relation(1.0, rows="q", columns="q")
+    """Q Qᵀ."""
+    k: float = _relation(1.0, rows="k", columns="k")
+    """K Kᵀ."""
+    v: float = _relation(1.0, rows="v", columns="v")
+    """V Vᵀ."""
+    qk: float = _relation(0.0, rows="q", columns="k")
+    """Q Kᵀ, the attention map itself, which q and k alone do not determine. It is not part of the
+    published method."""
+
+
+RELATIONS: dict[str, Relation] = {
+    field.name: allowed_of(field).extra for field in dataclasses.fields(RelationWeights)
+}
+
+
+def _term(compares_with_teacher: bool) -> float:
+    """Declare the weight of a term of the loss; zero leaves the term out."""
+    return setting(0.0, at_least=0, extra=_Term(compares_with_teacher))
+
+
+@dataclass(frozen=True)
+class _Term:
+    compares_with_teacher: bool
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the student learns to keep."""
+    """What the student learns: a weighted sum of terms."""
 
-    relations: RelationWeights = field(default_factory=RelationWeights)
-    layers: list[int] | None = None
-    """Layers whose relations are distilled, counted from 0; every layer when not given."""
-    attention_context: float = 0.0
-    """Weight of the squared error of each head's attention output (A V, before o) over the
-    teacher's squared norm, in the layers above."""
-    hidden_cosine: float = 0.0
+    relations: RelationWeights = section(RelationWeights)
+    layers: list[int] | None = setting(None, at_least=0, distinct=True)
+    """Layers whose relations and attention outputs are compared, counted from 0; every layer when
+    not given."""
+    attention_output: float = _term(compares_with_teacher=True)
+    """Weight of the squared error of each head's attention output, relative to the squared norm of
+    the teacher's."""
+    hidden_cosine: float = _term(compares_with_teacher=True)
     """Weight of 1 - cosine between the hidden states at ``hidden_depths``, summed over them."""
-    hidden_depths: list[float] = field(default_factory=lambda: [1.0])
-    """Shares of the depth in (0, 1]: 0.5 is the output of the middle layer, 1 the last hidden
-    state, after the final norm."""
-    logits_kl: float = 0.0
-    """Weight of KL(teacher || student) over the vocabulary; zero leaves the head out."""
-    logits_positions: int | None = None
-    """The last k positions of a block for the logits KL; all when not given."""
-    language_modelling: float = 0.0
-    """Weight of the cross-entropy of the next token; alone, it needs no teacher and may read up
-    to the student's window."""
+    hidden_depths: list[float] = setting([1.0], above=0, at_most=1, distinct=True)
+    """Shares of the depth: 0.5 is the output of the middle layer, 1 the last hidden state, after
+    the final norm."""
+    logits_kl: float = _term(compares_with_teacher=True)
+    """Weight of KL(teacher || student) over the vocabulary."""
+    logits_positions: int | None = setting(None, at_least=1)
+    """The KL of the logits is taken at the last k positions of a block; at all when not given."""
+    language_modelling: float = _term(compares_with_teacher=False)
+    """Weight of the cross-entropy of the next token. Alone it needs no teacher, and blocks may be
+    as long as the student's window."""
 
     def active_relations(self) -> dict[str, float]:
-        """The relations with a weight, in the order of ``RELATIONS``."""
+        """Return the relations that have a weight, in the order of ``RELATIONS``."""
         weights = {name: getattr(self.relations, name) for name in RELATIONS}
         return {name: weight for name, weight in weights.items() if weight != 0}
+
+    def active_terms(self) -> list[str]:
+        """Return the names of the terms that have a weight."""
+        names = ["relations"] if self.active_relations() else []
+        return names + [
+            field.name
+            for field in dataclasses.fields(self)
+            if isinstance(allowed_of(field).extra, _Term) and getattr(self, field.name) > 0
+        ]
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares the student with the teacher."""
-        terms = (self.attention_context, self.hidden_cosine, self.logits_kl)
-        return bool(self.active_relations()) or any(weight > 0 for weight in terms)
+        fields = {field.name: allowed_of(field).extra for field in dataclasses.fields(self)}
+        return any(
+            name == "relations" or fields[name].compares_with_teacher
+            for name in self.active_terms()
+        )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text the student is restored on."""
+    """The text that the student is trained on."""
 
-    paths: list[str] = field(default_factory=list)
-    """.txt, .md, .py and .jsonl files, directories of them, or one prepared token directory."""
-    text_key: str = "text"
+    paths: list[str] = setting([], path=True, may_be_empty=True)
+    """Required: .txt, .md, .py and .jsonl files, directories of them, or one prepared token
+    directory."""
+    text_key: str = setting("text")
     """Key of the text in .jsonl files."""
-    context_length: int = 4096
-    """Tokens a block; at most the native window where a teacher reads it."""
-    positions: str = "contiguous"
-    """Where the student reads a block: contiguous, or skip-gaussian or skip-uniform, which put its
-    head and tail at the ends of the student's window and the middle somewhere between."""
-    packing: bool = True
-    """Fill blocks across documents (each attends to itself only); else one document a block."""
-    cache: str | None = None
-    """Where the tokens are kept; ``<output>/tokens`` (of a stream ``tokens-NAME``) when not given.
-    Streams of different text that share one get a folder each in it."""
+    context_length: int = setting(4096, at_least=2)
+    """Tokens per block; at most the native window where the teacher reads the block."""
+    positions: Literal["contiguous", "skip-gaussian", "skip-uniform"] = setting("contiguous")
+    """The positions at which the student reads a block. The skip- types place the head and the tail
+    of the block at the ends of the student's window and the middle somewhere between."""
+    packing: bool = setting(True)
+    """true fills blocks across documents, each of which attends to itself only; false puts one
+    document into a block."""
+    cache: str | None = setting(None, path=True)
+    """Directory of the tokenized text; ``tokens`` in the output directory when not given. Streams
+    of different text that name the same directory get a subdirectory each."""
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """One of several kinds of text that every optimizer step draws on, each with its objective.
+    """One of several kinds of text that every step draws on, each with its own objective.
 
-    What a stream's ``data`` leaves out is as in the section ``data``, and its batches are those of
-    the section ``optimizer`` unless it gives its own. Its ``objective`` has only the terms it
-    names.
+    A stream takes what its ``data`` leaves out from the section ``data``, and its batch sizes from
+    the section ``optimizer``. Its ``objective`` has only the terms that it names.
     """
 
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    weight: float = 1.0
-    """The step's loss is the sum of weight times the stream's mean loss."""
-    global_batch: int = 8
-    """Blocks an optimizer step, over all ranks and micro-steps."""
-    micro_batch: int = 1
-    """Blocks a forward pass of one rank."""
+    objective: ObjectiveConfig = section(ObjectiveConfig)
+    data: DataConfig = section(DataConfig)
+    weight: float = setting(1.0, above=0)
+    """The loss of a step is the sum over streams of this weight times the stream's mean loss."""
+    global_batch: int = setting(8, at_least=1)
+    """Blocks per step, over all ranks and micro-batches."""
+    micro_batch: int = setting(1, at_least=1)
+    """Blocks per forward pass of one rank."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, warm-up, then a cosine to ``min_ratio`` of the peak rate."""
+    """AdamW with a linear warm-up, then a cosine to ``min_ratio`` of the peak learning rate."""
 
-    steps: int = 144
-    """Optimizer steps of the run."""
-    learning_rate: float = 2e-5
-    """The peak."""
-    warmup_steps: int = 4
-    """Linear, above zero from the first step and at the peak with the last of them."""
-    min_ratio: float = 0.9
-    """The cosine's end over the peak."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 5.0
+    steps: int = setting(144, at_least=1)
+    """Number of steps."""
+    learning_rate: float = setting(2e-5, above=0)
+    """The peak learning rate."""
+    warmup_steps: int = setting(4, at_least=0)
+    """Steps of the warm-up. It starts above zero and reaches the peak at its last step."""
+    min_ratio: float = setting(0.9, at_least=0, at_most=1)
+    """The learning rate at the end of the cosine, relative to the peak."""
+    betas: list[float] = setting([0.9, 0.95], at_least=0, below=1, length=2)
+    """Decay rates of the first and the second moment."""
+    eps: float = setting(1e-8, at_least=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = setting(0.0, at_least=0)
+    """Decoupled weight decay."""
+    clip: float = setting(5.0, at_least=0)
     """Largest global gradient norm; zero switches clipping off."""
-    global_batch: int = 8
-    """Blocks an optimizer step, over all ranks and micro-steps."""
-    micro_batch: int = 1
-    """Blocks a forward pass of one rank."""
+    global_batch: int = setting(8, at_least=1)
+    """Blocks per step, over all ranks and micro-batches."""
+    micro_batch: int = setting(1, at_least=1)
+    """Blocks per forward pass of one rank."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the job is spread; the data-parallel size is what is left of the world."""
+    """How the model and the text are split over ranks. The data-parallel size is what remains:
+    ranks / (tp * cp)."""
 
-    tp: int = 1
-    """Tensor-parallel size (with sequence parallelism)."""
-    cp: int = 1
-    """Context-parallel size: the ranks that share the sequence of each block."""
-    activation_checkpointing: bool = True
-    """Keep only each student layer's input and recompute the layer in the backward pass."""
-    offload: bool = False
-    """Keep what the backward pass needs (with recomputation: layer inputs and the relations'
-    gradients) in host memory."""
+    tp: int = setting(1, at_least=1)
+    """Tensor-parallel size, with sequence parallelism."""
+    cp: int = setting(1, at_least=1)
+    """Context-parallel size: the number of ranks that share the tokens of each block."""
+    activation_checkpointing: bool = setting(True)
+    """Keep only the input of each student layer, and compute the layer again in the backward
+    pass."""
+    offload: bool = setting(False)
+    """Keep the tensors that the backward pass needs in host memory."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Perplexity by length and agreement with the teacher, before and after training."""
 
-    paths: list[str] = field(default_factory=list)
-    """Held-out text; no evaluation when empty."""
-    lengths: list[int] | None = None
+    paths: list[str] = setting([], path=True, may_be_empty=True)
+    """Held-out text, in the forms that ``data.paths`` takes; no evaluation when empty."""
+    lengths: list[int] | None = setting(None, at_least=2)
     """Context lengths in tokens; M/4, M/2, M, ... f*M when not given."""
-    max_tokens: int = 65536
-    """Tokens read at each length."""
+    max_tokens: int = setting(65536, at_least=2)
+    """Tokens that are read at each length."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is saved on the way, to resume from and to look at."""
+    """Which states and students are saved during the run."""
 
-    save_every: int = 0
-    """Steps between checkpoints (and one at the end); zero saves on SIGTERM and SIGUSR1 only."""
-    asynchronous: bool = True
-    """Copy the state to pinned memory and write it while training goes on."""
-    keep_last: int = 2
-    """The newest checkpoints that are kept."""
-    keep_every: int = 0
-    """Checkpoints of a multiple of this step are kept as well; zero keeps none of them."""
-    export_every: int = 0
-    """Steps between saves of the student in Hugging Face format; zero saves at the end only."""
+    save_every: int = setting(50, at_least=0)
+    """Steps between checkpoints; one more is saved at the end. With zero only SIGTERM and SIGUSR1
+    save one, and a crash loses the whole run."""
+    asynchronous: bool = setting(True)
+    """Copy the state to pinned memory and write it while training continues."""
+    keep_last: int = setting(2, at_least=1)
+    """How many of the newest checkpoints are kept."""
+    keep_every: int = setting(0, at_least=0)
+    """Checkpoints at multiples of this step are kept as well; zero keeps no others."""
+    export_every: int = setting(0, at_least=0)
+    """Steps between exports of the student as a Hugging Face directory; zero exports at the end
+    only."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Where the run writes and how it behaves."""
 
-    output: str = ""
-    """Output directory; empty, or that of this very run, which is then resumed."""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu or cuda."""
-    seed: int = 0
-    """Of the order of the data, LoRA's start and dropout."""
-    deterministic: bool = False
-    """Only kernels that give the same bits each time, also where that is slower (on GPUs, the
-    backward pass of attention): a resumed run is then bit for bit the uninterrupted one."""
-    log_every: int = 1
+    output: str = setting("", path=True, required="give the output directory")
+    """Output directory: empty, or the directory of this same run, which is then resumed."""
+    device: Literal["auto", "cpu", "cuda"] = setting("auto")
+    """auto takes a GPU where there is one."""
+    seed: int = setting(0, at_least=0)
+    """Seed of the order of the data, of LoRA's initial values and of dropout."""
+    deterministic: bool = setting(False)
+    """Use only kernels that give the same bits every time, which is slower on GPUs (in the backward
+    pass of attention). A resumed run is then bit for bit equal to an uninterrupted one."""
+    log_every: int = setting(1, at_least=1)
     """Steps between reports."""
-    non_finite: str = "stop"
-    """stop the run, or skip the step, when the loss or a gradient is not finite."""
+    non_finite: Literal["stop", "skip"] = setting("stop")
+    """What happens when the loss or a gradient is not finite: stop the run, or skip the update."""
 
 
 @dataclass(frozen=True)
 class Config:
     """The whole configuration of a run."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    trainable: TrainableConfig = field(default_factory=TrainableConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    streams: dict[str, StreamConfig] = field(default_factory=dict)
-    """Name to stream, instead of the one that ``objective`` and ``data`` describe."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = section(ModelConfig)
+    rope: RopeConfig = section(RopeConfig)
+    trainable: TrainableConfig = section(TrainableConfig)
+    objective: ObjectiveConfig = section(ObjectiveConfig)
+    data: DataConfig = section(DataConfig)
+    streams: dict[str, StreamConfig] = dataclasses.field(default_factory=dict)
+    """Streams by name, in place of the one stream that ``objective`` and ``data`` describe."""
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    evaluation: EvaluationConfig = section(EvaluationConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    run: RunConfig = section(RunConfig)
 
     def all_streams(self) -> dict[str, StreamConfig]:
-        """The streams of a step; without ``streams`` there is one, called main."""
+        """Return the streams of a step. Without ``streams`` there is one, called main."""
         if self.streams:
             return self.streams
         batches = self.optimizer.global_batch, self.optimizer.micro_batch
         return {"main": StreamConfig(self.objective, self.data, 1.0, *batches)}
 
     def stream_seed(self, name: str) -> int:
-        """What a stream's order, positions and dropout are drawn from, whatever other streams
-        there are."""
+        """Return the seed of a stream's order, positions and dropout.
+
+        It does not depend on the other streams of the run.
+        """
         return self.run.seed + (0 if name == "main" else zlib.crc32(name.encode()))
 
     @property
-    def tokens_a_step(self) -> int:
-        """Tokens of one optimizer step, over all streams and ranks."""
+    def tokens_per_step(self) -> int:
+        """Tokens of one step, over all streams and ranks."""
         streams = self.all_streams().values()
         return sum(stream.global_batch * stream.data.context_length for stream in streams)
 
 
 def to_dict(config: Config) -> dict:
-    """The configuration as plain dictionaries, for YAML or JSON."""
+    """Return the configuration as plain dictionaries, for YAML or JSON."""
     return dataclasses.asdict(config)

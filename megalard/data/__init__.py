@@ -1,6 +1,7 @@
-"""From text to this rank's micro-batches, in the order the data walks.
+"""From text to this rank's micro-batches.
 
-``sources`` (files to documents) → ``tokenizer`` → ``token_file`` (a memory-mapped store) →
-``blocks`` (the store cut into sequences) → ``sampler`` (which blocks a step reads) → ``batch``
-(tensors) → ``loader`` (a step's micro-batches for one data-parallel rank).
+In the order that the data takes: ``sources`` (files to documents), ``tokenizer`` (documents to
+ids), ``token_store_writer`` and ``token_store`` (ids on disk, memory-mapped), ``blocks`` (the store
+cut into sequences), ``sampler`` (which blocks a step reads), ``batch`` (blocks as tensors) and
+``loader`` (the micro-batches of one data-parallel rank).
 """

@@ -1,14 +1,14 @@
-"""Blocks as tensors: the batch every part of the trainer reads."""
+"""Blocks as tensors: the batch that every part of the trainer reads."""
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 import numpy as np
 import torch
 
 from megalard.data.blocks import Block
-from megalard.parallel.context.attention import attend_over_axis
 from megalard.parallel.context.shard import SequenceShard, Span
 from megalard.parallel.mesh import Axis
 from megalard.transfer import to_device
@@ -16,24 +16,24 @@ from megalard.transfer import to_device
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of tokens and where their documents lie, as one rank reads them.
+    """Rows of tokens and the places of their documents, as one rank reads them.
 
-    ``s`` is the tokens of a row that this rank owns; documents lie in the whole row of ``n``. A
-    fresh batch is whole (``s = n``); ``cut`` takes a rank's share.
+    A row is a block of n tokens. This rank owns s of them: all n in a new batch, and its share
+    after ``cut``.
 
     Attributes:
-        tokens_bs: int64 ``[b, s]``.
-        target_bs: int64 ``[b, s]``, the token that follows each in its document; -1 after a
-            document's last and on padding.
-        position_bs: int64 ``[b, s]``, a token's position in its own document's part of the row,
-            from 0; 0 on padding.
-        student_position_bs: int64 ``[b, s]``, where the student reads each token.
-        place_s: int64 ``[s]``, where each token stands in its row.
-        doc_start_bn, doc_end_bn: int32 ``[b, n]``, the half-open interval of the row that the
-            token's document takes; 0 and 0 on padding, so that an empty interval marks it.
+        tokens_bs: int64 [b, s], the token ids.
+        target_bs: int64 [b, s], the next token of the same document; -1 after the last token of a
+            document and on padding.
+        position_bs: int64 [b, s], the position of a token within its document's part of the block,
+            from 0; 0 on padding. The teacher reads at these positions.
+        student_position_bs: int64 [b, s], the positions at which the student reads.
+        place_s: int64 [s], the place of each token in its block.
+        doc_start_bn, doc_end_bn: int32 [b, n], the half-open interval of the block that the token's
+            document takes; both 0 on padding.
         documents: ``(row, start, end)`` of every document, on the host.
-        sample_b: int64 ``[b]``, each row's place in the step's global batch.
-        shard: which tokens of a row are this rank's.
+        sample_b: int64 [b], the place of each row in the global batch of the step.
+        shard: which tokens of a block are this rank's.
     """
 
     tokens_bs: torch.Tensor
@@ -49,36 +49,31 @@ class Batch:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """The parts of the documents that this rank's tokens are in."""
+        """This rank's queries in each document."""
         return self.shard.spans(self.documents)
-
-    def attention(self) -> Callable[..., torch.Tensor]:
-        """``attend_over_axis`` of q, k, v and a window, for this batch's documents."""
-        known = {"shard": self.shard, "documents": self.documents, "spans": self.spans}
-        return partial(attend_over_axis, **known)
 
     @property
     def valid_tokens(self) -> int:
-        """How many of this rank's tokens are not padding."""
+        """The number of this rank's tokens that are not padding."""
         return sum(span.end - span.start for span in self.spans)
 
     def token_ids(self) -> torch.Tensor:
-        """int64 ``[b * s]``: a number for each token that no other token of the step has."""
+        """Return a number for each of this rank's tokens, unique within the step: int64 [b * s]."""
         return (self.sample_b[:, None] * self.shard.length + self.place_s).flatten()
 
     def valid_bs(self) -> torch.Tensor:
-        """bool ``[b, s]``: this rank's tokens that are not padding."""
+        """Return which of this rank's tokens are not padding: bool [b, s]."""
         return self.shard.cut(self.doc_end_bn > self.doc_start_bn, 1)
 
-    def for_student(self) -> "Batch":
-        """The batch with the student's positions."""
+    def for_student(self) -> Batch:
+        """Return the batch with the positions of the student."""
         return replace(self, position_bs=self.student_position_bs)
 
-    def cut(self, axis: Axis) -> "Batch":
-        """A whole batch's share of this rank of the cp axis.
+    def cut(self, axis: Axis) -> Batch:
+        """Return this rank's share of a new batch along the cp axis.
 
         Raises:
-            UserError: the rows do not divide into the axis's pieces.
+            UserError: the blocks do not divide into the pieces of the axis.
         """
         shard = SequenceShard(self.shard.length, axis)
         return replace(
@@ -91,8 +86,8 @@ class Batch:
             shard=shard,
         )
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``."""
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on ``device``."""
         tensors = {
             field.name: to_device(value, torch.device(device))
             for field in fields(self)
@@ -106,12 +101,12 @@ def collate(
     samples: Sequence[int] | None = None,
     student_positions: Sequence[np.ndarray] | None = None,
 ) -> Batch:
-    """One row for each block, in order; all blocks are of one length.
+    """Return a batch with one row per block, in order; all blocks have the same length.
 
     Args:
-        samples: the rows' places in the step's global batch; 0, 1, ... when not given.
-        student_positions: a row's places to positions, int64 ``[n]`` for each row; the student
-            reads as the teacher does when not given.
+        samples: the place of each row in the global batch of the step; 0, 1, ... when not given.
+        student_positions: int64 [n] for each row, the position at which the student reads each
+            place of the block; as the teacher reads when not given.
     """
     tokens_bs = torch.stack([torch.from_numpy(tokens) for tokens, _ in blocks])
     target_bs = torch.full_like(tokens_bs, -1)

@@ -1,8 +1,6 @@
-"""The token store cut into sequences of equal length, without copying it.
+"""Cut a token store into blocks of equal length, without copying it."""
 
-Both kinds offer ``len()``, ``context_length``, ``tokens`` (how many the blocks hold) and
-``block(i)``.
-"""
+from __future__ import annotations
 
 from itertools import pairwise
 from typing import Protocol
@@ -12,13 +10,18 @@ import numpy as np
 from megalard.data.token_store import TokenStore
 from megalard.errors import UserError
 
-# A block: its ids, int64 [context_length], and the half-open intervals of its documents in order.
-# Positions outside every interval are padding.
+# The ids of a block, int64 [context_length], and the half-open intervals of its documents in order.
+# Places outside every interval are padding.
 Block = tuple[np.ndarray, list[tuple[int, int]]]
 
 
 class Blocks(Protocol):
-    """What the sampler and the loader need of a data set."""
+    """A data set as the sampler and the loader use it.
+
+    Attributes:
+        context_length: tokens per block.
+        tokens: the number of tokens in all blocks, without padding.
+    """
 
     context_length: int
     tokens: int
@@ -29,9 +32,9 @@ class Blocks(Protocol):
 
 
 class PackedBlocks:
-    """All documents end to end, cut every ``context_length`` tokens; the last part is dropped.
+    """All documents end to end, cut every ``context_length`` tokens.
 
-    A block holds the ends, wholes and beginnings of several documents, and says where each lies.
+    A block may hold parts of several documents. The rest after the last complete block is dropped.
     """
 
     def __init__(self, store: TokenStore, context_length: int):
@@ -45,7 +48,7 @@ class PackedBlocks:
         return self._count
 
     def block(self, index: int) -> Block:
-        """Block ``index``; the intervals cover it without a gap.
+        """Return block ``index``, whose intervals cover it without a gap.
 
         Raises:
             IndexError: ``index`` is outside ``range(len(self))``.
@@ -62,10 +65,10 @@ class PackedBlocks:
 
 
 class DocumentBlocks:
-    """Every document by itself, cut into pieces of at most ``context_length`` tokens.
+    """Each document by itself, cut every ``context_length`` tokens.
 
-    A document's last piece is padded on the right with the eos id, and left out where it has fewer
-    than ``min_tokens`` tokens.
+    The last block of a document is padded on the right with the eos id. It is left out if it has
+    fewer than ``min_tokens`` tokens of the document.
     """
 
     def __init__(self, store: TokenStore, context_length: int, min_tokens: int = 2):
@@ -77,27 +80,27 @@ class DocumentBlocks:
             )
         self.store = store
         self.context_length = context_length
-        whole, rest = np.divmod(np.diff(store.documents), context_length)
-        kept = rest >= min_tokens
-        # Document d owns the blocks from self._first[d] up to self._first[d + 1].
-        self._first = np.concatenate([[0], np.cumsum(whole + kept)])
-        self.tokens = int(whole.sum() * context_length + rest[kept].sum())
+        full_blocks, rest = np.divmod(np.diff(store.documents), context_length)
+        keeps_rest = rest >= min_tokens
+        # Document d has the blocks from self._first_block[d] up to self._first_block[d + 1].
+        self._first_block = np.concatenate([[0], np.cumsum(full_blocks + keeps_rest)])
+        self.tokens = int(full_blocks.sum() * context_length + rest[keeps_rest].sum())
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return int(self._first_block[-1])
 
     def block(self, index: int) -> Block:
-        """Block ``index``; its one interval starts at 0 and leaves out the padding.
+        """Return block ``index``, whose one interval starts at 0 and ends at the padding.
 
         Raises:
             IndexError: ``index`` is outside ``range(len(self))``.
             UserError: the store is damaged there.
         """
         _check_index(index, len(self))
-        # Documents without a block repeat an entry; the rightmost is the one that owns the block.
-        document = np.searchsorted(self._first, index, side="right") - 1
-        piece = index - self._first[document]
-        start = int(self.store.documents[document] + piece * self.context_length)
+        # A document without a block repeats an entry; the rightmost entry has the block.
+        document = np.searchsorted(self._first_block, index, side="right") - 1
+        number = index - self._first_block[document]
+        start = int(self.store.documents[document] + number * self.context_length)
         end = min(start + self.context_length, int(self.store.documents[document + 1]))
         tokens = np.full(self.context_length, self.store.eos_id, np.int64)
         tokens[: end - start] = self.store.read(start, end)

@@ -1,5 +1,8 @@
-"""A step's micro-batches for one data-parallel rank, the next step's read ahead in a thread."""
+"""The micro-batches of one data-parallel rank; a thread reads those of the next step ahead."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -20,25 +23,26 @@ from megalard.parallel.mesh import SINGLE, Axis
 
 
 class BatchLoader:
-    """Gives any step's micro-batches; they depend on the step alone, so a run resumes at any.
+    """Returns the micro-batches of any step of one stream.
 
-    Close it, or use it in a ``with`` statement, to end its thread.
+    The micro-batches depend on the step alone, so that a run can resume at any step. Close the
+    loader, or use it in a ``with`` statement, to end its thread.
 
     Args:
         blocks: the data, the same on every rank.
-        seed: of the order of the blocks, non-negative.
-        global_batch: blocks a step, over all ranks.
-        micro_batch: blocks a micro-batch.
-        dp_rank, dp_size: this rank's place among the data-parallel ranks. Ranks that share a
-            sequence or a model's shards pass the same ``dp_rank`` and get the same rows.
-        cp: the ranks that share the sequence of each block; the batches hold this rank's part.
-        window: the student's, over which skipped positions spread.
-        positions: contiguous, skip-gaussian or skip-uniform; see ``data.positions``.
-        prefetch: read the following step in the background while this one is computed.
+        seed: non-negative seed of the order of the blocks.
+        global_batch: blocks per step, over all ranks.
+        micro_batch: blocks per micro-batch.
+        dp_rank, dp_size: the place of this rank among the data-parallel ranks. Ranks that share
+            blocks or the model's weights pass the same ``dp_rank`` and get the same rows.
+        cp: the axis of the ranks that share the tokens of each block.
+        window: the student's window, over which skipped positions are spread.
+        positions: contiguous, skip-gaussian or skip-uniform; see ``megalard.data.positions``.
+        prefetch: whether a thread reads the next step ahead.
 
     Raises:
-        UserError: the data is smaller than a global batch, the batch or the sequence does not
-            divide, or the seed is negative.
+        UserError: the data is smaller than a global batch, the batch or the blocks do not divide
+            over the ranks, or the seed is negative.
     """
 
     def __init__(
@@ -70,10 +74,10 @@ class BatchLoader:
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of ``step`` (from 0), on the host.
+        """Return this rank's micro-batches of a step, counted from 0, on the host.
 
         Raises:
-            UserError: the store is damaged where the step reads.
+            UserError: the token store is damaged where the step reads it.
         """
         ahead, self._ahead = self._ahead, None
         is_ahead = ahead is not None and ahead[0] == step
@@ -82,10 +86,20 @@ class BatchLoader:
             self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
         return batches
 
+    def position_after(self, step: int) -> dict[str, int]:
+        """Return how far the stream has been read after ``step`` steps, for a checkpoint."""
+        blocks, blocks_read = len(self.blocks), step * self.global_batch
+        return {
+            "blocks": blocks,
+            "blocks_read": blocks_read,
+            "next_block": blocks_read % blocks,
+            "epoch": blocks_read // blocks,
+        }
+
     def _read(self, step: int) -> list[Batch]:
         indices = sample_indices(self.seed, step, self.global_batch, len(self.blocks))
-        places = np.arange(self.global_batch)
-        shares = rank_indices(places, self.dp_rank, self.dp_size, self.micro_batch)
+        samples = np.arange(self.global_batch)
+        shares = rank_indices(samples, self.dp_rank, self.dp_size, self.micro_batch)
         return [
             collate(
                 [self.blocks.block(int(i)) for i in indices[share]],
@@ -95,24 +109,24 @@ class BatchLoader:
             for share in shares
         ]
 
-    def _student_positions(self, step: int, share: np.ndarray) -> list[np.ndarray] | None:
-        """Drawn for a row of the global batch, whichever rank reads it."""
+    def _student_positions(self, step: int, share: Sequence[int]) -> list[np.ndarray] | None:
+        """Draw positions for rows of the global batch; they do not depend on who reads a row."""
         if self.positions == "contiguous":
             return None
         middle = self.positions.removeprefix("skip-")
         length = self.blocks.context_length
         return [
-            skipped_positions(length, self.window, middle, (self.seed, step, int(place)))
-            for place in share
+            skipped_positions(length, self.window, middle, (self.seed, step, int(sample)))
+            for sample in share
         ]
 
     def close(self) -> None:
-        """Ends the thread, after what it is reading; ``step`` goes on working without it."""
+        """End the thread after what it is reading; ``step`` continues to work without it."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._thread = self._ahead = None
 
-    def __enter__(self) -> "BatchLoader":
+    def __enter__(self) -> BatchLoader:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -120,19 +134,19 @@ class BatchLoader:
 
 
 class StreamLoaders:
-    """The loaders of all streams; ``step`` gives each one's micro-batches by name."""
+    """The loaders of all streams of a step, by name."""
 
     def __init__(self, loaders: dict[str, BatchLoader]):
         self.loaders = loaders
 
     def step(self, step: int, device: torch.device) -> dict[str, list[Batch]]:
-        """This rank's micro-batches of ``step`` (from 0), on ``device``."""
+        """Return this rank's micro-batches of a step, counted from 0, by stream, on ``device``."""
         return {
             name: [batch.to(device) for batch in loader.step(step)]
             for name, loader in self.loaders.items()
         }
 
-    def __enter__(self) -> "StreamLoaders":
+    def __enter__(self) -> StreamLoaders:
         return self
 
     def __exit__(self, *exception: object) -> None:

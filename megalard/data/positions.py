@@ -1,10 +1,12 @@
-"""Skipped positions: short text read by the student over the whole of its window.
+"""Skipped positions: the student reads a short block at positions all over its window.
 
-A block of n tokens is cut into head, middle and tail. The head stands at the start of the window,
-the tail at its end, and the middle somewhere between, so that the distances of a long text occur
-in a short one (CREAM, arXiv 2406.07138; LongReD, arXiv 2502.07365, uses it as
-short-to-long distillation and knows both ways to place the middle).
+A block of n tokens is cut into head, middle and tail. The head is placed at the start of the
+window, the tail at its end, and the middle somewhere between, so that a short text contains the
+distances of a long one (CREAM, arXiv 2406.07138). LongReD (arXiv 2502.07365) uses skipped positions
+for its short-to-long distillation, with both ways of placing the middle.
 """
+
+from __future__ import annotations
 
 import math
 
@@ -14,18 +16,20 @@ _SIGMA = 5.0
 
 
 def skipped_positions(length: int, window: int, middle: str, seed: tuple[int, ...]) -> np.ndarray:
-    """The positions of a block's places, int64 [length], strictly rising from 0 to window - 1.
+    """Return the position of each place of a block: int64 [length], strictly increasing from 0 to
+    window - 1.
 
-    Head and tail have a third of the block or 4 f tokens each, with equal chance, where
-    f = window / length. The last token of the middle is uniform over all places, or, as in CREAM,
-    over those of a window of alpha / 2 blocks, alpha in 2 ... 2 f being drawn from a Gaussian with
-    mean 1 + f and deviation 5, cut at both ends.
+    Let f = window / length. Head and tail have a third of the block each, or 4 f tokens each; both
+    cases have probability 1/2. With ``uniform`` the last token of the middle is uniform over all
+    possible places. With ``gaussian``, as in CREAM, it is uniform over the places in a window of
+    alpha / 2 blocks, where alpha in 2 ... 2 f is drawn from a Gaussian of mean 1 + f and standard
+    deviation 5 that is truncated at both ends.
 
     Args:
         length: n, at least 2.
-        window: the student's, at least ``length``.
-        middle: gaussian or uniform.
-        seed: what the draws depend on, non-negative numbers.
+        window: the student's window, at least ``length``.
+        middle: ``gaussian`` or ``uniform``.
+        seed: non-negative numbers that determine the draws.
     """
     draws = _uniform(seed, 3)
     factor = window / length
@@ -47,17 +51,17 @@ def skipped_positions(length: int, window: int, middle: str, seed: tuple[int, ..
 
 
 def _uniform(seed: tuple[int, ...], count: int) -> np.ndarray:
-    # the raw stream is the same in every release of numpy; see data.sampler
+    # The raw stream is the same in every release of numpy; see data.sampler.
     raw = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count)
     return (raw >> np.uint64(11)) * 2.0**-53
 
 
 def _truncated_gaussian(u: float, mean: float, sigma: float, low: float, high: float) -> int:
-    """An integer in [low, high] by the inverse of the cut Gaussian's distribution function."""
+    """Return an integer in [low, high]: the quantile ``u`` of a truncated Gaussian."""
 
-    def below(x: float) -> float:
+    def cumulative(x: float) -> float:
         return 0.5 * (1 + math.erf((x - mean) / (sigma * math.sqrt(2))))
 
     values = np.arange(math.floor(low), math.floor(high) + 1)
-    edges = np.array([below(x) for x in [*values, high]])
+    edges = np.array([cumulative(x) for x in [*values, high]])
     return int(values[np.searchsorted(edges[1:-1], edges[0] + u * (edges[-1] - edges[0]))])

@@ -1,4 +1,9 @@
-"""Which blocks a step reads: a pure function of the seed and the step, so that nothing is saved."""
+"""Which blocks a step reads: a pure function of the seed and the step.
+
+A checkpoint therefore holds no state of the sampler.
+"""
+
+from __future__ import annotations
 
 from functools import lru_cache
 
@@ -9,8 +14,8 @@ from megalard.errors import UserError
 
 @lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, num_blocks: int) -> np.ndarray:
-    # numpy keeps a bit generator's raw stream the same in every release, but not what
-    # Generator.permutation makes of it, and a resumed run must read on in the same order.
+    # A resumed run must continue in the same order. numpy promises that the raw stream of a bit
+    # generator stays the same in every release; it does not promise this of Generator.permutation.
     raw = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(num_blocks)
     permutation = np.argsort(raw, kind="stable")
     permutation.flags.writeable = False
@@ -18,21 +23,21 @@ def _permutation(seed: int, epoch: int, num_blocks: int) -> np.ndarray:
 
 
 def sample_indices(seed: int, step: int, global_batch: int, num_blocks: int) -> np.ndarray:
-    """The blocks of the global batch of ``step``, int64 ``[global_batch]``.
+    """Return the blocks of the global batch of a step, int64 [global_batch].
 
-    Steps read the epochs' permutations one after another: every block once an epoch, no block left
-    out, and a batch that meets an epoch's end goes on into the next.
+    Steps read one permutation of all blocks per epoch. Every block is read once per epoch, and a
+    batch that meets the end of an epoch continues with the next one.
 
     Args:
-        seed: non-negative, as ``step``, which counts from 0.
+        seed: a non-negative number.
+        step: the step, counted from 0.
     """
-    first = step * global_batch
-    epoch, offset = divmod(first, num_blocks)
-    parts, wanted = [], global_batch
-    while wanted:
-        part = _permutation(seed, epoch, num_blocks)[offset : offset + wanted]
+    epoch, offset = divmod(step * global_batch, num_blocks)
+    parts, missing = [], global_batch
+    while missing:
+        part = _permutation(seed, epoch, num_blocks)[offset : offset + missing]
         parts.append(part)
-        wanted -= len(part)
+        missing -= len(part)
         epoch, offset = epoch + 1, 0
     return np.concatenate(parts)
 
@@ -40,10 +45,9 @@ def sample_indices(seed: int, step: int, global_batch: int, num_blocks: int) -> 
 def rank_indices(
     indices: np.ndarray, dp_rank: int, dp_size: int, micro_batch: int
 ) -> list[np.ndarray]:
-    """This data-parallel rank's share of a global batch, one int64 ``[micro_batch]`` a micro-step.
+    """Return one data-parallel rank's share of a global batch: int64 [micro_batch] per micro-batch.
 
-    Over ranks and micro-steps the shares are the global batch, each entry once, for every
-    ``dp_size``.
+    For every ``dp_size`` the shares of all ranks together are the global batch, each entry once.
 
     Raises:
         UserError: the global batch does not divide into the ranks' micro-batches.
@@ -53,10 +57,10 @@ def rank_indices(
 
 
 def check_global_batch(global_batch: int, dp_size: int, micro_batch: int) -> None:
-    """Refuses a global batch that the ranks' micro-batches do not make up.
+    """Refuse a global batch that is not a multiple of ranks times micro-batch.
 
     Raises:
-        UserError: a number is below 1, or the global batch is no multiple of ranks × micro-batch.
+        UserError: the global batch is not such a multiple, or a number is below 1.
     """
     if min(global_batch, micro_batch) < 1:
         raise UserError(
@@ -73,14 +77,14 @@ def check_global_batch(global_batch: int, dp_size: int, micro_batch: int) -> Non
 
 
 def check_enough_blocks(num_blocks: int, global_batch: int, context_length: int) -> None:
-    """Refuses data too small for one step.
+    """Refuse data that is too small for one step.
 
     Raises:
         UserError: there are fewer blocks than one global batch takes.
     """
     if num_blocks < global_batch:
         raise UserError(
-            f"the data gives {num_blocks} blocks of {context_length} tokens but one step reads a "
+            f"the data has {num_blocks} blocks of {context_length} tokens but one step reads a "
             f"global batch of {global_batch} ({global_batch * context_length} tokens): add text, "
             "or lower the global batch or the context length"
         )

@@ -1,4 +1,6 @@
-"""Documents from text files, JSON Lines files and folders of them."""
+"""Read documents from text files, JSON Lines files and directories of them."""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -14,46 +16,48 @@ _SUFFIXES = (*TEXT_SUFFIXES, JSON_LINES_SUFFIX)
 
 
 def list_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files behind ``paths``, in the order given; a folder's files sorted by relative path.
+    """Return the files of ``paths`` in the given order; files of a directory are sorted by path.
 
-    Folders are read recursively, without hidden folders and files of other suffixes.
+    Directories are read recursively. Hidden directories and files with other suffixes are skipped.
 
     Raises:
-        UserError: a path is missing, unreadable or of another suffix; a folder holds no text; no
-            path was given.
+        UserError: a path is missing, unreadable or has another suffix, a directory contains no text
+            file, or no path was given.
     """
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += _files_below(path)
+            files += _files_in(path)
         elif not path.exists():
             raise UserError(f"data path {path} does not exist: check its spelling")
         elif path.suffix.lower() not in _SUFFIXES:
             raise UserError(
                 f"data file {path} has the unsupported suffix {path.suffix!r}: "
-                f"give one of {', '.join(_SUFFIXES)} or a folder of them"
+                f"give one of {', '.join(_SUFFIXES)} or a directory of them"
             )
         else:
             files.append(path)
     if not files:
-        raise UserError("no data path was given: name at least one text file or folder")
+        raise UserError("no data path was given: name at least one text file or directory")
     for file in files:
         if not os.access(file, os.R_OK):
             raise UserError(f"data file {file} is not readable: change its permissions")
     return files
 
 
-def _files_below(folder: Path) -> list[Path]:
+def _files_in(directory: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
-        raise UserError(f"data folder {error.filename} cannot be read: {error.strerror}")
+        raise UserError(f"data directory {error.filename} cannot be read: {error.strerror}")
 
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if Path(name).suffix.lower() in _SUFFIXES]
-    if not found:
-        raise UserError(f"data folder {folder} holds no {', '.join(_SUFFIXES)} file: add some text")
-    return sorted(found)
+    files = []
+    for parent, directories, names in os.walk(directory, onerror=refuse):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if Path(name).suffix.lower() in _SUFFIXES]
+    if not files:
+        raise UserError(
+            f"data directory {directory} contains no {', '.join(_SUFFIXES)} file: add some text"
+        )
+    return sorted(files)
 
 
 def read_documents(
@@ -61,35 +65,35 @@ def read_documents(
     text_key: str = "text",
     advance: Callable[[int], object] | None = None,
 ) -> Iterator[str]:
-    """Streams the documents of ``paths``: one for each text file, one for each JSON line.
+    """Yield the documents of ``paths``: one per text file, and one per line of a JSON Lines file.
 
-    Documents of white space alone are skipped.
+    Documents that consist of white space are skipped.
 
     Args:
-        paths: files and folders, as for ``list_files``.
+        paths: files and directories, as for ``list_files``.
         text_key: the key of the text in a JSON line.
-        advance: called with the bytes just read from disk, for a progress bar.
+        advance: called with the number of bytes that were just read, for a progress bar.
 
     Raises:
         UserError: as ``list_files``; a file is not UTF-8; a line is not a JSON object with a string
             at ``text_key`` (file and line are named); there is no document at all.
     """
     files = list_files(paths)
-    empty = True
+    is_empty = True
     for file in files:
         read = _read_json_lines if file.suffix.lower() == JSON_LINES_SUFFIX else _read_text
         try:
             for text, size in read(file, text_key):
                 if text.strip():
-                    empty = False
+                    is_empty = False
                     yield text
                 if advance is not None:
                     advance(size)
         except OSError as error:
             raise UserError(f"data file {file} cannot be read: {error.strerror}") from error
-    if empty:
+    if is_empty:
         names = ", ".join(map(str, files[:3])) + (", …" if len(files) > 3 else "")
-        raise UserError(f"there is no document in {names}: give files with some text")
+        raise UserError(f"there is no text in {names}: give files that contain text")
 
 
 def _decode(raw: bytes, where: str) -> str:
@@ -144,7 +148,7 @@ def _text_of_line(line: str, text_key: str, where: str) -> str:
 
 
 def fingerprint(paths: Iterable[str | Path], text_key: str = "text") -> str:
-    """A sha256 over the absolute path, size and modification time of every file, and the key.
+    """Return a sha256 of the path, size and modification time of every file, and of the key.
 
     Raises:
         UserError: as ``list_files``.
@@ -158,5 +162,5 @@ def fingerprint(paths: Iterable[str | Path], text_key: str = "text") -> str:
 
 
 def total_bytes(paths: Iterable[str | Path]) -> int:
-    """The bytes ``read_documents`` will read."""
+    """Return the number of bytes that ``read_documents`` will read."""
     return sum(file.stat().st_size for file in list_files(paths))

@@ -1,4 +1,9 @@
-"""Reading a token store without loading it: the memory-mapped side of ``token_file``."""
+"""Read a token store without loading it: its files are memory-mapped.
+
+``data.token_store_writer`` describes the files.
+"""
+
+from __future__ import annotations
 
 import json
 from dataclasses import dataclass
@@ -7,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megalard.data.tokenizer import Tokenizer
-from megalard.errors import RankError, UserError
+from megalard.errors import RankError, UserError, shown
 
 FORMAT, VERSION = "megalard token store", 1
 TOKENS, DOCUMENTS, META = "tokens.bin", "documents.npy", "meta.json"
@@ -21,23 +26,24 @@ _FIELDS = {
     "tokenizer": str,
     "sources": str,
 }
-_REMAKE = "delete it and run tools/prepare_data.py again"
+_REMAKE = "delete it and make it again with megalard prepare"
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """An open store.
+    """An open token store.
 
     Attributes:
-        path: the store's folder.
-        tokens: uint16 or uint32 ``[tokens]``, memory-mapped, read-only; ``read`` is the checked
-            way in.
-        documents: int64 ``[documents + 1]``, memory-mapped; document i is
-            ``tokens[documents[i] : documents[i + 1]]``, its eos included.
-        vocab_size: the tokenizer's.
+        path: the directory of the store.
+        tokens: uint16 or uint32 [tokens], memory-mapped and read-only; ``read`` checks what it
+            returns.
+        documents: int64 [documents + 1], memory-mapped; document i is
+            ``tokens[documents[i] : documents[i + 1]]``, with its eos id.
+        vocab_size: the vocabulary size of the tokenizer.
         largest_id: the largest id that occurs.
         eos_id: the id that ends every document.
-        tokenizer_fingerprint, sources_fingerprint: what the store was made with and from.
+        tokenizer_fingerprint: identifies the tokenizer that made the store.
+        sources_fingerprint: identifies the text that the store was made from.
     """
 
     path: Path
@@ -50,11 +56,11 @@ class TokenStore:
     sources_fingerprint: str
 
     @classmethod
-    def open(cls, path: str | Path) -> "TokenStore":
-        """Maps the store at ``path`` and checks its parts against each other.
+    def open(cls, path: str | Path) -> TokenStore:
+        """Map the store at ``path`` and check its files against each other.
 
         Raises:
-            UserError: there is no store, it is of another version, truncated or damaged.
+            UserError: there is no store, or it has another version, is truncated or damaged.
         """
         path = Path(path)
         meta = _read_meta(path)
@@ -87,10 +93,10 @@ class TokenStore:
         )
 
     def read(self, start: int, end: int) -> np.ndarray:
-        """A copy of tokens ``start`` to ``end``, int64 ``[end - start]``.
+        """Return a copy of the tokens from ``start`` to ``end``: int64 [end - start].
 
         Raises:
-            RankError: an id is larger than any that was written, so the file has been damaged.
+            RankError: an id is larger than every id that was written: the file is damaged.
         """
         tokens = self.tokens[start:end].astype(np.int64)
         if tokens.size and tokens.max() > self.largest_id:
@@ -101,7 +107,7 @@ class TokenStore:
         return tokens
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Refuses a model whose tokenizer is not the one that made the store.
+        """Refuse a model whose tokenizer is not the tokenizer that made the store.
 
         Raises:
             UserError: the fingerprints or the eos ids differ.
@@ -119,7 +125,7 @@ class TokenStore:
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuses a model whose embedding has fewer rows than the store has ids.
+        """Refuse a model whose embedding has fewer rows than the store has ids.
 
         Raises:
             UserError: an id of the store is outside the model's vocabulary.
@@ -133,7 +139,7 @@ class TokenStore:
 
 
 def _cover(documents: np.ndarray, meta: dict) -> bool:
-    """Whether the offsets rise strictly from 0 to the token count."""
+    """Whether the offsets increase strictly from 0 to the number of tokens."""
     return bool(
         documents[0] == 0 and documents[-1] == meta["tokens"] and np.all(np.diff(documents) > 0)
     )
@@ -141,15 +147,13 @@ def _cover(documents: np.ndarray, meta: dict) -> bool:
 
 def _read_meta(path: Path) -> dict:
     if not (path / META).is_file():
-        raise UserError(
-            f"{path} is not a token store (no {META}): make one with tools/prepare_data.py"
-        )
+        raise UserError(f"{path} is not a token store (no {META}): make one with megalard prepare")
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path / META} cannot be read ({error}): {_REMAKE}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise UserError(f"{path / META} does not describe a token store: choose another folder")
+        raise UserError(f"{path / META} does not describe a token store: choose another directory")
     if meta.get("version") != VERSION:
         raise UserError(
             f"token store {path} has version {meta.get('version')} and this program reads "
@@ -158,7 +162,7 @@ def _read_meta(path: Path) -> dict:
     for field, kind in _FIELDS.items():
         value = meta.get(field)
         if type(value) is not kind or (kind is int and value < 0):
-            raise UserError(f"{path / META} has {value!r} for {field}: {_REMAKE}")
+            raise UserError(f"{path / META} has {shown(value)} for {field}: {_REMAKE}")
     if meta["dtype"] not in ("uint16", "uint32") or meta["documents"] < 1:
         raise UserError(
             f"{path / META} names the dtype {meta['dtype']} and {meta['documents']} documents: "

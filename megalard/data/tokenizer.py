@@ -1,4 +1,6 @@
-"""The model's tokenizer, read from its folder: text to ids, with no special token added."""
+"""The tokenizer of a model directory: text to ids, without special tokens."""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megalard.errors import UserError
 
-# What a folder needs beside its weights for others to load the same tokenizer.
+# The files that others need in order to load the same tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -26,16 +28,16 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back.
+    """A function from text to ids, and its inverse.
 
     Attributes:
-        encode_batch: a list of texts to a list of id lists; no special token is added, nothing is
-            truncated.
-        decode: ids to text, special tokens left out.
-        eos_id: the id written after each document.
-        vocab_size: one more than the largest id the tokenizer can give.
-        fingerprint: sha256 (hex) of the file that defines the encoding.
-        files: the files to copy beside an exported model.
+        encode_batch: converts a list of texts to a list of id lists. It adds no special token and
+            truncates nothing.
+        decode: converts ids to text and leaves special tokens out.
+        eos_id: the id that is written after each document.
+        vocab_size: one more than the largest id that the tokenizer returns.
+        fingerprint: the sha256, in hexadecimal, of the file that defines the encoding.
+        files: the files to copy next to an exported model.
     """
 
     encode_batch: Callable[[list[str]], list[list[int]]]
@@ -47,23 +49,24 @@ class Tokenizer:
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
-    """Loads ``tokenizer.json`` or, without one, a sentencepiece ``tokenizer.model``.
+    """Load ``tokenizer.json`` or, if there is none, a sentencepiece ``tokenizer.model``.
 
-    ``tokenizer.json`` is taken as written: transformers' per-family classes, which may replace
-    parts of it, are not consulted, and a folder's Python code is never run.
+    ``tokenizer.json`` is used as it is written. The classes of transformers for model families,
+    which may replace parts of it, are not consulted, and Python code in the directory is never run.
 
     Raises:
-        UserError: the folder or both files are missing; the file is damaged; no end token is named.
+        UserError: the directory or both files are missing, the file is damaged, or no end token is
+            named.
     """
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
-        raise UserError(f"model folder {model_dir} does not exist: check its spelling")
+        raise UserError(f"model directory {model_dir} does not exist: check its spelling")
     if (model_dir / "tokenizer.json").is_file():
         return _load_fast(model_dir)
     if (model_dir / "tokenizer.model").is_file():
         return _load_sentencepiece(model_dir)
     raise UserError(
-        f"model folder {model_dir} has neither tokenizer.json nor tokenizer.model: "
+        f"model directory {model_dir} has neither tokenizer.json nor tokenizer.model: "
         "copy the model's tokenizer there"
     )
 
@@ -72,11 +75,11 @@ def _load_fast(model_dir: Path) -> Tokenizer:
     path = model_dir / "tokenizer.json"
     try:
         fast = PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
-    # The Rust parser raises bare Exceptions.
+    # The parser, which is written in Rust, raises bare Exceptions.
     except Exception as error:
         raise UserError(f"{path} cannot be read as a tokenizer ({error}): copy it again") from error
     backend = fast.backend_tokenizer
-    # The file may ask for truncation or padding, which is meant for inference.
+    # The file may ask for truncation or padding, which are meant for inference.
     backend.no_truncation()
     backend.no_padding()
 
@@ -131,7 +134,7 @@ def _finish(model_dir, path, encode_batch, decode, eos_id, vocab_size) -> Tokeni
 
 
 def _eos_of_config(model_dir: Path) -> int | None:
-    """``eos_token_id`` of config.json, the first where it is a list; None without one."""
+    """Return ``eos_token_id`` of config.json, the first of a list; None if there is none."""
     try:
         eos_id = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
     except (OSError, ValueError, KeyError, TypeError):

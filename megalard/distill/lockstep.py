@@ -1,4 +1,4 @@
-"""Teacher and student read the same block layer by layer."""
+"""Teacher and student read the same blocks layer by layer."""
 
 from __future__ import annotations
 
@@ -10,27 +10,33 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from megalard.data.batch import Batch
-from megalard.distill.reach import Reach, Stage
-from megalard.model.decoder import Decoder, DecoderLayer, Qkv
-from megalard.parallel.tensor.linear import TensorParallel
+from megalard.distill.reach import LayerDepth, Reach
+from megalard.model.decoder import Context, Decoder, DecoderLayer, Ops, Qkv
 
 
 @dataclass
 class LayerState:
-    """What a model has of one layer.
+    """The tensors of one layer of one model.
 
-    ``mixed`` is the attention output A V [b, s, Hq, d] and ``residual`` the layer's output
-    [t/tp, hidden]; None where it was not asked for or not computed.
+    Attributes:
+        qkv: q, k and v.
+        attention_output: [b, s, Hq, d]; None if it was not computed or is not kept.
+        residual: the output of the layer, [t/tp, hidden]; None if it was not computed.
     """
 
     qkv: Qkv
-    mixed: torch.Tensor | None
+    attention_output: torch.Tensor | None
     residual: torch.Tensor | None
 
 
 @dataclass
 class Pair:
-    """One layer of both models, counted from 0; ``teacher`` is None where there is none."""
+    """One layer of both models.
+
+    Attributes:
+        layer: the layer, counted from 0.
+        teacher: None if no teacher is read.
+    """
 
     layer: int
     student: LayerState
@@ -43,53 +49,63 @@ def lockstep(
     batch: Batch,
     dtype: torch.dtype,
     reach: Reach,
-    with_mixed: bool,
-    recompute: bool,
+    keep_attention_output: bool,
+    activation_checkpointing: bool,
 ) -> Iterator[Pair]:
-    """Run both models, or the student alone, and yield each layer's states.
+    """Run both models, or the student alone, and yield the tensors of each layer.
 
-    The teacher's are dropped when the consumer lets go of the pair. Of the last layer only what
-    ``reach`` says is computed.
+    The teacher's tensors are freed when the consumer drops the pair.
 
     Args:
-        dtype: of the activations.
-        with_mixed: keep A V; otherwise it is not kept beside what the backward pass needs.
-        recompute: activation checkpointing: keep each student layer's input, not its inside.
+        dtype: dtype of the activations.
+        reach: what is computed; deeper tensors are not.
+        keep_attention_output: whether the pairs have attention outputs. Otherwise these live only
+            as long as the backward pass needs them.
+        activation_checkpointing: whether only the input of each student layer is kept.
     """
-    context_s, x_t = student.context(batch.for_student()), None
-    ops_s = TensorParallel(student.ops.axis, batch.token_ids())
-    shared = False
+    student_context = student.context(batch.for_student())
+    student_ops = student.ops.with_dropout(batch.token_ids())
+    x_t, shares_embedding = None, False
     if teacher is not None:
-        context_t = teacher.context(batch)
+        teacher_context = teacher.context(batch)
         x_t = teacher.embed(batch.tokens_bs, dtype).detach()
-        shared = student.model.embed_tokens.weight is teacher.model.embed_tokens.weight
-    x_s = x_t if shared else student.embed(batch.tokens_bs, dtype)
+        shares_embedding = student.model.embed_tokens.weight is teacher.model.embed_tokens.weight
+    x_s = x_t if shares_embedding else student.embed(batch.tokens_bs, dtype)
 
     for layer in range(reach.layer + 1):
-        stage = Stage.WHOLE if layer < reach.layer else reach.stage
-        state_t = None
+        depth = LayerDepth.WHOLE if layer < reach.layer else reach.depth
+        options = (depth, keep_attention_output)
+        teacher_state = None
         if teacher is not None:
             with torch.no_grad(), record_function("teacher"):
-                work = (teacher.layers[layer], x_t, context_t, teacher.ops)
-                state_t = _run(*work, stage, with_mixed)
-            x_t = state_t.residual
-        work = (student.layers[layer], x_s, context_s, ops_s)
+                teacher_state = _run(
+                    teacher.layers[layer], x_t, teacher_context, teacher.ops, *options
+                )
+            x_t = teacher_state.residual
+        arguments = (student.layers[layer], x_s, student_context, student_ops, *options)
         with record_function("student"):
-            if recompute and torch.is_grad_enabled():
-                state_s = checkpoint(
-                    _run, *work, stage, with_mixed, use_reentrant=False, preserve_rng_state=False
+            if activation_checkpointing and torch.is_grad_enabled():
+                student_state = checkpoint(
+                    _run, *arguments, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                state_s = _run(*work, stage, with_mixed)
-        x_s = state_s.residual
-        yield Pair(layer, state_s, state_t)
-        del state_s, state_t
+                student_state = _run(*arguments)
+        x_s = student_state.residual
+        yield Pair(layer, student_state, teacher_state)
+        del student_state, teacher_state
 
 
-def _run(layer: DecoderLayer, x, context, ops, stage: Stage, with_mixed: bool) -> LayerState:
+def _run(
+    layer: DecoderLayer,
+    x: torch.Tensor,
+    context: Context,
+    ops: Ops,
+    depth: LayerDepth,
+    keep_attention_output: bool,
+) -> LayerState:
     qkv = layer.qkv(x, context, ops)
-    if stage == Stage.QKV:
+    if depth == LayerDepth.QKV:
         return LayerState(qkv, None, None)
-    mixed = layer.self_attn.mix(qkv, context)
-    residual = layer.rest(x, mixed, ops) if stage == Stage.WHOLE else None
-    return LayerState(qkv, mixed if with_mixed else None, residual)
+    attention_output = layer.attend(qkv, context, ops)
+    residual = layer.rest(x, attention_output, ops) if depth == LayerDepth.WHOLE else None
+    return LayerState(qkv, attention_output if keep_attention_output else None, residual)

@@ -1,43 +1,54 @@
-"""What the student is to learn from one stream: the terms of its loss, summed over a micro-batch.
+"""The loss of one stream: a sum of terms, over this rank's share of a micro-batch.
 
-Each rank sums over its own tokens, heads and columns; sums over ranks, and the division by the
-step's counts, are the step's.
+Each rank sums over its own tokens, heads and columns. The step sums over ranks and divides by the
+counts of all its tokens.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.profiler import record_function
 
-from megalard.config.schema import StreamConfig
+from megalard.config.schema import ObjectiveConfig, StreamConfig
 from megalard.data.batch import Batch
-from megalard.distill.lockstep import Pair, lockstep
-from megalard.distill.reach import hidden_states, reach_of
-from megalard.distill.terms.logits import chosen_rows, cross_entropy_sum, logits_kl_sum
-from megalard.distill.terms.relations import RelationObjective
-from megalard.distill.terms.sharded_relations import RelationPlan
-from megalard.distill.terms.states import context_sum, cosine_sum
+from megalard.distill.lockstep import lockstep
+from megalard.distill.reach import Reach, deepest
+from megalard.distill.terms import TERMS
+from megalard.distill.terms.term import Term, TermInputs, TermSum
 from megalard.model.decoder import Decoder
 from megalard.transfer import to_device
 
-# What a term's sum is divided by: the stream's valid tokens, those whose logits are compared, and
-# those with a target.
-VALID, LOGITS, TARGETS = range(3)
+
+def reaches_of(objective: ObjectiveConfig, num_layers: int) -> list[Reach]:
+    """Return how deep each active term of an objective reads.
+
+    Raises:
+        UserError: the objective does not fit a model of this many layers.
+    """
+    reaches = (term.reach_of(objective, num_layers) for term in TERMS)
+    return [reach for reach in reaches if reach is not None]
+
+
+def is_reached(name: str, streams: dict[str, StreamConfig], num_layers: int) -> bool:
+    """Whether the loss of any stream depends on the parameter ``name``."""
+    return any(
+        reach.includes(name)
+        for stream in streams.values()
+        for reach in reaches_of(stream.objective, num_layers)
+    )
 
 
 class StreamObjective:
-    """A stream's loss, term by term.
+    """The loss of one stream.
 
     Attributes:
-        weights: name of each term, such as ``q``, ``context`` or ``logits``, to its weight.
-        counts: name of each term to what it is a mean over.
+        terms: the active terms.
 
     Args:
-        stream: the terms' weights.
-        student: the student, or any decoder of its shape and axis.
-        kv_replicas: tp ranks holding the same K/V heads.
-        dtype: of the activations.
-        recompute: activation checkpointing.
+        stream: the weights of the terms.
+        student: the student, or any decoder of its shape and layout.
+        kv_replicas: the number of tp ranks that hold the same K/V heads.
+        dtype: dtype of the activations.
+        activation_checkpointing: whether only the input of each student layer is kept.
     """
 
     def __init__(
@@ -46,106 +57,67 @@ class StreamObjective:
         student: Decoder,
         kv_replicas: int,
         dtype: torch.dtype,
-        recompute: bool,
+        activation_checkpointing: bool,
     ):
-        self.config, self.dtype, self.recompute = stream.objective, dtype, recompute
-        spec = student.spec
-        self.reach = reach_of(self.config, spec.num_layers)
-        self.layers = set(self.config.layers or range(spec.num_layers))
-        self.states = hidden_states(self.config, spec.num_layers)
-        relations = self.config.active_relations()
-        self.relations = (
-            RelationObjective(spec, relations, len(self.layers), kv_replicas) if relations else None
-        )
-        terms = {
-            "context": (self.config.attention_context, VALID),
-            "hidden": (self.config.hidden_cosine, VALID),
-            "logits": (self.config.logits_kl, LOGITS),
-            "lm": (self.config.language_modelling, TARGETS),
-        }
-        used = {name: term for name, term in terms.items() if term[0] > 0}
-        self.weights = relations | {name: weight for name, (weight, _) in used.items()}
-        self.counts = dict.fromkeys(relations, VALID) | {name: of for name, (_, of) in used.items()}
-        self._per_context = 1.0 / (len(self.layers) * spec.num_heads)
-        self._tp = student.ops.axis
+        objective, num_layers = stream.objective, student.spec.num_layers
+        self.terms: list[Term] = [
+            term(objective, student, kv_replicas)
+            for term in TERMS
+            if term.reach_of(objective, num_layers) is not None
+        ]
+        self.needs_teacher = objective.needs_teacher
+        self._dtype, self._activation_checkpointing = dtype, activation_checkpointing
+        self._reach = deepest(reaches_of(objective, num_layers))
+        self._keep_attention_output = any(term.needs_attention_output for term in self.terms)
 
     def count(self, batch: Batch) -> torch.Tensor:
-        """fp32 [3]: this rank's VALID, LOGITS and TARGETS of a micro-batch."""
-        compared = len(self._compared(batch))
-        known = to_device(torch.tensor([batch.valid_tokens, compared, 0.0]), batch.tokens_bs.device)
-        known[TARGETS] = (batch.target_bs >= 0).sum()
-        return known
+        """Return this rank's counts of a micro-batch, fp32 [terms]."""
+        counts = [term.count(batch) for term in self.terms]
+        on_host = [0.0 if isinstance(count, torch.Tensor) else count for count in counts]
+        result = to_device(torch.tensor(on_host), batch.tokens_bs.device)
+        for index, count in enumerate(counts):
+            if isinstance(count, torch.Tensor):
+                result[index] = count
+        return result
 
     def __call__(
         self, teacher: Decoder | None, student: Decoder, batch: Batch, scale: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of a micro-batch on this rank.
+        """Return the loss of a micro-batch on this rank.
 
         Args:
-            scale: fp32 [3], the stream's weight over the step's counts.
+            scale: fp32 [terms], the stream's weight divided by the counts of the step.
 
         Returns:
-            A scalar to differentiate, and fp32 [terms], this rank's part of each term's sum, in the
-            order of ``weights``.
+            The loss, a scalar to differentiate, and this rank's unweighted sums, fp32 [names], in
+            the order of the terms' ``weights``.
         """
-        if not self.config.needs_teacher:
-            teacher = None
-        plan = None
-        if self.relations is not None:
-            plan = RelationPlan(batch.shard, batch.doc_start_bn, batch.doc_end_bn)
-        parts = {name: scale.new_zeros(()) for name in self.weights}
+        inputs = TermInputs(teacher if self.needs_teacher else None, student, batch)
         loss = scale.new_zeros(())
+        parts = [scale.new_zeros(len(term.weights)) for term in self.terms]
 
-        def add(name: str, total: torch.Tensor, share: float = 1.0) -> None:
+        def add(index: int, term_sum: TermSum | None) -> None:
             nonlocal loss
-            loss = loss + self.weights[name] * total * scale[self.counts[name]]
-            parts[name] = parts[name] + total.detach() * share
+            if term_sum is not None:
+                loss = loss + term_sum.loss * scale[index]
+                parts[index] = parts[index] + term_sum.parts
 
-        with_mixed = self.config.attention_context > 0
-        valid = batch.valid_bs() if with_mixed or self.config.hidden_cosine > 0 else None
-        x_s, x_t = None, None
+        student_x, teacher_x = None, None
         for pair in lockstep(
-            teacher, student, batch, self.dtype, self.reach, with_mixed, self.recompute
+            inputs.teacher,
+            student,
+            batch,
+            self._dtype,
+            self._reach,
+            self._keep_attention_output,
+            self._activation_checkpointing,
         ):
-            x_s = pair.student.residual
-            x_t = pair.teacher.residual if pair.teacher else None
-            if pair.layer in self.layers:
-                if plan is not None:
-                    with record_function("relations"):
-                        total, sums = self.relations(pair.student.qkv, pair.teacher.qkv, plan)
-                    loss = loss + total * scale[VALID]
-                    for name, value in zip(self.relations.names, sums, strict=True):
-                        parts[name] = parts[name] + value
-                if with_mixed:
-                    total = context_sum(pair.student.mixed, pair.teacher.mixed, valid)
-                    add("context", total * self._per_context)
-            if self.config.hidden_cosine > 0 and pair.layer + 1 in self.states:
-                add("hidden", self._cosine(pair.layer + 1, teacher, student, pair, valid))
-            # not beside the next layer's, nor beside the head's logits
+            for index, term in enumerate(self.terms):
+                add(index, term.on_layer(pair, inputs))
+            student_x = pair.student.residual
+            teacher_x = pair.teacher.residual if pair.teacher else None
+            # Free this layer's tensors before the next layer or the logits are allocated.
             del pair
-        # every tp rank has the whole sum over the vocabulary; each reports its share of it
-        share = 1.0 / self._tp.size
-        if self.config.logits_kl > 0:
-            rows = self._compared(batch)
-            total = logits_kl_sum(teacher, student, x_t, x_s, rows)
-            add("logits", total, share)
-        if self.config.language_modelling > 0:
-            add("lm", cross_entropy_sum(student, x_s, batch.target_bs), share)
-        return loss, torch.stack(list(parts.values()))
-
-    def _compared(self, batch: Batch) -> torch.Tensor:
-        if self.config.logits_kl == 0:
-            return torch.empty(0, dtype=torch.int64)
-        return chosen_rows(batch, self.config.logits_positions)
-
-    def _cosine(
-        self, state: int, teacher: Decoder, student: Decoder, pair: Pair, valid_bs: torch.Tensor
-    ) -> torch.Tensor:
-        x_s, x_t = pair.student.residual, pair.teacher.residual
-        if state == student.spec.num_layers:
-            x_s = student.model.norm(x_s)
-            with torch.no_grad():
-                x_t = teacher.model.norm(x_t)
-        rows = len(x_s)
-        first = self._tp.rank * rows
-        return cosine_sum(x_s, x_t, valid_bs.flatten()[first : first + rows])
+        for index, term in enumerate(self.terms):
+            add(index, term.on_output(student_x, teacher_x, inputs))
+        return loss, torch.cat(parts)

@@ -1,22 +1,29 @@
-"""The student: the teacher's weights with scaled RoPE, and what of it is trained.
+"""The student: the teacher's weights with scaled RoPE, and which of its parameters are trained.
 
-Weights that teacher and student share are the same parameter object, so they exist once.
+Weights that are equal in teacher and student are the same parameter object, so that they exist
+once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from megalard.checkpoint.build import empty_decoder, get_module, read_parameter, set_parameter
+from megalard.checkpoint.build import (
+    empty_decoder,
+    get_parameter,
+    read_parameter,
+    set_parameter,
+)
 from megalard.checkpoint.weights import Weights
-from megalard.config.schema import Config
-from megalard.distill.reach import is_reached
+from megalard.config.schema import LoraConfig, TrainableConfig
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder, Projection
 from megalard.model.lora import Dropout, DropoutKey, initial_a
+from megalard.model.names import projection_name
 from megalard.model.rope import RopeTable
 from megalard.model.spec import ModelSpec
 from megalard.parallel.mesh import Axis
@@ -28,9 +35,9 @@ class Student:
     """The student's decoder and its trained parameters.
 
     Attributes:
-        decoder: shares the teacher's parameters wherever they are equal.
-        trained: name to fp32 parameter (this rank's slice).
-        dropout: what LoRA's dropout masks are drawn from.
+        decoder: has the teacher's parameter objects wherever the weights are equal.
+        trained: name to fp32 parameter, this rank's slice.
+        dropout: the seed that LoRA's dropout masks are drawn from.
     """
 
     decoder: Decoder
@@ -42,94 +49,97 @@ def build_student(
     teacher: Decoder,
     spec: ModelSpec,
     rope: RopeTable,
-    config: Config,
     axis: Axis,
+    trainable: TrainableConfig,
+    is_reached: Callable[[str], bool],
+    seed: int,
     weights: Weights | None = None,
     masters: Weights | None = None,
 ) -> Student:
     """Make the student of a loaded teacher.
 
     Args:
-        teacher: the loaded teacher, whose dtype and device the frozen weights keep.
-        spec, rope: the student's shape and scaled position table.
-        config: which parameters are trained.
+        teacher: the loaded teacher, whose dtype and device the frozen weights have.
+        spec, rope: the student's shape and its scaled table of positions.
         axis: the tp axis.
-        weights: the student's own checkpoint; None starts from the teacher's weights.
-        masters: the files trained weights are read from, which the teacher may hold rounded to
-            its compute dtype; None takes the teacher's.
+        trainable: which parameters are trained.
+        is_reached: whether the loss depends on a parameter. Other parameters are not trained.
+        seed: the seed of LoRA's initial values.
+        weights: the files of a student with weights of its own; None starts from the teacher's.
+        masters: the files that trained weights are read from, because the teacher may hold them
+            rounded to its dtype; None takes the teacher's.
 
     Raises:
-        UserError: the student's checkpoint does not match the teacher, or nothing is trained.
+        UserError: the student's files do not match the teacher, or nothing is trained.
     """
     decoder = empty_decoder(spec, rope, axis)
     if weights is not None:
         _check_match(teacher.spec, spec)
-    place = teacher.model.embed_tokens.weight
+    frozen = teacher.model.embed_tokens.weight
     trained: dict[str, nn.Parameter] = {}
     for name in list(decoder.layouts):
-        if _is_trained_weight(name, config, spec):
+        if _is_trained_weight(name, trainable) and is_reached(name):
             files = weights or masters
             if files is None:
                 value = get_parameter(teacher, name).detach()
             else:
                 value = read_parameter(decoder, name, files)
-            trained[name] = nn.Parameter(value.to(place.device, torch.float32, copy=True))
+            trained[name] = nn.Parameter(value.to(frozen.device, torch.float32, copy=True))
             set_parameter(decoder, name, trained[name])
         elif weights is None:
             set_parameter(decoder, name, get_parameter(teacher, name))
         else:
-            value = read_parameter(decoder, name, weights).to(place.device, place.dtype)
+            value = read_parameter(decoder, name, weights).to(frozen.device, frozen.dtype)
             set_parameter(decoder, name, nn.Parameter(value, requires_grad=False))
     key = DropoutKey()
-    if config.trainable.mode == "lora":
-        trained |= _add_lora(decoder, spec, config, axis, key)
+    if trainable.mode == "lora":
+        trained |= _add_lora(decoder, axis, trainable.lora, is_reached, seed, key)
     if not trained:
-        raise UserError("nothing is trained: no chosen weight is reached by the loss")
+        raise UserError(
+            "nothing is trained: the loss does not depend on any of the weights that "
+            "trainable chooses"
+        )
     return Student(decoder, trained, key)
 
 
-def get_parameter(root: nn.Module, name: str) -> nn.Parameter:
-    module, last = get_module(root, name)
-    return getattr(module, last)
+def _is_trained_weight(name: str, trainable: TrainableConfig) -> bool:
+    if trainable.mode == "weights":
+        return any(f".{target}_proj." in name for target in trainable.weights)
+    return trainable.mode == "all"
 
 
-def _is_trained_weight(name: str, config: Config, spec: ModelSpec) -> bool:
-    mode = config.trainable.mode
-    if mode == "lora" or not is_reached(name, config, spec.num_layers):
-        return False
-    if mode == "all":
-        return True
-    return any(f".{target}_proj." in name for target in config.trainable.weights)
-
-
-def _add_lora(decoder, spec, config, axis, key) -> dict[str, nn.Parameter]:
-    lora, device = config.trainable.lora, decoder.model.embed_tokens.weight.device
+def _add_lora(
+    decoder: Decoder,
+    axis: Axis,
+    lora: LoraConfig,
+    is_reached: Callable[[str], bool],
+    seed: int,
+    key: DropoutKey,
+) -> dict[str, nn.Parameter]:
+    """Give projections their LoRA pairs, and return the pairs."""
+    spec, device = decoder.spec, decoder.model.embed_tokens.weight.device
     trained = {}
     for layer in range(spec.num_layers):
         for number, target in enumerate(("q", "k", "v", "o")):
-            prefix = f"model.layers.{layer}.self_attn.{target}_proj"
-            if target not in lora.targets or not is_reached(
-                f"{prefix}.weight", config, spec.num_layers
-            ):
+            prefix = projection_name(layer, target)
+            if target not in lora.targets or not is_reached(f"{prefix}.weight"):
                 continue
             projection: Projection = decoder.get_submodule(prefix)
             out_features, in_features = decoder.layouts[f"{prefix}.weight"].full_shape
-            seed = (config.run.seed * 1_000_003 + layer * 4 + number) & 0x7FFFFFFF
-            full = {
-                "lora_A": initial_a(lora.rank, in_features, seed),
+            pair_seed = (seed * 1_000_003 + layer * 4 + number) & 0x7FFFFFFF
+            full_pair = {
+                "lora_A": initial_a(lora.rank, in_features, pair_seed),
                 "lora_B": torch.zeros(out_features, lora.rank),
             }
-            for kind, value in full.items():
+            for kind, value in full_pair.items():
                 name = f"{prefix}.{kind}"
                 layout = parameter_layout(name, tuple(value.shape), spec, axis.rank, axis.size)
-                if layout.dim is not None:
-                    value = value.narrow(layout.dim, layout.start, layout.length)
-                parameter = nn.Parameter(value.to(device, copy=True).contiguous())
-                setattr(projection, kind, parameter)
+                local = layout.cut(value).to(device, copy=True).contiguous()
+                trained[name] = nn.Parameter(local)
+                setattr(projection, kind, trained[name])
                 decoder.layouts[name] = layout
-                trained[name] = parameter
             projection.lora_scale = lora.alpha / lora.rank
-            # q, k and v read one input and share its mask
+            # q, k and v read the same input and share its dropout mask.
             place = 2 * layer + (target == "o")
             projection.lora_dropout = Dropout(lora.dropout, place, key)
     return trained
@@ -137,9 +147,10 @@ def _add_lora(decoder, spec, config, axis, key) -> dict[str, nn.Parameter]:
 
 def _check_match(teacher: ModelSpec, student: ModelSpec) -> None:
     for field in ("vocab_size", "num_layers", "num_heads", "num_kv_heads"):
-        ours, theirs = getattr(student, field), getattr(teacher, field)
-        if ours != theirs:
+        student_value, teacher_value = getattr(student, field), getattr(teacher, field)
+        if student_value != teacher_value:
             raise UserError(
-                f"the student's {field} is {ours} but the teacher's is {theirs}: relations compare "
-                "the same layers and heads, so model.student must be of the teacher's shape"
+                f"the student's {field} is {student_value} but the teacher's is {teacher_value}: "
+                "relations compare the same layers and heads, so model.student must have the "
+                "teacher's shape"
             )

@@ -1,253 +1,341 @@
-"""Several models' results side by side: tables, one JSON file, one picture."""
+"""Measure several models on the same text and tasks, and write the report."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+import torch
 
-from megalard.evaluation.suite import Results
-from megalard.parallel.mesh import SINGLE, Axis
+from megalard.checkpoint.build import load_decoder
+from megalard.checkpoint.open import StoredModel, open_model
+from megalard.data.tokenizer import Tokenizer, load_tokenizer
+from megalard.errors import UserError, shown
+from megalard.evaluation.measure import check_lengths, cut_windows, default_lengths, length_multiple
+from megalard.evaluation.plots import draw
+from megalard.evaluation.report import Entry, print_tables, write_json
+from megalard.evaluation.samples import sentence_filler, text_filler
+from megalard.evaluation.suite import Suite, make_samples, read_text, run_suite
+from megalard.evaluation.tasks import TASKS
+from megalard.model.decoder import Decoder
+from megalard.model.rope import rope_table
+from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks
+from megalard.parallel.mesh import Mesh
+from megalard.parallel.tensor.layout import check_divisible
+from megalard.progress import token_bar
+from megalard.reporter import Reporter
+
+# More filler than the longest texts need.
+_FILLER_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One model of a comparison.
+class Request:
+    """What is compared on what.
 
     Attributes:
-        name: what it is called in tables and plots.
-        directory, kind: where it is and how it is stored (``megalard.checkpoint.open``).
-        window: its own, in tokens.
+        models: the directories of the models.
+        output: the name of the two files to write, without their suffixes.
+        text: text files, directories, or one token store.
+        text_key: key of the text in .jsonl files.
+        max_tokens: tokens of the text to read.
+        lengths: lengths such as ``4096`` or ``4K``; None for the default lengths.
+        teacher: the directory of a model to compare with.
+        tasks: names of retrieval tasks.
+        task_lengths: lengths of the tasks; None for ``lengths``.
+        depths: places of the statement asked for, from 0 to 1.
+        samples: samples for each task, length and depth.
+        filler: ``sentences`` or ``text``.
+        seed: another seed makes other samples.
+        bos: whether tasks begin with the model's BOS token.
+        tokenizer: the directory of one tokenizer for all models.
+        base: the base model of runs' checkpoints and adapters, if it has moved.
+        dtype: ``bfloat16`` or ``float32``; None for bfloat16 on a GPU and float32 on a CPU.
     """
 
-    name: str
-    directory: str
-    kind: str
-    window: int
-    results: Results
+    models: list[Path]
+    output: Path
+    text: list[str]
+    text_key: str
+    max_tokens: int
+    lengths: list[str] | None
+    teacher: Path | None
+    tasks: list[str]
+    task_lengths: list[str] | None
+    depths: list[float]
+    samples: int
+    filler: str
+    seed: int
+    bos: bool
+    tokenizer: Path | None
+    base: Path | None
+    dtype: str | None
 
 
-@contextmanager
-def token_bar(total: int, axis: Axis = SINGLE) -> Iterator[Callable[[str, int], None]]:
-    """A bar of ``total`` tokens on a terminal of rank 0; yields what names and advances it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    disable = axis.rank != 0 or not console.is_terminal
-    with Progress(*columns, console=console, disable=disable) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda name, tokens: bar.update(task, description=name, advance=tokens)
+@dataclass(frozen=True)
+class _Job:
+    """A request whose inputs have been checked."""
+
+    models: list[StoredModel]
+    teacher: StoredModel | None
+    suite: Suite
+    dtype: torch.dtype
+    files: tuple[Path, Path]
+
+
+def compare_models(request: Request, mesh: Mesh) -> None:
+    """Measure the models of a request and write the report; a collective call of all ranks.
+
+    Raises:
+        UserError: on every rank, for bad input, before anything is measured or written.
+    """
+    reporter = Reporter(mesh.is_rank_0)
+    with checked_on_all_ranks(mesh.world):
+        job = _check(request, mesh)
+    for warning in _warnings(job):
+        reporter.warning(warning)
+    teacher = None if job.teacher is None else _load(job.teacher, mesh, job.dtype)
+    teacher_window = job.teacher.spec.max_positions if job.teacher else 0
+    names = short_names([model.directory for model in job.models])
+    entries = []
+    with token_bar(job.suite.tokens(teacher_window) * len(names), mesh.world) as bar:
+        for name, model in zip(names, job.models, strict=True):
+            bar(name, 0)
+            decoder = _load(model, mesh, job.dtype)
+            advance = partial(_advance, bar, name)
+            results = run_suite(
+                decoder, job.suite, mesh, job.dtype, teacher, teacher_window, advance=advance
+            )
+            del decoder  # before the next model is loaded
+            window, directory = model.spec.max_positions, str(model.directory)
+            entries.append(
+                Entry(name, results, window=window, directory=directory, kind=model.kind)
+            )
+    with checked_on_all_ranks(mesh.world):
+        if mesh.is_rank_0:
+            settings = _settings(request, job, mesh)
+            _write_new(job.files[0], lambda path: write_json(path, entries, settings))
+            _write_new(job.files[1], lambda path: draw(path, entries))
+            print_tables(entries)
+            print(*job.files, sep="\n")
+
+
+def _advance(bar: Callable[[str, int], None], name: str, tokens: int) -> None:
+    bar(name, tokens)
+
+
+def _check(request: Request, mesh: Mesh) -> _Job:
+    """Check everything that can be wrong before a weight is read."""
+    _check_numbers(request)
+    files = _output_files(request.output, mesh)
+    models = [open_model(path, request.base) for path in request.models]
+    teacher = open_model(request.teacher, request.base) if request.teacher else None
+    all_models = [*models, *([teacher] if teacher else [])]
+    for model in all_models:
+        check_divisible(model.spec, mesh.tp.size)
+        rope_table(model.spec)
+    tokenizer = _common_tokenizer(request.tokenizer, all_models)
+    lengths = choose_lengths(request.lengths, models, mesh.tp.size, mesh.cp.size)
+    task_lengths = lengths
+    if request.task_lengths:
+        task_lengths = choose_lengths(request.task_lengths, models, mesh.tp.size, mesh.cp.size)
+
+    text, windows, samples, skipped = None, {}, {}, ()
+    if request.text:
+        filler_tokens = _FILLER_TOKENS if request.filler == "text" else 0
+        count = max(request.max_tokens, filler_tokens, *lengths)
+        text = read_text(request.text, tokenizer, count, request.text_key)
+        windows = cut_windows(text, lengths, request.max_tokens)
+    if request.tasks:
+        filler = (
+            sentence_filler(tokenizer)
+            if text is None or request.filler == "sentences"
+            else (text_filler(tokenizer, text))
+        )
+        samples, skipped = make_samples(
+            request.tasks,
+            tokenizer,
+            task_lengths,
+            filler,
+            sorted({float(depth) for depth in request.depths}),
+            request.samples,
+            request.seed,
+            _bos(models[0]) if request.bos else (),
+        )
+    suite = Suite(windows, samples, skipped)
+    if not windows and not samples:
+        raise UserError(
+            "there is nothing to measure: give --text, or --tasks and lengths that are long enough "
+            f"for them (tried {', '.join(map(str, task_lengths))} tokens)"
+        )
+    for model in all_models:
+        if suite.largest_id() >= model.spec.vocab_size:
+            raise UserError(
+                f"the tokenizer gives the id {suite.largest_id()} but {model.directory} has only "
+                f"{model.spec.vocab_size} rows of embedding: give the model's own --tokenizer"
+            )
+    name = request.dtype or ("bfloat16" if mesh.device.type == "cuda" else "float32")
+    return _Job(models, teacher, suite, getattr(torch, name), files)
+
+
+def _check_numbers(request: Request) -> None:
+    unknown = [task for task in request.tasks if task not in TASKS]
+    if unknown:
+        raise UserError(f"there is no task {shown(unknown[0])}: choose from {', '.join(TASKS)}")
+    if request.teacher and not request.text:
+        raise UserError("models are compared with --teacher on text: give --text, or no --teacher")
+    if request.tasks and request.filler == "text" and not request.text:
+        raise UserError("--filler text hides statements in the text: give --text")
+    for flag, value in (("--samples", request.samples), ("--max-tokens", request.max_tokens)):
+        if value < 1:
+            raise UserError(f"{flag} is {value}: give a positive number")
+    if request.seed < 0:
+        raise UserError(f"--seed is {request.seed}: give a number of at least 0")
+    for depth in request.depths:
+        if not 0 <= depth <= 1:
+            raise UserError(f"--depths has {depth:g}: depths are from 0 (first) to 1 (last)")
+
+
+def _output_files(output: Path, mesh: Mesh) -> tuple[Path, Path]:
+    stem = output.with_suffix("") if output.suffix in (".json", ".png") else output
+    json_file, png_file = (stem.with_name(stem.name + suffix) for suffix in (".json", ".png"))
+    for file in (json_file, png_file):
+        if file.exists():
+            raise UserError(f"{file} exists and is not overwritten: choose another --output")
+    if mesh.is_rank_0:
+        try:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            # Fail now and not after hours of measuring.
+            probe = stem.with_name(f".{stem.name}.probe")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to {stem.parent}: {error.strerror}") from None
+    return json_file, png_file
+
+
+def _common_tokenizer(given: Path | None, models: Sequence[StoredModel]) -> Tokenizer:
+    """Return the given tokenizer, or the tokenizer that all models have."""
+    if given is not None:
+        return load_tokenizer(given)
+    for model in models:
+        if model.tokenizer.fingerprint != models[0].tokenizer.fingerprint:
+            raise UserError(
+                f"{model.directory} has another tokenizer than {models[0].directory}, so their "
+                "figures per token cannot be compared: evaluate them separately, or give one "
+                "--tokenizer"
+            )
+    return models[0].tokenizer
+
+
+def choose_lengths(
+    given: list[str] | None, models: Sequence[StoredModel], tp: int, cp: int
+) -> list[int]:
+    """Return the given lengths, or the default lengths of the models, in increasing order.
+
+    Raises:
+        UserError: a length is not a length, or tp and cp do not divide it.
+    """
+    if given is None:
+        windows = [model.spec.max_positions for model in models]
+        lengths = default_lengths(min(windows), max(windows) / min(windows))
+        multiple = length_multiple(tp, cp)
+        return sorted({length // multiple * multiple for length in lengths} - {0})
+    lengths = sorted({parse_length(text) for text in given})
+    check_lengths(lengths, tp, cp, "--lengths or --task-lengths")
+    return lengths
+
+
+def parse_length(text: str) -> int:
+    """Return the number of tokens of a length such as ``4096`` or ``4K``.
+
+    Raises:
+        UserError: the text is not a length of at least 2 tokens.
+    """
+    number, unit = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
+    if not (number.isascii() and number.isdecimal()) or len(number) > 12 or int(number) * unit < 2:
+        raise UserError(f"{shown(text)} is not a length: write tokens, as 4096 or 4K")
+    return int(number) * unit
+
+
+def _bos(model: StoredModel) -> tuple[int, ...]:
+    bos = model.spec.hf_config.get("bos_token_id")
+    if not isinstance(bos, int):
+        raise UserError(f"{model.directory} names no bos_token_id in config.json: leave out --bos")
+    return (bos,)
+
+
+def _warnings(job: _Job) -> list[str]:
+    lengths = {*job.suite.windows, *(n for by in job.suite.samples.values() for n in by)}
+    lines = []
+    for model in job.models:
+        beyond = sorted(length for length in lengths if length > model.spec.max_positions)
+        if beyond:
+            lines.append(
+                f"{model.directory} has a window of {model.spec.max_positions} tokens and is "
+                f"measured beyond it, at {', '.join(map(str, beyond))}"
+            )
+    if job.teacher:
+        window = job.teacher.spec.max_positions
+        beyond = sorted(length for length in job.suite.windows if length > window)
+        if beyond:
+            lines.append(
+                f"models are not compared with the teacher beyond its window of {window} tokens, "
+                f"at {', '.join(map(str, beyond))}"
+            )
+    for task in sorted({task for task, _ in job.suite.skipped}):
+        short = [str(length) for name, length in job.suite.skipped if name == task]
+        lines.append(f"{', '.join(short)} tokens are too few for the task {task}, left out there")
+    return lines
+
+
+def _load(model: StoredModel, mesh: Mesh, dtype: torch.dtype) -> Decoder:
+    """Load a model and compare its recorded checksums meanwhile."""
+    with checked_meanwhile(partial(model.check_sums, mesh.world), mesh.world) as wait_for_checksums:
+        with checked_on_all_ranks(mesh.world):
+            rope = rope_table(model.spec)
+            decoder = load_decoder(model.spec, rope, mesh.tp, model.weights, mesh.device, dtype)
+        wait_for_checksums()
+    return decoder
+
+
+def _settings(request: Request, job: _Job, mesh: Mesh) -> dict:
+    settings = asdict(request)
+    return {
+        "text": [str(path) for path in request.text],
+        "text_tokens": {str(n): windows.size for n, windows in job.suite.windows.items()},
+        "teacher": None if job.teacher is None else str(job.teacher.directory),
+        "tasks": list(job.suite.samples),
+        "depths": sorted({float(depth) for depth in request.depths}),
+        "samples_per_depth": request.samples,
+        **{key: settings[key] for key in ("filler", "seed", "bos")},
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "device": mesh.device.type,
+        "layout": {"dp": mesh.dp.size, "cp": mesh.cp.size, "tp": mesh.tp.size},
+    }
 
 
 def short_names(directories: list[Path]) -> list[str]:
-    """The shortest endings of the paths, at least the last part, that tell them apart."""
+    """Return the shortest endings of the paths that tell them apart, at least the last part."""
     parts = [path.absolute().parts for path in directories]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(path[-length:]) for path in parts]
         if len(set(names)) == len(names):
             return names
-    # the same directory twice
+    # The same directory was given twice.
     return [f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 
-def print_tables(entries: list[Entry], console: Console | None = None) -> None:
-    """Perplexity and agreement by length, loss by position, exact answers by task and length."""
-    console = console or Console(width=None if Console().is_terminal else 140)
-    first = entries[0].results
-    lengths = list(first.by_length)
-    if lengths:
-        _print_by_length(
-            "Perplexity by length", entries, lengths, lambda m: f"{m.perplexity:.3f}", console
-        )
-        compared = [n for n in lengths if first.by_length[n].kl is not None]
-        if compared:
-            _print_by_length(
-                "KL(teacher || model) / share of tokens with the teacher's first choice, by length",
-                entries,
-                compared,
-                lambda m: f"{m.kl:.4f} / {m.agreement:.3f}",
-                console,
-            )
-        table = Table(title=f"Loss by position, in windows of {lengths[-1]} tokens")
-        edges = first.edges
-        table.add_column("model")
-        for start, end in pairwise(edges):
-            table.add_column(f"{start}-{end - 1}", justify="right")
-        for entry in entries:
-            table.add_row(entry.name, *(f"{m.loss:.3f}" for m in entry.results.by_position))
-        console.print(table)
-    if first.tasks:
-        lengths = sorted({length for by in first.tasks.values() for length in by})
-        table = Table(title="Exact answers (share of their tokens that are right), by length")
-        table.add_column("task")
-        table.add_column("model")
-        for length in lengths:
-            table.add_column(str(length), justify="right")
-        for task in first.tasks:
-            for entry in entries:
-                by = entry.results.tasks[task]
-                cells = (
-                    f"{by[n].exact:.2f} ({by[n].tokens:.2f})" if n in by else "" for n in lengths
-                )
-                table.add_row(task, entry.name, *cells)
-            table.add_section()
-        console.print(table)
-
-
-def _print_by_length(title, entries, lengths, cell, console) -> None:
-    table = Table(title=title)
-    table.add_column("model")
-    for length in lengths:
-        table.add_column(str(length), justify="right")
-    for entry in entries:
-        by = entry.results.by_length
-        table.add_row(entry.name, *(cell(by[length]) for length in lengths))
-    console.print(table)
-
-
-def to_json(entries: list[Entry], settings: dict) -> str:
-    """The whole comparison; a figure that is not finite is null."""
-
-    def measurement(m) -> dict:
-        return {**asdict(m), "perplexity": m.perplexity}
-
-    models = []
-    for entry in entries:
-        found = entry.results
-        spans = zip(pairwise(found.edges), found.by_position, strict=True)
-        models.append(
-            {
-                "name": entry.name,
-                "directory": entry.directory,
-                "kind": entry.kind,
-                "window": entry.window,
-                "by_length": {str(n): measurement(m) for n, m in found.by_length.items()},
-                "by_position": [
-                    {"first": start, "last": end - 1, **measurement(m)} for (start, end), m in spans
-                ],
-                "tasks": {
-                    task: {str(n): asdict(result) for n, result in by.items()}
-                    for task, by in found.tasks.items()
-                },
-            }
-        )
-    content = _finite({"settings": settings, "models": models})
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def draw(path: Path, entries: list[Entry]) -> None:
-    """Perplexity by length, loss by position, KL; each task by length; passkey by depth: a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    first = entries[0].results
-    panels = []
-    if first.by_length:
-        panels += [_perplexity, _position]
-        if any(m.kl is not None for m in first.by_length.values()):
-            panels.append(_kl)
-    panels += [lambda axes, entries, task=task: _task(axes, entries, task) for task in first.tasks]
-    if "passkey" in first.tasks:
-        panels += [lambda axes, entries, e=entry: _depths(axes, e) for entry in entries]
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    size = (5.2 * across, 3.9 * down)
-    figure, grid = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
-    for axes, panel in zip(grid.flat, panels, strict=False):
-        panel(axes, entries)
-    for axes in grid.flat[len(panels) :]:
-        axes.axis("off")
-    figure.savefig(path, dpi=130, format="png")
-    pyplot.close(figure)
-
-
-def _lines(axes, entries, points, ylabel: str, logarithmic: bool) -> None:
-    ticks = set()
-    for entry in entries:
-        x, y = points(entry.results)
-        axes.plot(x, y, marker="o", markersize=4, label=entry.name)
-        ticks |= set(x)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(ticks), [_length(tick) for tick in sorted(ticks)], rotation=45)
-    axes.set_xticks([], minor=True)
-    if logarithmic:
-        axes.set_yscale("log")
-    axes.set_ylabel(ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-
-
-def _length(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
-
-
-def _perplexity(axes, entries) -> None:
-    def points(found: Results):
-        return list(found.by_length), [m.perplexity for m in found.by_length.values()]
-
-    _lines(axes, entries, points, "perplexity", logarithmic=True)
-    axes.set_xlabel("length (tokens)")
-
-
-def _position(axes, entries) -> None:
-    def points(found: Results):
-        return found.edges[1:], [m.loss for m in found.by_position]
-
-    _lines(axes, entries, points, "loss (nats)", logarithmic=False)
-    axes.set_xlabel("position, up to")
-
-
-def _kl(axes, entries) -> None:
-    def points(found: Results):
-        pairs = [(n, m.kl) for n, m in found.by_length.items() if m.kl is not None]
-        return [n for n, _ in pairs], [kl for _, kl in pairs]
-
-    _lines(axes, entries, points, "KL(teacher || model), nats", logarithmic=False)
-    axes.set_xlabel("length (tokens)")
-
-
-def _task(axes, entries, task: str) -> None:
-    def points(found: Results):
-        return list(found.tasks[task]), [result.exact for result in found.tasks[task].values()]
-
-    _lines(axes, entries, points, "exact answers", logarithmic=False)
-    axes.set_ylim(-0.05, 1.05)
-    axes.set_title(task)
-    axes.set_xlabel("length (tokens)")
-
-
-def _depths(axes, entry: Entry) -> None:
-    by = entry.results.tasks["passkey"]
-    depths = list(next(iter(by.values())).by_depth)
-    cells = [[result.by_depth[depth] for result in by.values()] for depth in depths]
-    axes.imshow(cells, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
-    for row, values in enumerate(cells):
-        for column, value in enumerate(values):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
-    axes.set_xticks(range(len(by)), [_length(length) for length in by])
-    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
-    axes.set_xlabel("length (tokens)")
-    axes.set_ylabel("depth")
-    axes.set_title(f"passkey: {entry.name}", fontsize=10)
+def _write_new(file: Path, write: Callable[[Path], None]) -> None:
+    """Write a file completely or not at all, and never over another file."""
+    partial_file = file.with_name(f".{file.name}.partial")
+    try:
+        write(partial_file)
+        # A link, unlike a rename, does not replace a file that appeared meanwhile.
+        file.hardlink_to(partial_file)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from None
+    finally:
+        partial_file.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""What is measured of every model that is compared: the same windows and samples for all."""
+"""What is measured of every compared model: the same windows and samples for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,30 +13,29 @@ import torch
 from megalard.data.sources import read_documents
 from megalard.data.token_store import META, TokenStore
 from megalard.data.tokenizer import Tokenizer
-from megalard.evaluation.measure import Measurement, measure, measure_by_position
-from megalard.evaluation.positions import doubling_edges
-from megalard.evaluation.retrieval import Score, score
-from megalard.evaluation.tasks import (
-    TASKS_WITH_DEPTH,
-    Filler,
-    Sample,
-    TooShort,
-    make_sample,
+from megalard.evaluation.measure import (
+    Advance,
+    Measurement,
+    doubling_edges,
+    measure,
+    measure_by_position,
+    no_advance,
 )
+from megalard.evaluation.retrieval import Score, score
+from megalard.evaluation.samples import Filler, Sample, TooShort, make_sample
+from megalard.evaluation.tasks import TASKS_WITH_DEPTH
 from megalard.model.decoder import Decoder
 from megalard.parallel.mesh import Mesh
-
-Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """The questions put to each model.
+    """The text and the questions that are put to each model.
 
     Attributes:
-        windows: by length, int64 [windows, length] of text.
-        samples: by task and length.
-        skipped: (task, length) whose length does not hold the task.
+        windows: length to windows of text, int64 [windows, length].
+        samples: task to length to samples.
+        skipped: pairs of a task and a length that is too short for it.
     """
 
     windows: dict[int, np.ndarray] = field(default_factory=dict)
@@ -44,18 +43,18 @@ class Suite:
     skipped: tuple[tuple[str, int], ...] = ()
 
     def largest_id(self) -> int:
-        """The largest token id in it."""
-        tokens = [windows.max() for windows in self.windows.values()]
-        tokens += [sample.tokens.max() for sample in self._all_samples()]
-        return int(max(tokens))
+        """Return the largest token id."""
+        ids = [windows.max() for windows in self.windows.values()]
+        ids += [sample.tokens.max() for sample in self._all_samples()]
+        return int(max(ids))
 
     def tokens(self, teacher_window: int = 0) -> int:
-        """Tokens that one model reads, and the teacher beside it up to its window."""
-        read = sum(
+        """Return how many tokens one model reads, plus the teacher's up to its window."""
+        text_tokens = sum(
             windows.size * (2 if length <= teacher_window else 1)
             for length, windows in self.windows.items()
         )
-        return read + sum(len(sample.tokens) for sample in self._all_samples())
+        return text_tokens + sum(len(sample.tokens) for sample in self._all_samples())
 
     def _all_samples(self) -> Iterable[Sample]:
         return chain.from_iterable(
@@ -65,14 +64,14 @@ class Suite:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task at one length.
+    """The result of one task at one length.
 
     Attributes:
-        exact: share of the samples answered exactly.
-        tokens: share of the answers' tokens that are the model's first choice.
-        loss: mean over the answers' tokens, in nats; samples weigh the same.
-        samples: how many there were.
-        by_depth: ``exact`` for each depth; empty where the task has none.
+        exact: the share of samples that are answered exactly.
+        tokens: the share of the answers' tokens that are the model's most likely token.
+        loss: the mean cross-entropy over the answers' tokens, in nats; samples weigh the same.
+        samples: the number of samples.
+        by_depth: ``exact`` for each depth; empty for a task without depth.
     """
 
     exact: float
@@ -84,41 +83,42 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Results:
-    """One model's.
+    """The results of one model.
 
     Attributes:
-        by_length: means over the windows of each length.
-        edges, by_position: intervals of positions and the means in them, over the longest windows.
-        tasks: by task and length.
+        by_length: length to the means over all windows of the length.
+        edges: the edges of intervals of positions in the longest windows.
+        by_position: the means over each of these intervals.
+        tasks: task to length to result.
     """
 
     by_length: dict[int, Measurement]
-    edges: list[int]
-    by_position: list[Measurement]
-    tasks: dict[str, dict[int, TaskResult]]
+    edges: list[int] = field(default_factory=list)
+    by_position: list[Measurement] = field(default_factory=list)
+    tasks: dict[str, dict[int, TaskResult]] = field(default_factory=dict)
 
 
 def read_text(
     paths: Sequence[str | Path], tokenizer: Tokenizer, count: int, text_key: str = "text"
 ) -> np.ndarray:
-    """The first tokens of text files, folders or one token store; int64, at most ``count``.
+    """Return at most ``count`` tokens of text files, directories or one token store, int64.
 
     Every document ends with the tokenizer's end token, as in a token store.
 
     Raises:
-        UserError: as ``megalard.data``; a store was made with another tokenizer.
+        UserError: as ``megalard.data``, or a store was made with another tokenizer.
     """
     if len(paths) == 1 and (Path(paths[0]) / META).is_file():
         store = TokenStore.open(paths[0])
         store.check_tokenizer(tokenizer)
         return store.read(0, min(count, len(store.tokens)))
-    rows, found = [], 0
+    rows, total = [], 0
     for document in read_documents(paths, text_key):
         rows.append([*tokenizer.encode_batch([document])[0], tokenizer.eos_id])
-        found += len(rows[-1])
-        if found >= count:
+        total += len(rows[-1])
+        if total >= count:
             break
-    return np.fromiter(chain.from_iterable(rows), np.int64, found)[:count]
+    return np.fromiter(chain.from_iterable(rows), np.int64, total)[:count]
 
 
 def make_samples(
@@ -131,20 +131,24 @@ def make_samples(
     seed: int = 0,
     start: Sequence[int] = (),
 ) -> tuple[dict[str, dict[int, list[Sample]]], tuple[tuple[str, int], ...]]:
-    """Samples of every task, length and depth, ``count`` of each; and what was too short.
+    """Make ``count`` samples for every task, length and depth.
 
     A task without depth gets as many samples as the others.
 
     Args:
-        seed: other seeds give other samples.
-        start: see ``make_sample``.
+        seed: another seed makes other samples.
+        start: as for ``make_sample``.
+
+    Returns:
+        Task to length to samples, and the pairs of a task and a length that is too short for it.
     """
-    found, skipped = {}, []
+    samples: dict[str, dict[int, list[Sample]]] = {}
+    skipped = []
     for task in tasks:
-        found[task] = {}
+        samples[task] = {}
         for length in lengths:
             try:
-                found[task][length] = [
+                samples[task][length] = [
                     make_sample(
                         task,
                         tokenizer,
@@ -159,7 +163,7 @@ def make_samples(
                 ]
             except TooShort:
                 skipped.append((task, length))
-    return {task: samples for task, samples in found.items() if samples}, tuple(skipped)
+    return {task: by_length for task, by_length in samples.items() if by_length}, tuple(skipped)
 
 
 def run_suite(
@@ -170,52 +174,52 @@ def run_suite(
     teacher: Decoder | None = None,
     teacher_window: int = 0,
     edges: Sequence[int] | None = None,
-    advance: Advance = lambda tokens: None,
+    advance: Advance = no_advance,
 ) -> Results:
-    """Measure one model; a collective call of all ranks, with the same result on all.
+    """Measure one model; a collective call of all ranks, with the same result on all of them.
 
     Args:
-        teacher: compared with on windows of up to ``teacher_window`` tokens.
-        edges: intervals of positions in the longest windows; ``doubling_edges`` when not given.
-        advance: called with the tokens read, over all dp ranks, for a progress bar.
+        teacher: the model to compare with on windows of up to ``teacher_window`` tokens.
+        edges: the edges of intervals of positions; ``doubling_edges`` when not given.
+        advance: called with the number of tokens that all dp ranks have read.
     """
     by_length, by_position, edges = {}, [], list(edges or [])
     longest = max(suite.windows, default=0)
     for length, windows in suite.windows.items():
-        beside = teacher if length <= teacher_window else None
-        share = mesh.dp.size * (1 if beside is None else 2)
+        compared = teacher if length <= teacher_window else None
+        tokens_per_token = mesh.dp.size * (1 if compared is None else 2)
 
-        def step(tokens: int, share: int = share) -> None:
-            advance(tokens * share)
+        def step(tokens: int, factor: int = tokens_per_token) -> None:
+            advance(tokens * factor)
 
         if length == longest:
             edges = edges or doubling_edges(length)
             by_length[length], by_position = measure_by_position(
-                model, windows, edges, mesh, dtype, beside, step
+                model, windows, edges, mesh, dtype, compared, step
             )
         else:
-            by_length[length] = measure(model, windows, mesh, dtype, beside, step)
-    tasks = {}
-    for task, by in suite.samples.items():
+            by_length[length] = measure(model, windows, mesh, dtype, compared, step)
+    tasks: dict[str, dict[int, TaskResult]] = {}
+    for task, samples_by_length in suite.samples.items():
         tasks[task] = {}
-        for length, samples in by.items():
+        for length, samples in samples_by_length.items():
             scores = score(model, samples, mesh, dtype, lambda n: advance(n * mesh.dp.size))
             tasks[task][length] = summarize(samples, scores)
     return Results(by_length, edges, by_position, tasks)
 
 
 def summarize(samples: Sequence[Sample], scores: Sequence[Score]) -> TaskResult:
-    """Means over the samples of one task and length."""
+    """Return the means over the samples of one task and length."""
     depths = sorted({sample.depth for sample in samples if sample.depth is not None})
     pairs = list(zip(samples, scores, strict=True))
 
-    def share(depth: float) -> float:
-        return float(np.mean([found.exact for sample, found in pairs if sample.depth == depth]))
+    def exact_at(depth: float) -> float:
+        return float(np.mean([score.exact for sample, score in pairs if sample.depth == depth]))
 
     return TaskResult(
-        exact=float(np.mean([found.exact for found in scores])),
-        tokens=float(np.mean([found.tokens for found in scores])),
-        loss=float(np.mean([found.loss for found in scores])),
+        exact=float(np.mean([score.exact for score in scores])),
+        tokens=float(np.mean([score.tokens for score in scores])),
+        loss=float(np.mean([score.loss for score in scores])),
         samples=len(scores),
-        by_depth={depth: share(depth) for depth in depths},
+        by_depth={depth: exact_at(depth) for depth in depths},
     )

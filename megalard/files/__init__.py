@@ -1,0 +1,1 @@
+"""Files on disk: read with limits, written completely or not at all, and locked while written."""

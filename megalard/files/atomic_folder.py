@@ -1,7 +1,9 @@
-"""Folders that are written beside their final name and get it once they are whole.
+"""Directories that appear under their name only when they are complete.
 
-What a killed write left is known by the mark in it, which a living writer has locked, and is
-removed by the next; a folder of that name without the mark is somebody's, and is left alone.
+A directory ``NAME`` is written as ``NAME.partial`` and renamed at the end. While it is written it
+holds a mark, a file that its writer has locked. A killed writer leaves the mark unlocked, and the
+next writer then removes the directory. A directory ``NAME.partial`` without a mark was made by
+somebody else and is left alone.
 """
 
 from __future__ import annotations
@@ -13,22 +15,21 @@ import shutil
 from pathlib import Path
 from typing import IO
 
-from megalard.errors import UserError
-from megalard.files.locks import hold
-from megalard.files.safetensors import sync_directory
+from megalard.files.locks import hold_lock
+from megalard.files.writing import sync_directory
 
 _MARK = ".unfinished"
 
 
-class PartialFolder:
-    """``NAME.partial`` beside ``NAME``; one process begins, commits and abandons it.
+class AtomicFolder:
+    """A directory in the making. One process begins it, and then commits or abandons it.
 
     Attributes:
         directory: the final name.
-        path: where to write; other ranks may write there as well, between ``begin`` and ``commit``.
+        path: where to write. Other ranks may write there as well, between ``begin`` and ``commit``.
 
     Args:
-        replace: whether a folder that has the final name gives way.
+        replace: whether a directory that has the final name is replaced.
     """
 
     def __init__(self, directory: Path, replace: bool = False):
@@ -37,28 +38,32 @@ class PartialFolder:
         self._mark: IO[bytes] | None = None
 
     def begin(self) -> None:
-        """Make the folder, in place of what a killed write left.
+        """Make the directory ``path``, in place of a directory that a killed writer left.
 
         Raises:
-            OSError: it cannot be made, or something else has its name.
+            OSError: the directory cannot be made, or something else has its name.
             UserError: another process is writing it.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.replace:
-            self._put_back()
+            self._recover()
         _remove_marked(self.path)
         if self.path.is_dir() and any(self.path.iterdir()):
             raise FileExistsError(
                 errno.EEXIST, "it is in the way, move it elsewhere", str(self.path)
             )
         self.path.mkdir(exist_ok=True)
-        self._mark = hold(self.path / _MARK, str(self.directory))
+        self._mark = hold_lock(self.path / _MARK, str(self.directory))
 
     def commit(self) -> None:
-        """Give the folder, which is on the disk, its name; what had it goes only then.
+        """Rename the finished directory to its final name.
+
+        The caller has written every file to the disk. A directory that is replaced is removed only
+        after the rename has succeeded.
 
         Raises:
-            OSError: something that must not be replaced has the name; it and the folder stay.
+            OSError: the final name belongs to something that must not be replaced. That and
+                ``path`` stay as they are.
         """
         directory, old = self.directory, None
         if self.replace and directory.is_dir() and any(directory.iterdir()):
@@ -73,7 +78,7 @@ class PartialFolder:
                 (directory / _MARK).unlink()
             raise
         sync_directory(directory.parent)
-        # where a kill leaves it in a folder that has its name, it does no harm
+        # A kill before this line leaves the mark in the finished directory, where it does no harm.
         with contextlib.suppress(OSError):
             (directory / _MARK).unlink()
         self._mark.close()
@@ -82,12 +87,12 @@ class PartialFolder:
             shutil.rmtree(old, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Remove the folder, if it was begun and has not got its name."""
+        """Remove the directory if it was begun and not committed."""
         if self._mark is not None:
             _remove(self.path, self._mark)
             self._mark = None
 
-    def _put_back(self) -> None:
+    def _recover(self) -> None:
         """Undo what a kill between the two renames of ``commit`` left."""
         pattern = ".old-" + "[0-9a-f]" * 8
         for old in self.directory.parent.glob("*" + pattern):
@@ -100,13 +105,17 @@ class PartialFolder:
 
 
 def _remove_marked(folder: Path) -> None:
+    """Remove a directory that has a mark which no living writer holds."""
     mark = folder / _MARK
     if mark.exists():
-        _remove(folder, hold(mark, str(folder)))
+        _remove(folder, hold_lock(mark, str(folder)))
 
 
 def _remove(folder: Path, mark: IO[bytes]) -> None:
-    """Remove a folder; its mark last, and closed, as NFS keeps an open file and so the folder."""
+    """Remove a directory, its mark last.
+
+    The mark is closed first, because NFS keeps an open file, and with it the directory.
+    """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -115,10 +124,3 @@ def _remove(folder: Path, mark: IO[bytes]) -> None:
                 path.unlink()
     mark.close()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def cannot_write(directory: Path, error: OSError) -> UserError:
-    """One sentence; a full disk's error may name the file that was being copied to it."""
-    named = error.filename if error.errno != errno.ENOSPC else None
-    where = f" ({named})" if named else ""
-    return UserError(f"cannot write {directory}: {error.strerror or error}{where}")

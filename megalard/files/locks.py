@@ -1,4 +1,4 @@
-"""Files that say that a process is writing somewhere, held until it ends, however it ends."""
+"""Lock files: a process holds one while it writes somewhere, until the process ends."""
 
 from __future__ import annotations
 
@@ -9,35 +9,38 @@ from typing import IO
 
 from megalard.errors import UserError
 
-# for what a process that was killed has started, and that has its files a moment longer
+# A process that was killed may have started others that keep its files open a moment longer.
 _PATIENCE_S = 5.0
 
 
-def hold(path: Path, what: str) -> IO[bytes]:
-    """The file, made if need be and locked for this process until it is closed.
+def hold_lock(path: Path, target: str) -> IO[bytes]:
+    """Create the lock file if need be, lock it for this process, and return it open.
 
-    Where the disk keeps no locks (some network file systems) it is held without one.
+    Closing the file releases the lock; the end of the process closes it. Some network file systems
+    keep no locks. There the file is returned without one.
 
     Args:
-        what: what is being written, for the sentence.
+        path: the lock file.
+        target: what is being written, for the error message.
 
     Raises:
-        UserError: another process holds it.
-        OSError: it cannot be opened.
+        UserError: another process holds the lock.
+        OSError: the file cannot be opened.
     """
     file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
-    patience = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except BlockingIOError:
-            if time.monotonic() < patience:
+            if time.monotonic() < deadline:
                 time.sleep(0.1)
                 continue
             file.close()
             raise UserError(
-                f"another process is writing {what}: wait for it, stop it, or choose another place"
+                f"another process is writing {target}: wait for it, stop it, or choose another "
+                "place"
             ) from None
         except OSError:
             return file

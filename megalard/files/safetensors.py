@@ -1,24 +1,25 @@
-"""safetensors files, read and written a slice or a tensor at a time.
+"""Read and write safetensors files, one tensor or one slice at a time.
 
-Files are read with ``pread`` and not mapped, so that a process's memory holds what it asked for
-and no more, whatever the file's size. Both ways go through one tensor at a time.
+Files are read with ``pread`` and not memory-mapped, so that a process holds what it asked for and
+no more, however large the file is.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megalard.errors import UserError
+from megalard.errors import UserError, shown
+from megalard.files.reading import check_regular
+from megalard.files.writing import Progress, no_progress
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,17 +37,21 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_HEADER_LIMIT = 100 * 2**20  # the safetensors library's own
+_HEADER_LIMIT = 100 * 2**20  # bytes; the limit of the safetensors library
 _BLOCK_BYTES = 32 * 2**20
 
 
 class DamagedFile(ValueError):
-    """A safetensors file that does not hold what its header or its size promise."""
+    """A safetensors file that does not hold what its header or its size promises."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file; ``start`` is its first byte in the file."""
+    """One tensor of a file.
+
+    Attributes:
+        start: position of the tensor's first byte in the file.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -62,18 +67,21 @@ class TensorFile:
 
     Attributes:
         path: the file.
-        entries: name to ``Entry``.
-        metadata: the header's free text entries.
+        entries: tensor name to ``Entry``.
+        metadata: the free text entries of the header.
 
     Raises:
-        DamagedFile: the header is not one, or the file is not as long as it says.
-        UserError: a tensor is of a dtype that is not among ``DTYPES``.
+        DamagedFile: the header is not a safetensors header, or the file has another length than
+            the header says.
+        UserError: a tensor has a dtype that is not in ``DTYPES``, or the path is not a regular
+            file.
         OSError: the file cannot be read.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (lives as long as this)
+        check_regular(self.path)
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (open as long as this)
         try:
             self.entries, self.metadata = self._read_header()
         except BaseException:
@@ -88,46 +96,49 @@ class TensorFile:
         try:
             header = json.loads(self._file.read(length))
             metadata = header.pop("__metadata__", {})
-            entries, spans = {}, []
-            for name, value in header.items():
-                first, last = value["data_offsets"]
-                if isinstance(value["dtype"], str) and value["dtype"] not in DTYPES:
-                    raise UserError(
-                        f"{self.path} has the tensor {name} of dtype {value['dtype']}, which is "
-                        f"not supported: convert it to one of {', '.join(DTYPES)}, or leave it out"
-                    )
-                dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
-                if any(type(size) is not int or size < 0 for size in shape):
-                    raise ValueError
-                entry = Entry(dtype, shape, 8 + length + first)
-                if entry.nbytes != last - first:
-                    raise ValueError
-                entries[name] = entry
-                spans.append((first, last))
             if not isinstance(metadata, dict):
                 raise ValueError
+            entries = {name: self._entry(name, value, 8 + length) for name, value in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DamagedFile("its header is not a safetensors header") from None
-        expected = 0
-        for first, last in sorted(spans):
-            if first != expected:
+        expected = 8 + length
+        for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.nbytes)):
+            if entry.start != expected:
                 raise DamagedFile("its header leaves gaps between tensors")
-            expected = last
-        if size != 8 + length + expected:
-            raise DamagedFile(f"it has {size} bytes, its header promises {8 + length + expected}")
+            expected += entry.nbytes
+        if size != expected:
+            raise DamagedFile(f"it has {size} bytes, its header promises {expected}")
         return entries, metadata
 
+    def _entry(self, name: str, value: dict, base: int) -> Entry:
+        """Return the entry of one tensor; ``base`` is where the tensors begin in the file."""
+        start, end = value["data_offsets"]
+        shape = value["shape"]
+        if type(shape) is not list or any(type(n) is not int or n < 0 for n in (*shape, start)):
+            raise ValueError
+        if isinstance(value["dtype"], str) and value["dtype"] not in DTYPES:
+            raise UserError(
+                f"{self.path} has the tensor {shown(name)} of dtype {shown(value['dtype'])}, which "
+                f"is not supported: convert it to one of {', '.join(DTYPES)}, or leave it out"
+            )
+        entry = Entry(DTYPES[value["dtype"]], tuple(shape), base + start)
+        # torch counts the elements of each dimension in 64 bits, also for tensors without elements.
+        if type(end) is not int or entry.nbytes != end - start or math.prod(map(_one, shape)) >> 62:
+            raise ValueError
+        return entry
+
     def keys(self) -> list[str]:
+        """Return the names of the tensors in the order of the header."""
         return list(self.entries)
 
     def get_slice(self, name: str) -> TensorSlice:
-        """A tensor to be read by index, as with the safetensors library."""
+        """Return a tensor that is read by index, as the safetensors library does."""
         return TensorSlice(self, name)
 
     def read(
         self, name: str, start: tuple[int, ...] | None = None, size: tuple[int, ...] | None = None
     ) -> torch.Tensor:
-        """The tensor, or its box of ``size`` at ``start``, on the CPU in memory of its own."""
+        """Return the tensor, or its box of ``size`` at ``start``, as a new tensor on the CPU."""
         entry = self.entries[name]
         start = start if start is not None else (0,) * len(entry.shape)
         size = tuple(size) if size is not None else entry.shape
@@ -136,10 +147,10 @@ class TensorFile:
             return out
         row = math.prod(entry.shape[1:])
         if size[1:] == entry.shape[1:]:
-            first = start[0] * row if size else 0
-            self._fill(out, entry.start + first * entry.dtype.itemsize)
+            first_element = start[0] * row if size else 0
+            self._fill(out, entry.start + first_element * entry.dtype.itemsize)
             return out
-        # whole rows in blocks, of which the wanted columns are kept
+        # Blocks of complete rows are read, and the wanted columns are copied out of them.
         rows = max(1, _BLOCK_BYTES // (row * entry.dtype.itemsize))
         box = tuple(slice(a, a + n) for a, n in zip(start[1:], size[1:], strict=True))
         for number in range(0, size[0], rows):
@@ -157,6 +168,10 @@ class TensorFile:
             if count == 0:
                 raise DamagedFile("it became shorter while it was read")
             view, offset = view[count:], offset + count
+
+
+def _one(size: int) -> int:
+    return max(1, size)
 
 
 @dataclass(frozen=True)
@@ -177,31 +192,31 @@ class TensorSlice:
         index = index if isinstance(index, tuple) else (index,)
         start, size = [0] * len(shape), list(shape)
         for dim, part in enumerate(index[: len(shape)]):
-            first, last, step = part.indices(shape[dim])
+            low, high, step = part.indices(shape[dim])
             assert step == 1, "slices have no step"
-            start[dim], size[dim] = first, max(0, last - first)
+            start[dim], size[dim] = low, max(0, high - low)
         return self.file.read(self.name, tuple(start), tuple(size))
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def in_file_order(tensors: Mapping[str, Entry]) -> list[str]:
-    """Names by falling element size, so that every tensor of a file is aligned."""
+    """Return the names by decreasing element size, so that every tensor of a file is aligned."""
     return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
 
 
 class TensorFileWriter:
-    """Writes one file, tensor after tensor, and computes its checksum on the way.
+    """Writes one file, tensor after tensor, and computes its checksum meanwhile.
 
     Args:
         path: the file, which must not exist.
-        entries: name, dtype and shape of every tensor, in the order they will be written in.
-        metadata: the header's free text entries.
-        progress: called with the number of bytes of each part written.
-        checksum: whether to compute one.
+        entries: name, dtype and shape of every tensor, in the order in which they are written.
+        metadata: the free text entries of the header.
+        progress: called with the number of bytes of each part that was written.
+        checksum: whether to compute the sha256.
 
     Raises:
         OSError: the file exists or the disk is full; ``write`` and ``close`` raise it too.
@@ -212,7 +227,7 @@ class TensorFileWriter:
         path: str | Path,
         entries: Mapping[str, Entry],
         metadata: Mapping[str, str],
-        progress: Callable[[int], None] = lambda count: None,
+        progress: Progress = no_progress,
         checksum: bool = True,
     ):
         header: dict = {"__metadata__": dict(metadata)}
@@ -231,7 +246,7 @@ class TensorFileWriter:
         self._digest = hashlib.sha256() if checksum else None
         self._size = 0
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        # one thread hashes and one starts writing back, while the caller fetches the next tensor
+        # One thread hashes and one starts the write-back while the caller fetches the next tensor.
         self._helpers = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
         self._hashed: Future | None = None
         self._flushed: Future | None = None
@@ -243,7 +258,7 @@ class TensorFileWriter:
             raise
 
     def write(self, tensor: torch.Tensor) -> None:
-        """Append the next tensor, which must have the promised dtype and shape."""
+        """Append the next tensor, which must have the dtype and shape of its entry."""
         name, entry = self._expected.pop(0)
         assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), name
         tensor = tensor.detach().to("cpu").contiguous()
@@ -265,7 +280,8 @@ class TensorFileWriter:
                 self._check_flushed()
                 self._flushed = self._helpers[1].submit(os.fdatasync, self._file)
                 self._unflushed = 0
-        # beside the next tensor, which is being read, this one would be a third to keep
+        # Without this wait three tensors would be in memory: this one, the one that is being read
+        # ahead, and the next one to be written.
         self._wait_for_hash()
 
     def _wait_for_hash(self) -> None:
@@ -278,7 +294,7 @@ class TensorFileWriter:
             self._flushed.result()
 
     def close(self) -> tuple[int, str | None]:
-        """Wait until the file is on the disk; returns its size in bytes and its sha256 (hex)."""
+        """Wait until the file is on the disk; return its size in bytes and its sha256."""
         try:
             assert not self._expected, f"{len(self._expected)} tensors were not written"
             self._wait_for_hash()
@@ -289,7 +305,7 @@ class TensorFileWriter:
         return self._size, self._digest.hexdigest() if self._digest else None
 
     def abandon(self) -> None:
-        """Close without finishing; the file is then worthless."""
+        """Close the file without finishing it; its content is then useless."""
         for helper in self._helpers:
             helper.shutdown(wait=True)
         if self._file >= 0:
@@ -302,63 +318,26 @@ def write_tensor_file(
     entries: Mapping[str, Entry],
     tensors: Iterable[torch.Tensor],
     metadata: Mapping[str, str],
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Progress = no_progress,
     checksum: bool = True,
 ) -> tuple[int, str | None]:
-    """Write a whole file; returns its size in bytes and its sha256 (hex)."""
+    """Write a complete file; return its size in bytes and its sha256 in hexadecimal."""
     writer = TensorFileWriter(path, entries, metadata, progress, checksum)
     try:
         for tensor in tensors:
             writer.write(tensor)
-            del tensor  # or it would live until the next but one has been read
+            del tensor  # or it would stay in memory while the next tensors are read
         return writer.close()
     finally:
         writer.abandon()
 
 
 def read_ahead(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The same tensors, each fetched in a thread while the one before it is used."""
+    """Yield the tensors, fetching each in a thread while the one before it is used."""
     iterator = iter(tensors)
     with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, iterator, None)
-        while (tensor := following.result()) is not None:
-            following = thread.submit(next, iterator, None)
+        next_tensor = thread.submit(next, iterator, None)
+        while (tensor := next_tensor.result()) is not None:
+            next_tensor = thread.submit(next, iterator, None)
             yield tensor
             del tensor
-
-
-def file_sha256(path: str | Path, progress: Callable[[int], None] = lambda count: None) -> str:
-    """sha256 (hex) of a file, in constant memory."""
-    digest = hashlib.sha256()
-    buffer = bytearray(4 * 2**20)
-    view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(view):
-            digest.update(view[:count])
-            progress(count)
-    return digest.hexdigest()
-
-
-def cannot_read(path: str | Path, error: OSError) -> UserError:
-    """The sentence about a file or a directory that the system does not let us read."""
-    fix = "check its permissions and its disk"
-    if error.errno == errno.EMFILE:
-        fix = "raise the limit of this shell with ulimit -n"
-    return UserError(f"cannot read {path}: {error.strerror or error}; {fix}")
-
-
-def sync_files(directory: Path) -> None:
-    """Wait until every file of a directory, and its names, are on the disk."""
-    for path in directory.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    sync_directory(directory)
-
-
-def sync_directory(path: str | Path) -> None:
-    """Make the names in a directory as lasting as the files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

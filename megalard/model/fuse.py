@@ -1,4 +1,4 @@
-"""Pointwise chains as one kernel each, by torch.compile, where there is a GPU."""
+"""Chains of pointwise operations as one kernel each, through ``torch.compile``, on GPUs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 
 
 def fused_on_gpu(function: Callable) -> Callable:
-    """Compile ``function`` for CUDA inputs; on the CPU, which may have no compiler, run it as is.
+    """Compile ``function`` for CUDA inputs, and call it as it is for CPU inputs.
 
-    On the 7B shape the unfused RoPE, SwiGLU and gradient scaling took a tenth of a step.
+    A machine without a GPU may have no compiler. On the 7B shape the unfused RoPE, SwiGLU and
+    scaling of gradients took a tenth of a step.
     """
     compiled = torch.compile(function)
 

@@ -1,4 +1,4 @@
-"""LoRA: W + (alpha / rank) B A, with dropout on A's input (Hu et al., 2106.09685)."""
+"""LoRA: W + (alpha / rank) B A, with dropout on the input of A (Hu et al., arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import nn
 
 
 class DropoutKey:
-    """What the dropout masks of one step are drawn from.
+    """The seed that all dropout masks of one step are drawn from.
 
-    A mask is a hash of (seed, place in the model, token, feature), so it is the same however
-    tokens and features are spread over ranks, and a recomputed layer draws it again.
+    A mask is a hash of (seed, place in the model, token, feature). It is therefore the same however
+    tokens and features are split over ranks, and a layer that is computed again under activation
+    checkpointing draws the same mask.
 
     Attributes:
-        seed: changes from step to step.
+        seed: a number that changes from step to step.
     """
 
     def __init__(self):
@@ -32,10 +33,13 @@ class Dropout(nn.Module):
     def forward(
         self, x: torch.Tensor, token_t: torch.Tensor | None, *, first_row: int, first_feature: int
     ) -> torch.Tensor:
-        """Drop entries of ``x`` [rows, features], whose corner is (first_row, first_feature).
+        """Set random entries of ``x`` to zero and scale the others by 1 / (1 - rate).
 
-        ``token_t``, int64 [t], numbers the micro-batch's tokens, unique in the step; None switches
-        dropout off.
+        Args:
+            x: [rows, features], a rectangle of the whole input of the projection.
+            token_t: int64 [t], one number per token of the micro-batch, unique within the step.
+                None switches dropout off.
+            first_row, first_feature: where the rectangle begins in the whole input.
         """
         if self.rate == 0 or token_t is None:
             return x
@@ -45,6 +49,8 @@ class Dropout(nn.Module):
 
 
 class _HashDropout(torch.autograd.Function):
+    """Dropout whose mask is computed again in the backward pass instead of being kept."""
+
     @staticmethod
     def forward(ctx, x, rate, seed, token, first_feature):
         ctx.args = (rate, seed, first_feature)
@@ -65,16 +71,17 @@ def _masked(x, token, rate, seed, first_feature):
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A 32-bit finalizer (two rounds of xor-shift and multiply) in int64 arithmetic."""
+    """Scramble 32-bit numbers: two rounds of xor-shift and multiply, in int64 arithmetic."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def initial_a(rank: int, features: int, seed: int) -> torch.Tensor:
-    """A [rank, features] in fp32, Kaiming-uniform as in PEFT; B starts at zero.
+    """Return the initial A, fp32 [rank, features], Kaiming-uniform as in PEFT; B starts at zero.
 
-    Drawn on the CPU from ``seed`` alone, so that every rank cuts its slice from the same matrix.
+    The values are drawn on the CPU from ``seed`` alone, so that every rank cuts its slice from the
+    same matrix.
     """
     generator = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(features)

@@ -1,7 +1,7 @@
-"""Rotary position embeddings: the teacher's native table and the student's scaled one.
+"""Rotary position embeddings: the teacher's native table and the student's scaled table.
 
-Both are what transformers computes from a ``config.json``, so that an exported student has, in
-transformers, exactly the frequencies it was trained with.
+transformers computes both tables from a ``config.json``, so that an exported student has exactly
+the frequencies in transformers that it was trained with.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from megalard.transfer import to_device
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Inverse frequencies [head_dim / 2] in fp32, and the factor on cos and sin.
+    """The table of rotary positions of one model.
 
-    YaRN and longrope scale cos and sin by ``attention_scaling``; the student's Q/Q and K/K
-    relations then carry its square, which is part of those methods.
+    Attributes:
+        inv_freq: fp32 [head_dim / 2], the inverse frequencies.
+        attention_scaling: the factor on cos and sin that YaRN and longrope have. The student's Q/Q
+            and K/K relations carry its square, which is part of these methods.
     """
 
     inv_freq: torch.Tensor
     attention_scaling: float
 
     def cos_sin(self, position_bs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each [b, 1, s, head_dim] in fp32, for positions [b, s]."""
+        """Return cos and sin, each fp32 [b, 1, s, head_dim], for positions [b, s]."""
         angle = position_bs[..., None].float() * to_device(self.inv_freq, position_bs.device)
         angle = torch.cat((angle, angle), dim=-1).unsqueeze(1)
         return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
@@ -43,20 +45,23 @@ class RopeTable:
 
 @fused_on_gpu
 def apply_rope(x_bhsd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn half-split pairs (i, i + d/2), the layout of Hugging Face's Llama; computed in fp32."""
-    first, second = x_bhsd.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_bhsd * cos + turned * sin).to(x_bhsd.dtype)
+    """Rotate the pairs (i, i + d/2), which is the layout of Hugging Face's Llama, in fp32."""
+    lower, upper = x_bhsd.chunk(2, dim=-1)
+    rotated = torch.cat((-upper, lower), dim=-1)
+    return (x_bhsd * cos + rotated * sin).to(x_bhsd.dtype)
 
 
 def rope_table(spec: ModelSpec) -> RopeTable:
-    """The table transformers builds for this model.
+    """Return the table that transformers builds for a model.
 
     Raises:
-        UserError: it builds none from what ``config.json`` says.
+        UserError: transformers cannot build a table from what ``config.json`` says.
     """
     if spec.rope["rope_type"] == "dynamic":
-        raise UserError("'dynamic' RoPE changes with the length read, so it has no table to distil")
+        raise UserError(
+            "rope_type 'dynamic' depends on the length that is read, so there is no fixed table to "
+            "distill: give a model with another RoPE"
+        )
     try:
         config = LlamaConfig(
             hidden_size=spec.num_heads * spec.head_dim,
@@ -79,12 +84,12 @@ def rope_table(spec: ModelSpec) -> RopeTable:
 
 
 def scaled_config(spec: ModelSpec, rope: RopeConfig, native_context: int) -> dict:
-    """``config.json`` of the student: the teacher's, with scaled RoPE in both spellings.
+    """Return the student's ``config.json``: the teacher's, with scaled RoPE in both spellings.
 
     Args:
         spec: the teacher.
-        rope: type and factor; the rest is derived.
-        native_context: M; the student's window is factor * M tokens.
+        rope: type and factor; the other parameters are derived.
+        native_context: M in tokens; the student's window is factor * M.
 
     Raises:
         UserError: the teacher's RoPE is already scaled, or the table file is wrong.
@@ -102,9 +107,9 @@ def scaled_config(spec: ModelSpec, rope: RopeConfig, native_context: int) -> dic
 
 
 def write_rope(config: dict, parameters: dict, head_dim: int) -> dict:
-    """Describe RoPE in the v4 and the v5 spelling, equal to each other.
+    """Return a ``config.json`` that describes RoPE in the spellings of transformers 4 and 5.
 
-    A file with only ``rope_parameters`` silently becomes native RoPE in transformers 4.57.
+    transformers 4.57 silently reads a file with only ``rope_parameters`` as native RoPE.
     """
     config = dict(config)
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
@@ -143,8 +148,8 @@ def _scaled_parameters(spec: ModelSpec, rope: RopeConfig, native_context: int) -
         base = theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         factors = (1.0 / (base * read_table(rope.table, dim))).tolist()
         extra = {"attention_factor": 1.0}
-    # transformers picks the short factors up to M tokens, and the student is trained there: both
-    # lists are equal so that it has the same frequencies at every length.
+    # transformers uses the short factors for up to M tokens, where the student is trained. Both
+    # lists are equal, so that the student has the same frequencies at every length.
     return {
         "rope_type": "longrope",
         "rope_theta": theta,
@@ -157,7 +162,11 @@ def _scaled_parameters(spec: ModelSpec, rope: RopeConfig, native_context: int) -
 
 
 def read_table(path: str, head_dim: int) -> torch.Tensor:
-    """Inverse frequencies [head_dim / 2] in fp64 from a .json list, .npy array or .txt file."""
+    """Return the inverse frequencies, fp64 [head_dim / 2], of a .json, .npy or .txt file.
+
+    Raises:
+        UserError: the file cannot be read, or holds another number of values or bad values.
+    """
     file = Path(path)
     try:
         if file.suffix == ".json":

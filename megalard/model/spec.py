@@ -1,16 +1,16 @@
-"""What a decoder looks like: flags read from a Hugging Face ``config.json``.
+"""The shape and flags of a decoder, read from a Hugging Face ``config.json``.
 
-The decoder is driven by these flags, not by family names. A family whose model differs in a way
-the flags do not describe is refused by name, with the reason.
+The decoder is driven by these flags, not by the names of model families. A family whose model
+differs in a way that the flags do not describe is refused by name, with the reason.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megalard.errors import UserError
+from megalard.errors import UserError, shown
+from megalard.files.reading import read_json
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -25,7 +25,7 @@ _COUNTS = (
 _ROPE_SECTIONS = ("rope_scaling", "rope_parameters")
 _OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
 
-# what transformers takes where config.json is silent and the value is not the usual one
+# The defaults of transformers where they differ from family to family.
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _DEFAULTS = {
     "llama": {},
@@ -52,11 +52,15 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shape and flags of a decoder.
+    """The shape and flags of a decoder.
 
-    ``windows`` has one entry a layer: None for full causal attention, or w so that query i sees
-    key j only if i - j < w. ``rope`` is the RoPE description in the v5 spelling
-    (``rope_type``, ``rope_theta``, ...). ``hf_config`` is the file's content, for export.
+    Attributes:
+        windows: one entry per layer. None is full causal attention; with w, query i sees key j only
+            if i - j < w.
+        max_positions: the number of positions that the model reads.
+        rope: the description of RoPE in the spelling of transformers 5 (``rope_type``,
+            ``rope_theta``, ...).
+        hf_config: the content of config.json, for export.
     """
 
     family: str
@@ -83,27 +87,28 @@ def read_spec(model_dir: str | Path) -> ModelSpec:
     """Read ``config.json`` of a Hugging Face model directory.
 
     Raises:
-        UserError: no such directory or file, invalid JSON, or a model this decoder would get wrong.
+        UserError: the directory or the file is missing, the JSON is invalid, or the decoder would
+            compute the model wrongly.
     """
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise UserError(f"no model directory at {model_dir}: give a Hugging Face model directory")
     path = model_dir / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except FileNotFoundError:
         raise UserError(
             f"{model_dir} has no config.json: give a Hugging Face model directory"
         ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): correct it, or download it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} does not hold a JSON object: give a Hugging Face model directory")
     return spec_from_config(config, str(model_dir))
 
 
 def spec_from_config(config: dict, where: str) -> ModelSpec:
-    """The spec of a ``config.json`` dictionary; ``where`` names it in errors."""
+    """Return the spec of a ``config.json`` dictionary; ``where`` names the file in errors."""
     family = config.get("model_type")
     _refuse(config, family, where)
     hf_config, config = config, {**_DEFAULTS[family], **config}
@@ -112,7 +117,7 @@ def spec_from_config(config: dict, where: str) -> ModelSpec:
         heads = config["num_attention_heads"]
         layers = config["num_hidden_layers"]
         hidden = config["hidden_size"]
-        # the other families' classes do not read these flags
+        # The classes of the other families do not read these flags.
         attention_bias = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
         return ModelSpec(
             family=family,
@@ -139,12 +144,13 @@ def spec_from_config(config: dict, where: str) -> ModelSpec:
 
 
 def rope_parameters(config: dict, where: str) -> dict:
-    """RoPE in the v5 spelling, from either spelling or both.
+    """Return the description of RoPE in the spelling of transformers 5.
 
-    transformers v4 writes ``rope_theta`` and ``rope_scaling`` at top level, v5 ``rope_parameters``.
+    transformers 4 writes ``rope_theta`` and ``rope_scaling`` at top level, and transformers 5
+    writes ``rope_parameters``. The file may have either or both.
 
     Raises:
-        UserError: both are there and disagree.
+        UserError: the file has both and they disagree.
     """
     theta = config.get("rope_theta")
     scaling = dict(config.get("rope_scaling") or {})
@@ -186,21 +192,21 @@ def _windows(config: dict, family: str, layers: int) -> tuple[int | None, ...]:
 
 
 def _check_numbers(config: dict, where: str) -> None:
-    """Refuse what is no number where one is needed; a missing one is told elsewhere."""
+    """Reject values that are not numbers; missing keys are reported by the caller."""
     for key in (*_COUNTS, *_OPTIONAL_COUNTS):
         value, least = config.get(key), 1 if key in _COUNTS else 0
         optional = key not in config or (value is None and key in _OPTIONAL_COUNTS)
         if not optional and (type(value) is not int or value < least):
             raise UserError(
-                f"{where}/config.json has {json.dumps(value)} as {key}, which has to be a whole "
-                f"number from {least} on: correct it, or download it again"
+                f"{where}/config.json has {shown(value)} as {key}, which must be a whole number of "
+                f"at least {least}: correct it, or download it again"
             )
     ropes = [config.get(key) or {} for key in _ROPE_SECTIONS]
     for section, key in ((config, "rms_norm_eps"), *((s, "rope_theta") for s in (config, *ropes))):
         value = section.get(key)
         if value is not None and type(value) not in (int, float):
             raise UserError(
-                f"{where}/config.json has {json.dumps(value)} as {key}, which has to be a number: "
+                f"{where}/config.json has {shown(value)} as {key}, which must be a number: "
                 "correct it, or download it again"
             )
 
@@ -217,14 +223,12 @@ def _refuse(config: dict, family: str | None, where: str) -> None:
         if "moe" in lowered:
             refuse("it is a mixture of experts")
         known = [name for name in _REFUSED if lowered.startswith(name)]
-        refuse(
-            _REFUSED[max(known, key=len)] if known else "its layers are not known to this decoder"
-        )
+        refuse(_REFUSED[max(known, key=len)] if known else "this decoder does not know its layers")
     for key in _ROPE_SECTIONS:
         if not isinstance(config.get(key) or {}, dict):
             raise UserError(
-                f"{where}/config.json has {json.dumps(config[key])} as {key}, which has to be a "
-                "JSON object: correct it, or download it again"
+                f"{where}/config.json has {shown(config[key])} as {key}, which must be a JSON "
+                "object: correct it, or download it again"
             )
     if config.get("num_local_experts") or config.get("num_experts"):
         refuse("it is a mixture of experts")
@@ -234,6 +238,6 @@ def _refuse(config: dict, family: str | None, where: str) -> None:
         refuse("its RoPE is interleaved")
     partial = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
     if (config.get("partial_rotary_factor") or partial or 1.0) != 1.0:
-        refuse("its RoPE turns only a part of each head")
+        refuse("its RoPE rotates only a part of each head")
     if config.get("quantization_config"):
         refuse("its weights are quantized: give the unquantized checkpoint")

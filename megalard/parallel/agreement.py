@@ -1,39 +1,42 @@
-"""Errors of one rank made the errors of all, so that every rank stops and one rank says why."""
+"""Errors of one rank become errors of all ranks, so that all stop and one of them reports."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from megalard.errors import UserError
 from megalard.parallel.mesh import Axis
 
+T = TypeVar("T")
+
 
 @contextmanager
-def checked_on_all_ranks(world: Axis) -> Iterator[None]:
-    """Run a block on every rank; a ``UserError`` on any of them is raised on all of them.
+def checked_on_all_ranks(axis: Axis) -> Iterator[None]:
+    """Run a block on every rank; a ``UserError`` on any rank is raised on all of them.
 
-    Usable only where every rank enters, and nothing in the block waits for another rank.
+    Every rank must enter, and nothing in the block may wait for another rank.
     """
-    error: str | None = None
+    sentence: str | None = None
     try:
         yield
-    except UserError as raised:
-        error = str(raised)
-    for sentence in gather_objects(error, world):
-        if sentence is not None:
-            raise UserError(sentence)
+    except UserError as error:
+        sentence = str(error)
+    for other_sentence in gather_objects(sentence, axis):
+        if other_sentence is not None:
+            raise UserError(other_sentence)
 
 
 @contextmanager
 def checked_meanwhile(check: Callable[[], object], axis: Axis) -> Iterator[Callable[[], None]]:
-    """Run a check in a thread beside the block; yields a wait, in which all ranks join.
+    """Run a check in a thread while the block runs; yield a function that waits for the check.
 
-    The check talks to no other rank. A ``UserError`` of it on any rank is raised by the wait on all
-    of them.
+    The check communicates with no other rank. All ranks call the wait, and a ``UserError`` of the
+    check on any rank is then raised on all of them.
     """
     with ThreadPoolExecutor(1) as thread:
         checking = thread.submit(check)
@@ -45,10 +48,15 @@ def checked_meanwhile(check: Callable[[], object], axis: Axis) -> Iterator[Calla
         yield wait
 
 
-def gather_objects(value, axis: Axis) -> list:
-    """Every rank's small Python object, on every rank, in the order of ranks."""
+def gather_objects(value: T, axis: Axis) -> list[T]:
+    """Return the small Python objects of all ranks, on every rank, in the order of ranks."""
     if axis.size == 1:
         return [value]
-    values = [None] * axis.size
+    values: list = [None] * axis.size
     dist.all_gather_object(values, value, group=axis.group)
     return values
+
+
+def from_rank_0(value: T | None, axis: Axis) -> T:
+    """Return rank 0's small Python object on every rank."""
+    return gather_objects(value, axis)[0]

@@ -1,9 +1,9 @@
-"""Collectives along one axis, and the autograd pairs built of them.
+"""Collectives along one axis, and pairs of them for autograd.
 
-Activations are [tokens, features]; a *sequence-parallel* region holds this rank's contiguous
-share of the tokens (dim 0), a *tensor-parallel* region holds all tokens of this rank's features.
-The names are Megatron-LM's; f and g are the conjugate pair of Shoeybi et al. (1909.08053) and
-Korthikanti et al. (2205.05198).
+Activations are [tokens, features]. A *sequence-parallel* region holds this rank's contiguous share
+of the tokens (dim 0); a *tensor-parallel* region holds all tokens of this rank's features. The
+names are those of Megatron-LM. The pairs are the conjugate f and g of Shoeybi et al. (arXiv
+1909.08053) and Korthikanti et al. (arXiv 2205.05198).
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch.distributed as dist
 
 from megalard.parallel.mesh import Axis
 
-# torch 2.13 renamed the flat collectives and warns at the old names
+# torch 2.13 renamed these collectives and warns at the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_reduce(x: torch.Tensor, axis: Axis, op=dist.ReduceOp.SUM) -> torch.Tensor:
-    """Reduce ``x`` over the axis, in place; returns ``x``. No autograd."""
+    """Reduce ``x`` over the axis, in place, and return it. No autograd."""
     if axis.size > 1:
         dist.all_reduce(x, op=op, group=axis.group)
     return x
 
 
 def all_gather_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """[t / size, ...] on each rank to [t, ...] on every rank. No autograd."""
+    """Gather [t / size, ...] of each rank to [t, ...] on every rank. No autograd."""
     if axis.size == 1:
         return x
     out = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
@@ -35,7 +35,7 @@ def all_gather_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def reduce_scatter_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """[t, ...] partial sums on each rank to this rank's [t / size, ...] of the sum. No autograd."""
+    """Sum [t, ...] over the ranks and return this rank's [t / size, ...]. No autograd."""
     if axis.size == 1:
         return x
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
@@ -43,14 +43,14 @@ def reduce_scatter_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return out
 
 
-class Posted:
-    """A collective on its way; ``wait`` gives its result. No autograd.
+class PendingCollective:
+    """A collective that has been started; ``wait`` returns its result. No autograd.
 
-    Posting returns at once, so that work on what is here overlaps the transfer.
+    Starting returns at once, so that computation overlaps the transfer.
     """
 
     def __init__(self, collective, out: torch.Tensor, x: torch.Tensor, axis: Axis):
-        self._out, self._sent = out, x  # kept alive until the transfer is over
+        self._out, self._sent = out, x  # kept alive until the transfer is complete
         self._request = collective(out, x, group=axis.group, async_op=True)
 
     def wait(self) -> torch.Tensor:
@@ -58,19 +58,21 @@ class Posted:
         return self._out
 
 
-def post_all_gather_tokens(x: torch.Tensor, axis: Axis) -> Posted:
-    """``all_gather_tokens`` over an axis of two ranks or more, posted."""
+def start_all_gather_tokens(x: torch.Tensor, axis: Axis) -> PendingCollective:
+    """Start ``all_gather_tokens`` over an axis of two ranks or more."""
     out = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
-    return Posted(_all_gather, out, x.contiguous(), axis)
+    return PendingCollective(_all_gather, out, x.contiguous(), axis)
 
 
-def post_reduce_scatter_tokens(x: torch.Tensor, axis: Axis) -> Posted:
-    """``reduce_scatter_tokens`` over an axis of two ranks or more, posted."""
+def start_reduce_scatter_tokens(x: torch.Tensor, axis: Axis) -> PendingCollective:
+    """Start ``reduce_scatter_tokens`` over an axis of two ranks or more."""
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    return Posted(_reduce_scatter, out, x.contiguous(), axis)
+    return PendingCollective(_reduce_scatter, out, x.contiguous(), axis)
 
 
 class _GatherTokens(torch.autograd.Function):
+    """All-gather in the forward pass, reduce-scatter in the backward pass."""
+
     @staticmethod
     def forward(ctx, x, axis):
         ctx.axis = axis
@@ -82,6 +84,8 @@ class _GatherTokens(torch.autograd.Function):
 
 
 class _ReduceScatterTokens(torch.autograd.Function):
+    """Reduce-scatter in the forward pass, all-gather in the backward pass."""
+
     @staticmethod
     def forward(ctx, x, axis):
         ctx.axis = axis

@@ -1,4 +1,4 @@
-"""The mesh of ranks: named axes dp, cp, tp, passed explicitly to whatever talks over them."""
+"""The mesh of ranks: named axes dp, cp and tp, passed explicitly to whatever communicates."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from megalard.errors import UserError
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the mesh as a rank sees it: its group, its place in it, the group's size.
+    """One axis of the mesh as one rank sees it.
 
-    ``group`` is None when the size is 1; collectives over such an axis do nothing.
+    Attributes:
+        group: the process group; None when the size is 1, and collectives then do nothing.
+        rank: the place of this rank along the axis.
+        size: the number of ranks along the axis.
     """
 
     group: dist.ProcessGroup | None
@@ -35,11 +38,11 @@ class Mesh:
     Attributes:
         world: every rank.
         dp: ranks that hold the same weights and read different blocks.
-        cp: ranks that hold the same weights and share the sequence of each block.
-        data: dp and cp together: all ranks whose gradients of the same weights are summed.
-        tp: ranks that share one copy of the weights, and one block, between them. Neighbours in
-            rank, so that on a cluster they sit on one node.
-        device: where this rank computes.
+        cp: ranks that hold the same weights and share the tokens of each block.
+        data: dp and cp together: the ranks over which gradients of the same weights are summed.
+        tp: ranks that share one copy of the weights. They are neighbors in rank, so that on a
+            cluster they are on one node.
+        device: the device of this rank.
     """
 
     world: Axis
@@ -49,42 +52,48 @@ class Mesh:
     tp: Axis
     device: torch.device
 
-    def replicas(self, count: int) -> Axis:
-        """The ``count`` neighbouring tp ranks that hold the same K/V heads.
+    @property
+    def is_rank_0(self) -> bool:
+        """Whether this is the rank that writes and reports."""
+        return self.world.rank == 0
 
-        A collective call: every rank makes it, with the same count.
+    def replicas(self, count: int) -> Axis:
+        """Return the axis of the ``count`` neighboring tp ranks that hold the same K/V heads.
+
+        This is a collective call: every rank makes it, with the same count.
         """
         if count == 1:
             return SINGLE
         if count == self.tp.size:
             return self.tp
         group = None
-        for first in range(0, self.world.size, count):
-            ranks = list(range(first, first + count))
-            new = dist.new_group(ranks)
+        for first_rank in range(0, self.world.size, count):
+            ranks = list(range(first_rank, first_rank + count))
+            new_group = dist.new_group(ranks)
             if self.world.rank in ranks:
-                group = new
+                group = new_group
         return Axis(group, self.world.rank % count, count)
 
 
 def build_mesh(device: str, tp: int, cp: int = 1) -> Mesh:
-    """Start torch.distributed when launched by torchrun, and lay the ranks out as (dp, cp, tp).
+    """Start torch.distributed if torchrun launched this process, and lay out ranks as (dp, cp, tp).
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
         tp: tensor-parallel size.
-        cp: context-parallel size; the data-parallel size is world / (cp * tp).
+        cp: context-parallel size. The data-parallel size is ranks / (cp * tp).
 
     Raises:
-        UserError: the world is not a multiple of cp * tp, there is no such device, or torchrun is
-            to start ranks again and would hand them a store of stale addresses.
+        UserError: the number of ranks is not a multiple of cp * tp, there is no such device, or
+            torchrun would hand restarted ranks a store with stale addresses.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if world % (cp * tp):
         raise UserError(
             f"parallel.tp {tp} times parallel.cp {cp} is {cp * tp} but {world} processes were "
-            f"started: start a multiple of {cp * tp}, or choose sizes whose product divides {world}"
+            f"started: start a multiple of {cp * tp} (launch/train.sh --gpus N), or choose sizes "
+            f"whose product divides {world}"
         )
     target = pick_device(device, local_rank)
     if world == 1:
@@ -94,7 +103,7 @@ def build_mesh(device: str, tp: int, cp: int = 1) -> Mesh:
         torch.cuda.set_device(target)
     if not dist.is_initialized():
         backend = "nccl" if target.type == "cuda" else "gloo"
-        # rank 0 may tokenize a large corpus while the others wait
+        # Rank 0 may tokenize a large corpus while the other ranks wait.
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     names, shape = ("dp", "cp", "tp"), (world // (cp * tp), cp, tp)
     mesh = init_device_mesh(target.type, shape, mesh_dim_names=names)
@@ -104,35 +113,47 @@ def build_mesh(device: str, tp: int, cp: int = 1) -> Mesh:
 
 
 def allowed_restarts() -> int:
-    """How many times torchrun may start all ranks again."""
+    """Return how many times torchrun may start all ranks again."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
+def is_first_on_node() -> bool:
+    """Whether this process does what one process of every node has to do."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def _check_restarts() -> None:
-    """In torchrun's shared store the ranks of an earlier start left addresses (torch 2.13)."""
+    """Refuse restarts in torchrun's shared store, which keeps the addresses of ended ranks.
+
+    Observed with torch 2.13.
+    """
     restarts = allowed_restarts()
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise UserError(
-            f"torchrun was given --max-restarts {restarts}, and ranks that it starts again would "
-            "look for each other where those before them were: start with launch/train.sh "
+            f"torchrun was given --max-restarts {restarts}, and restarted ranks would look for "
+            "each other at the addresses of the ranks before them: start with launch/train.sh "
             "--max-restarts, or set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
         )
 
 
 def pick_device(device: str, local_rank: int) -> torch.device:
-    """The device of this rank: the local rank's GPU, or the CPU."""
+    """Return the device of this rank: the GPU of its local rank, or the CPU.
+
+    Raises:
+        UserError: there is no GPU, or fewer than processes.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("run.device is cuda but torch sees no GPU: use run.device cpu")
-    # compared on every rank alike, since rank 0, which reports, always finds a GPU of its own
+    # Compared on every rank alike, because rank 0, which reports, always finds a GPU for itself.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     if processes > torch.cuda.device_count():
         raise UserError(
             f"{processes} processes were started on a machine with {torch.cuda.device_count()} "
-            "GPUs: start one process a GPU"
+            "GPUs: start one process per GPU"
         )
     return torch.device("cuda", local_rank)
 

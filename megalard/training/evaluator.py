@@ -1,4 +1,4 @@
-"""Evaluation around a training run: teacher, scaled student, restored student."""
+"""Evaluation around a run: the teacher, the scaled student, and the restored student."""
 
 from __future__ import annotations
 
@@ -7,60 +7,75 @@ from pathlib import Path
 import torch
 
 from megalard.config.schema import Config
-from megalard.evaluation.measure import Measurement, choose_windows, default_lengths, measure
-from megalard.evaluation.report import ModelResult, plot, print_table, write_json
+from megalard.evaluation.measure import check_lengths, cut_windows, default_lengths
+from megalard.evaluation.plots import draw
+from megalard.evaluation.report import Entry, Restoration, print_tables, write_json
+from megalard.evaluation.suite import Suite, run_suite
 from megalard.model.decoder import Decoder
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import Mesh
-from megalard.training.assemble import Plan, open_tokens
+from megalard.training.build import open_tokens
+from megalard.training.plan import Plan
 
 
 class Evaluator:
-    """Measures before and after training; does nothing when there is no held-out text.
+    """Measures before and after training. Without held-out text it does nothing.
+
+    Attributes:
+        entries: what has been measured so far.
+        restoration: how the entries are compared.
 
     Raises:
-        UserError: on every rank, when the text or the lengths cannot be used.
+        UserError: on every rank, if the text or the lengths cannot be used.
     """
 
     def __init__(self, config: Config, plan: Plan, output: Path, mesh: Mesh):
-        self.plan, self.output, self.mesh = plan, output, mesh
+        self.output, self.mesh = output, mesh
         self.dtype = getattr(torch, config.model.compute_dtype)
-        self.results: list[ModelResult] = []
-        self.windows = {}
+        self.restoration = Restoration(plan.native_window, plan.factor)
+        self.entries: list[Entry] = []
+        self.suite = Suite()
         evaluation = config.evaluation
+        self.settings = {"text": evaluation.paths, "max_tokens": evaluation.max_tokens}
         if not evaluation.paths:
             return
         store = open_tokens(
             evaluation.paths, output / "evaluation-tokens", config.data.text_key, plan, mesh
         )
-        lengths = evaluation.lengths or default_lengths(plan.native_context, plan.factor)
+        lengths = evaluation.lengths or default_lengths(plan.native_window, plan.factor)
         with checked_on_all_ranks(mesh.world):
-            self.windows = choose_windows(
-                store, lengths, evaluation.max_tokens, mesh.tp.size, mesh.cp.size
-            )
+            check_lengths(lengths, mesh.tp.size, mesh.cp.size, "evaluation.lengths")
+            count = min(len(store.tokens), max(evaluation.max_tokens, *lengths))
+            windows = cut_windows(store.read(0, count), lengths, evaluation.max_tokens)
+        self.suite = Suite(windows)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there is held-out text."""
+        return bool(self.suite.windows)
 
     def before(self, teacher: Decoder, student: Decoder) -> None:
-        """Measure the teacher and the scaled student."""
-        if self.windows:
-            self.results.append(ModelResult("teacher", 0, self._measure(teacher, None)))
-            self.results.append(ModelResult("scaled", 0, self._measure(student, teacher)))
+        """Measure the teacher and the scaled student; a collective call."""
+        if self.is_active:
+            self._measure("teacher", teacher, None)
+            self._measure("scaled", student, teacher)
 
     def after(self, teacher: Decoder, student: Decoder, tokens: int) -> None:
-        """Measure the restored student; rank 0 prints the table and writes JSON and PNG."""
-        if not self.windows:
-            return
-        self.results.append(ModelResult("restored", tokens, self._measure(student, teacher)))
-        if self.mesh.world.rank == 0:
-            native = self.plan.native_context
-            print_table(self.results, native)
-            write_json(self.output / "evaluation.json", self.results, native, self.plan.factor)
-            plot(self.output / "evaluation.png", self.results, native)
+        """Measure the restored student; rank 0 prints the table and writes JSON and PNG.
 
-    def _measure(self, model: Decoder, teacher: Decoder | None) -> dict[int, Measurement]:
-        native = self.plan.native_context
-        return {
-            length: measure(
-                model, windows, self.mesh, self.dtype, teacher if length <= native else None
-            )
-            for length, windows in self.windows.items()
-        }
+        Args:
+            tokens: the number of tokens that the student was restored with.
+        """
+        if not self.is_active:
+            return
+        self._measure("restored", student, teacher, tokens)
+        if self.mesh.is_rank_0:
+            print_tables(self.entries, self.restoration)
+            path = self.output / "evaluation.json"
+            write_json(path, self.entries, self.settings, self.restoration)
+            draw(path.with_suffix(".png"), self.entries, self.restoration)
+
+    def _measure(self, name: str, model: Decoder, teacher: Decoder | None, tokens: int = 0) -> None:
+        native = self.restoration.native_window
+        results = run_suite(model, self.suite, self.mesh, self.dtype, teacher, native)
+        self.entries.append(Entry(name, results, tokens, model.spec.max_positions))

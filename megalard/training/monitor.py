@@ -1,4 +1,4 @@
-"""Progress of a run, on rank 0: the console, ``metrics.jsonl`` and TensorBoard."""
+"""Progress of a run on rank 0: the console, ``metrics.jsonl`` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,45 +10,50 @@ from pathlib import Path
 
 import torch
 
+from megalard.reporter import Reporter
 from megalard.training.step import StepResult
 
 
 class Monitor:
-    """Reports steps; on other ranks than 0 it does nothing.
+    """Reports steps. On ranks other than rank 0 it does nothing.
 
     Args:
-        output: the run's directory.
-        steps: of the whole run, for the ETA.
-        tokens_a_step: over all ranks.
+        output: the output directory of the run.
+        steps: the number of steps of the run, for the estimated time.
+        tokens_per_step: tokens of one step over all ranks.
+        ranks: the number of ranks, for the rate per GPU.
         log_every: steps between reports.
-        active: whether this is rank 0.
-        done: steps taken before this start; what was reported of later ones is dropped.
+        reporter: prints on rank 0.
+        device: the device whose peak memory is reported.
+        steps_done: the steps taken before this start. Reports of later steps are removed.
     """
 
     def __init__(
         self,
         output: Path,
         steps: int,
-        tokens_a_step: int,
+        tokens_per_step: int,
+        ranks: int,
         log_every: int,
-        active: bool,
-        done: int = 0,
+        reporter: Reporter,
+        device: torch.device,
+        steps_done: int = 0,
     ):
-        self.steps, self.tokens_a_step, self.log_every = steps, tokens_a_step, log_every
-        self.active = active
-        self.last_time, self.last_step = time.perf_counter(), done
-        if active:
+        self.steps, self.tokens_per_step, self.log_every = steps, tokens_per_step, log_every
+        self.ranks, self.reporter, self.device = ranks, reporter, device
+        self.last_time, self.last_step = time.perf_counter(), steps_done
+        if reporter.is_rank_0:
             from torch.utils.tensorboard import SummaryWriter
 
             path = output / "metrics.jsonl"
-            _drop_after(path, done)
-            self.metrics = open(path, "a", buffering=1)  # noqa: SIM115
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=done + 1)
+            _drop_after(path, steps_done)
+            self.metrics = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
+            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=steps_done + 1)
 
-    def step(self, number: int, result: StepResult, device: torch.device) -> None:
-        """Report optimizer step ``number`` (from 1) if it is one to be reported."""
-        due = number % self.log_every == 0 or number == self.steps or result.skipped is not None
-        if not self.active or not due:
+    def report(self, number: int, result: StepResult) -> None:
+        """Report step ``number``, counted from 1, if a report is due."""
+        is_due = number % self.log_every == 0 or number == self.steps or result.skipped is not None
+        if not self.reporter.is_rank_0 or not is_due:
             return
         now = time.perf_counter()
         seconds = (now - self.last_time) / max(1, number - self.last_step)
@@ -58,51 +63,53 @@ class Monitor:
             **{f"loss_{name}": value for name, value in result.parts.items()},
             "gradient_norm": result.gradient_norm,
             "learning_rate": result.learning_rate,
-            "tokens_per_second": self.tokens_a_step / seconds,
-            "memory_gib": peak_memory_bytes(device) / 2**30,
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "memory_gib": peak_memory_bytes(self.device) / 2**30,
         }
-        tokens = number * self.tokens_a_step
-        # JSON has no NaN
-        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = {"step": number, "tokens": tokens, **plain, "skipped": result.skipped}
+        tokens = number * self.tokens_per_step
+        # JSON has no NaN.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = {"step": number, "tokens": tokens, **finite, "skipped": result.skipped}
         self.metrics.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, number)
         parts = " ".join(f"{name} {value:.4f}" for name, value in result.parts.items())
-        print(
+        rate = values["tokens_per_second"]
+        per_rank = f" ({rate / self.ranks:,.0f} per rank)" if self.ranks > 1 else ""
+        self.reporter.line(
             f"step {number}/{self.steps}  loss {result.loss:.4f} ({parts})  "
             f"grad {result.gradient_norm:.3g}  lr {result.learning_rate:.3g}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s  {values['memory_gib']:.2f} GiB  "
-            f"ETA {_duration((self.steps - number) * seconds)}",
-            flush=True,
+            f"{rate:,.0f} tokens/s{per_rank}  {values['memory_gib']:.2f} GiB  "
+            f"ETA {_duration((self.steps - number) * seconds)}"
         )
         if result.skipped is not None:
-            print(f"skipped {result.skipped}", flush=True)
+            self.reporter.line(f"skipped {result.skipped}")
 
     def close(self) -> None:
-        if self.active:
+        """Close the files."""
+        if self.reporter.is_rank_0:
             self.metrics.close()
             self.board.close()
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines of steps up to ``step``: what came later is computed again."""
+    """Keep the lines of steps up to ``step``; later steps are taken again."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                lines.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             break  # a killed process may leave half a line at the end
-    fresh = path.with_name(path.name + ".partial")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    fresh.replace(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of this process: allocated GPU memory, or resident memory on the CPU."""
+    """Return the peak memory of this process: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""AdamW on fp32 masters, and the learning rate as a pure function of the step."""
+"""AdamW on fp32 weights, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ except ImportError:
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """apex's FusedAdam where it is installed and there is a GPU, else torch's fused AdamW."""
+    """Return apex's FusedAdam if it is installed and there is a GPU, or torch's fused AdamW."""
     settings = dict(
         lr=config.learning_rate,
         betas=tuple(config.betas),
@@ -32,12 +32,16 @@ def make_optimizer(
 
 
 def update_where(finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Take a step if ``finite``, a bool scalar on the parameters' device.
+    """Update the parameters if ``finite`` is true.
 
-    torch's optimizer reads it there; apex's is called or not, so that the host waits for it.
+    torch's optimizer reads the flag on the GPU. apex's optimizer cannot, so with it the host waits
+    for the flag.
+
+    Args:
+        finite: a bool scalar on the device of the parameters.
     """
     if isinstance(optimizer, torch.optim.AdamW):
-        # the flag that torch.amp.GradScaler sets: 1 leaves parameters and state as they are
+        # The flag that torch.amp.GradScaler sets: with 1, parameters and state do not change.
         optimizer.found_inf = 1.0 - finite.float()
         optimizer.step()
     elif finite:
@@ -45,10 +49,10 @@ def update_where(finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:
-    """Rate of optimizer step ``step`` (from 0).
+    """Return the learning rate of a step, counted from 0.
 
-    A linear warm-up that reaches the peak at its last step and starts above zero, then a cosine
-    that ends at ``min_ratio`` of the peak with the last step.
+    A linear warm-up starts above zero and reaches the peak at its last step. A cosine follows and
+    ends at ``min_ratio`` of the peak at the last step of the run.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps

@@ -1,4 +1,4 @@
-"""``--preflight``: two real steps and a report, before a long run is paid for."""
+"""Preflight: two real steps and a report, before a long run is paid for."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from megalard.errors import UserError
 from megalard.kernels.relation_kl import describe_kernels
 from megalard.model.rope import rope_table
 from megalard.parallel.agreement import gather_objects
-from megalard.training.assemble import Plan
 from megalard.training.monitor import peak_memory_bytes
+from megalard.training.plan import Plan
 from megalard.training.step import Distiller
 
 _STEPS = 2
 
 
-def preflight(distiller: Distiller, plan: Plan, loaders: StreamLoaders) -> None:
-    """Check loss and every trained tensor's gradient on real steps, and report.
+def run_preflight(distiller: Distiller, plan: Plan, loaders: StreamLoaders) -> None:
+    """Take two real steps, check the loss and the gradient of every trained tensor, and report.
 
     Raises:
-        UserError: a loss or gradient is not finite, or a trained tensor's gradient is all zero on
-            every rank after the second step (in the first, LoRA's A has none, since B is zero).
+        UserError: a loss or a gradient is not finite, or the gradient of a trained tensor is zero
+            on every rank after the second step. In the first step the gradient of LoRA's A is zero,
+            because B is zero.
     """
     mesh, config = distiller.mesh, distiller.config
     seconds, losses = [], []
@@ -40,7 +41,7 @@ def preflight(distiller: Distiller, plan: Plan, loaders: StreamLoaders) -> None:
             raise UserError(f"preflight step {number + 1}: loss {result.loss} is not finite")
     _check_gradients(distiller)
     memory = max(gather_objects(peak_memory_bytes(mesh.device), mesh.world))
-    if mesh.world.rank != 0:
+    if not mesh.is_rank_0:
         return
 
     console = Console(width=120)
@@ -51,15 +52,15 @@ def preflight(distiller: Distiller, plan: Plan, loaders: StreamLoaders) -> None:
     console.print(f"trained: {total:,} parameters in {len(trained)} tensors")
     for kind, count, shape in _kinds(distiller):
         console.print(f"  {count:4d} x {kind} {list(shape)}")
-    tokens = config.tokens_a_step
+    tokens = config.tokens_per_step
     steps = config.optimizer.steps
     console.print(
         f"relation kernels: {describe_kernels(mesh.device)}\n"
         f"ranks: dp {mesh.dp.size} x cp {mesh.cp.size} x tp {mesh.tp.size} on {mesh.device.type}\n"
         f"loss: {' -> '.join(f'{loss:.5f}' for loss in losses)}\n"
-        f"gradients: all {len(trained)} trained tensors finite and not zero\n"
-        f"peak memory: {memory / 2**30:.2f} GiB on the fullest rank\n"
-        f"time: {seconds[-1]:.2f} s a step of {tokens:,} tokens "
+        f"gradients: finite and not zero for all {len(trained)} trained tensors\n"
+        f"peak memory: {memory / 2**30:.2f} GiB on the rank that uses most\n"
+        f"time: {seconds[-1]:.2f} s per step of {tokens:,} tokens "
         f"({tokens / seconds[-1]:,.0f} tokens/s), {seconds[-1] * steps / 60:.1f} minutes for "
         f"{steps} steps ({tokens * steps:,} tokens)\n"
         "preflight passed; nothing was written"
@@ -67,30 +68,32 @@ def preflight(distiller: Distiller, plan: Plan, loaders: StreamLoaders) -> None:
 
 
 def _check_gradients(distiller: Distiller) -> None:
-    bad, alive = [], set()
+    not_finite, not_zero = [], set()
     for name, parameter in distiller.student.trained.items():
         if not torch.isfinite(parameter.grad).all():
-            bad.append(name)
+            not_finite.append(name)
         elif parameter.grad.any():
-            alive.add(name)
+            not_zero.add(name)
     world = distiller.mesh.world
-    bad = sorted({name for names in gather_objects(bad, world) for name in names})
-    if bad:
+    not_finite = sorted({name for names in gather_objects(not_finite, world) for name in names})
+    if not_finite:
         raise UserError(
-            f"preflight: the gradient of {bad[0]} is not finite ({len(bad)} such tensors)"
+            f"preflight: the gradient of {not_finite[0]} is not finite ({len(not_finite)} such "
+            "tensors): lower optimizer.learning_rate, or set model.compute_dtype float32"
         )
-    alive = set().union(*gather_objects(alive, world))
-    dead = [name for name in distiller.student.trained if name not in alive]
-    if dead:
+    not_zero = set().union(*gather_objects(not_zero, world))
+    zero = [name for name in distiller.student.trained if name not in not_zero]
+    if zero:
         raise UserError(
-            f"preflight: the gradient of {dead[0]} is all zero after {_STEPS} steps ({len(dead)} "
-            "such tensors): the loss does not reach what is to be trained"
+            f"preflight: the gradient of {zero[0]} is all zero after {_STEPS} steps ({len(zero)} "
+            "such tensors): the loss does not depend on what is to be trained; choose other terms "
+            "or other weights"
         )
 
 
 def _print_rope(console: Console, distiller: Distiller, plan: Plan) -> None:
-    teacher, student = rope_table(plan.teacher), distiller.student.decoder.rope
-    table = Table(title=f"RoPE: window {plan.native_context} -> {plan.student.max_positions}")
+    teacher, student = rope_table(plan.teacher.spec), distiller.student.decoder.rope
+    table = Table(title=f"RoPE: window {plan.native_window} -> {plan.student.max_positions}")
     for heading in ("pair", "teacher 1/frequency", "student 1/frequency", "ratio"):
         table.add_column(heading, justify="right")
     for pair, (t, s) in enumerate(

@@ -1,4 +1,8 @@
-"""The folder of a run's checkpoints: ``step-000050`` is complete, with a suffix it is not."""
+"""The directory of a run's checkpoints.
+
+``step-000050`` is a complete checkpoint. ``step-000050.partial`` is a save that was not finished,
+and ``step-000050.removed`` a removal that was not finished.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +16,28 @@ _REMOVED = ".removed"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint after ``step`` steps."""
     return folder / f"step-{step:06d}"
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Step and directory of the complete checkpoints, oldest first."""
+    """Return step and path of the complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = ((_COMPLETE.fullmatch(path.name), path) for path in folder.iterdir())
-    return sorted((int(match[1]), path) for match, path in found if match)
+    matches = ((_COMPLETE.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What a save or a removal that was killed left behind."""
+    """Return what a save or a removal that was killed left."""
     if not folder.is_dir():
         return []
-    found = (path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name))
-    return sorted(path for path in found if path.is_dir())
+    paths = (path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name))
+    return sorted(path for path in paths if path.is_dir())
 
 
 def discard(path: Path) -> None:
-    """Remove a complete checkpoint; killed on the way, it leaves none that looks complete."""
+    """Remove a complete checkpoint; a kill meanwhile leaves nothing that looks complete."""
     doomed = path.with_name(path.name + _REMOVED)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""The state of a run as tensors of a checkpoint: fp32 masters, optimizer, random generators.
+"""The state of a run as tensors of a checkpoint: fp32 weights, optimizer, random generators.
 
-What has no state isn't saved but follows from the step: the learning rate, the blocks a step reads,
-and LoRA's dropout masks are pure functions of it and of the configuration.
+Everything else follows from the step and the configuration and is not saved: the learning rate, the
+blocks that a step reads, and the dropout masks of LoRA are pure functions of them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ State = dict[str, tuple[torch.Tensor, Layout | None]]
 
 
 def training_state(distiller: Distiller) -> State:
-    """Name to this rank's tensor and its layout; None for one that is equal on all ranks.
+    """Return this rank's tensors with their layouts, by name; the live tensors and not copies.
 
-    The optimizer's tensors are called ``optimizer.<key>.<parameter>``, the generators'
-    ``rng.<device>.<rank>``. The tensors are the live ones, not copies.
+    The layout of a tensor that is equal on all ranks is None. The tensors of the optimizer are
+    called ``optimizer.<key>.<parameter>``, those of random generators ``rng.<device>.<rank>``.
     """
     layouts = distiller.student.decoder.layouts
     state: State = {}
@@ -42,7 +42,7 @@ def training_state(distiller: Distiller) -> State:
 
 
 def as_tensors(state: State, distiller: Distiller) -> dict[str, torch.Tensor]:
-    """The state as torch.distributed.checkpoint takes it."""
+    """Return the state in the form that torch.distributed.checkpoint takes."""
     return {
         name: tensor if layout is None else as_dtensor(tensor, layout, distiller.mesh)
         for name, (tensor, layout) in state.items()
@@ -50,7 +50,7 @@ def as_tensors(state: State, distiller: Distiller) -> dict[str, torch.Tensor]:
 
 
 def optimizer_settings(optimizer: torch.optim.Optimizer) -> list[dict]:
-    """The parameter groups but for their parameters, as JSON values."""
+    """Return the parameter groups as JSON values, without their parameters."""
     groups = []
     for group in optimizer.param_groups:
         values = {key: value for key, value in group.items() if key != "params"}
@@ -59,52 +59,53 @@ def optimizer_settings(optimizer: torch.optim.Optimizer) -> list[dict]:
 
 
 def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> None:
-    """Put a checkpoint's state in the place of a new run's; a collective call.
+    """Replace the state of a new run by the state of a checkpoint; a collective call.
 
-    Every rank reads only its slices, whatever topology wrote them.
+    Every rank reads only its slices, whatever layout of ranks wrote them.
 
     Raises:
-        UserError: on every rank, when a tensor is missing, of another shape or cannot be read.
+        UserError: on every rank, if a tensor is missing, has another shape or cannot be read.
     """
     layouts, trained = distiller.student.decoder.layouts, distiller.student.trained
     saved, mesh = weights.manifest.tensors, distiller.mesh
-    odd = set(weights.names()) ^ set(trained)
-    if odd:
+    different = set(weights.names()) ^ set(trained)
+    if different:
         raise UserError(
-            f"{weights.directory} holds other trained tensors than this run, such as {min(odd)}"
+            f"{weights.directory} holds other trained tensors than this run, such as "
+            f"{min(different)}: choose another run.output"
         )
     tensors = {name: as_dtensor(p.detach(), layouts[name], mesh) for name, p in trained.items()}
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for number, (name, parameter) in enumerate(trained.items()):
-        for key in _keys(saved, name):
-            full = f"optimizer.{key}.{name}"
-            if weights.shape(full) == layouts[name].full_shape:
+        for key in _optimizer_keys(saved, name):
+            full_name = f"optimizer.{key}.{name}"
+            if weights.shape(full_name) == layouts[name].full_shape:
                 value = torch.zeros_like(parameter, requires_grad=False)
-                tensors[full] = as_dtensor(value, layouts[name], mesh)
+                tensors[full_name] = as_dtensor(value, layouts[name], mesh)
             else:
-                value = torch.zeros(weights.shape(full), dtype=weights.dtype(full))
-                tensors[full] = value
+                value = torch.zeros(weights.shape(full_name), dtype=weights.dtype(full_name))
+                tensors[full_name] = value
             moments.setdefault(number, {})[key] = value
     generators = {}
-    for kind in ("cpu", "cuda"):
-        name = _rng_name(kind, mesh.world.rank)
-        same = weights.manifest.body["written_by"]["ranks"] == mesh.world.size
-        if same and name in saved and kind in ("cpu", mesh.device.type):
-            generators[kind] = tensors[name] = torch.zeros(weights.shape(name), dtype=torch.uint8)
+    for device_type in ("cpu", "cuda"):
+        name = _rng_name(device_type, mesh.world.rank)
+        has_same_ranks = weights.manifest.body["written_by"]["ranks"] == mesh.world.size
+        if has_same_ranks and name in saved and device_type in ("cpu", mesh.device.type):
+            value = torch.zeros(weights.shape(name), dtype=torch.uint8)
+            generators[device_type] = tensors[name] = value
     load_sharded(weights, tensors, axis)
 
-    written_with = weights.manifest.training["optimizer"].get("class")
-    ours = type(distiller.optimizer).__name__
-    if written_with not in (None, ours):
+    saved_class = weights.manifest.training["optimizer"].get("class")
+    current_class = type(distiller.optimizer).__name__
+    if saved_class not in (None, current_class):
         raise UserError(
-            f"checkpoint {weights.directory} was written with the optimizer {written_with} but "
-            f"this run has {ours}: resume where the same optimizer package is installed"
+            f"checkpoint {weights.directory} was written with the optimizer {saved_class} but "
+            f"this run has {current_class}: resume where the same optimizer package is installed"
         )
     groups = weights.manifest.training["optimizer"]["groups"]
-    numbers = range(len(trained))
-    # the optimizer puts each tensor where its kind expects it
+    # The optimizer moves each tensor to the device that it needs.
     distiller.optimizer.load_state_dict(
-        {"state": moments, "param_groups": [{**groups[0], "params": list(numbers)}]}
+        {"state": moments, "param_groups": [{**groups[0], "params": list(range(len(trained)))}]}
     )
     if "cpu" in generators:
         torch.set_rng_state(generators["cpu"])
@@ -112,14 +113,10 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
         torch.cuda.set_rng_state(generators["cuda"], mesh.device)
 
 
-def _keys(saved: Mapping[str, dict], name: str) -> list[str]:
-    end = f".{name}"
-    return [
-        full.removeprefix("optimizer.").removesuffix(end)
-        for full in (f"optimizer.{key}{end}" for key in ("exp_avg", "exp_avg_sq", "step"))
-        if full in saved
-    ]
+def _optimizer_keys(saved: Mapping[str, dict], name: str) -> list[str]:
+    """Return which tensors of the optimizer were saved for a parameter."""
+    return [key for key in ("exp_avg", "exp_avg_sq", "step") if f"optimizer.{key}.{name}" in saved]
 
 
-def _rng_name(kind: str, rank: int) -> str:
-    return f"rng.{kind}.{rank:05d}"
+def _rng_name(device_type: str, rank: int) -> str:
+    return f"rng.{device_type}.{rank:05d}"

@@ -1,4 +1,4 @@
-"""Stopping when asked to: SIGTERM and SIGUSR1, which Slurm sends ahead of a time limit."""
+"""Stop when asked to: SIGTERM and SIGUSR1, which Slurm sends ahead of a time limit."""
 
 from __future__ import annotations
 
@@ -19,75 +19,78 @@ from megalard.parallel.mesh import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-# Before the first rank ends, all of them have been told, so that none takes it for a failure.
-_ALL_TOLD_S = 1.0
-# What a main thread gets to end by itself, removing its temporary files.
+# Within this time the signal reaches all ranks, so that no rank takes the end of another for a
+# failure.
+_DELIVERY_S = 1.0
+# The time that a main thread gets to end by itself and remove its temporary files.
 _PATIENCE_S = 5.0
 
 
 class _Phase(Enum):
     NOTHING_TO_SAVE = auto()  # a signal ends the process
     ENDING = auto()
-    ENTERING = auto()  # the steps; other ranks may have ended instead
+    ENTERING = auto()  # the steps are about to begin; other ranks may be ending
     STEPPING = auto()  # a signal waits for the end of the step
-    OVER = auto()  # it was acted on, or something failed, which it must not hide
+    OVER = auto()  # a signal was obeyed, or a failure, which it must not hide, ends the run
 
 
 class StopSignals:
-    """What a run does with the signals, in a ``with`` statement around all of it.
+    """What a run does with stop signals, in a ``with`` statement around all of the run.
 
-    While it takes steps, a signal asks it to stop after the step. Before and after, where there is
-    nothing to save, a signal ends the process: by ``SystemExit`` where the main thread runs, by a
-    thread where it waits inside of a library, for a rank that has ended, and Python calls no
-    handler. Signals after the first change nothing.
+    During steps a signal asks the run to stop after the step. Before and after the steps there is
+    nothing to save, and a signal ends the process: by ``SystemExit`` if the main thread runs Python
+    code, and by a thread if the main thread waits inside a library for a rank that has ended, where
+    Python calls no signal handler. Signals after the first have no effect.
 
     Args:
-        status: the process's, where there was nothing to save.
+        status: the exit status of the process if there was nothing to save.
     """
 
     def __init__(self, status: int = 0):
         self._status = status
         self._phase = _Phase.NOTHING_TO_SAVE
         self._received = 0
-        self._reported = False
-        self._before: dict = {}
-        self._aside: torch.cuda.Stream | None = None
+        self._is_reported = False
+        self._previous_handlers: dict = {}
+        self._side_stream: torch.cuda.Stream | None = None
 
     def __enter__(self) -> StopSignals:
-        # Python lets only the main thread choose who listens
+        # Python lets only the main thread install handlers.
         if threading.current_thread() is threading.main_thread():
-            self._listening, self._told = os.pipe()
-            os.set_blocking(self._told, False)
-            self._told_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+            self._read_end, self._write_end = os.pipe()
+            os.set_blocking(self._write_end, False)
+            self._previous_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
             threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._previous_handlers = {
+                number: signal.signal(number, self._handle) for number in SIGNALS
+            }
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        failed = kind is not None and issubclass(kind, Exception)
-        ending = failed and self._received and self._phase is not _Phase.OVER
+        has_failed = kind is not None and issubclass(kind, Exception)
+        was_stopped = has_failed and self._received and self._phase is not _Phase.OVER
         self._phase = _Phase.OVER
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        if self._before:
-            signal.set_wakeup_fd(self._told_before)
-            os.close(self._told)
-        if ending:
-            # of another rank, which was told before and has ended
+        if self._previous_handlers:
+            signal.set_wakeup_fd(self._previous_wakeup)
+            os.close(self._write_end)
+        if was_stopped:
+            # The failure is that another rank obeyed the signal earlier and has ended.
             self._report()
             raise SystemExit(self._status) from None
 
     def _handle(self, number: int, frame: object) -> None:
-        """In the main thread, between two of its instructions."""
+        """Python calls this in the main thread, between two instructions."""
         if self._phase is _Phase.NOTHING_TO_SAVE:
             self._phase = _Phase.ENDING
             self._received = self._received or number
-            time.sleep(_ALL_TOLD_S)
+            time.sleep(_DELIVERY_S)
             self._report()
             raise SystemExit(self._status)
 
     def _listen(self) -> None:
-        numbers = iter(lambda: os.read(self._listening, 1), b"")
+        numbers = iter(lambda: os.read(self._read_end, 1), b"")
         number = next((number[0] for number in numbers if number[0] in SIGNALS), 0)
         self._received = self._received or number
         while number and self._phase is not _Phase.OVER:
@@ -96,20 +99,20 @@ class StopSignals:
                 self._report()
                 sys.stdout.flush()
                 os._exit(self._status)
-        os.close(self._listening)
+        os.close(self._read_end)
 
     def _report(self) -> None:
-        if os.environ.get("RANK", "0") == "0" and not self._reported:
-            self._reported = True
+        if os.environ.get("RANK", "0") == "0" and not self._is_reported:
+            self._is_reported = True
             name = signal.Signals(self._received).name
             print(f"{name}: stopped; nothing to save", flush=True)
 
     @contextmanager
-    def after_a_step(self, mesh: Mesh) -> Iterator[None]:
-        """In this block the signals wait for ``agreed``; a collective call."""
+    def after_each_step(self, mesh: Mesh) -> Iterator[None]:
+        """In this block signals wait until ``agreed`` is called; a collective call."""
         if mesh.device.type == "cuda":
-            self._aside = torch.cuda.Stream(mesh.device)
-        # all ranks begin to wait for steps together, or those that are told before end here
+            self._side_stream = torch.cuda.Stream(mesh.device)
+        # All ranks enter together. A rank that received a signal before then ends in this call.
         self._phase = _Phase.ENTERING
         all_reduce(torch.zeros(1, device=mesh.device), mesh.world).item()
         self._phase = _Phase.STEPPING
@@ -121,14 +124,14 @@ class StopSignals:
         if self._phase is _Phase.STEPPING:
             self._phase = _Phase.NOTHING_TO_SAVE
 
-    def agreed(self, mesh: Mesh, failed: bool) -> tuple[str | None, bool]:
-        """The signal any rank was sent, and whether ``failed`` holds on any of them.
+    def agreed(self, mesh: Mesh, has_failed: bool) -> tuple[str | None, bool]:
+        """Return the signal that any rank received, and whether ``has_failed`` is true on any rank.
 
-        A collective call after every step, so that all ranks stop after the same one. It does not
+        All ranks call this after every step, so that they stop after the same step. It does not
         wait for what the step has queued on the GPU.
         """
-        with torch.cuda.stream(self._aside):
-            flags = torch.tensor([float(self._received), float(failed)], device=mesh.device)
+        with torch.cuda.stream(self._side_stream):
+            flags = torch.tensor([float(self._received), float(has_failed)], device=mesh.device)
             number, any_failed = all_reduce(flags, mesh.world, dist.ReduceOp.MAX).tolist()
         if number:
             self._phase = _Phase.OVER

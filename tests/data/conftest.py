@@ -1,7 +1,7 @@
 import pytest
 from data_helpers import make_byte_tokenizer
 
-from megalard.data.token_file import write_store
+from megalard.data.token_store_writer import write_store
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megalard.checkpoint.convert import export_adapter, import_model
 from megalard.checkpoint.open import open_model
-from megalard.data.token_file import build_store
+from megalard.data.token_store_writer import build_store
 from megalard.data.tokenizer import load_tokenizer
 from megalard.errors import UserError
 from megalard.evaluation.command import choose_lengths, parse_length

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from megalard.data.token_file import write_store
+from megalard.data.token_store_writer import write_store
 from megalard.data.tokenizer import load_tokenizer
 from tests.jobs import save_tokenizer
 from tests.models import make_model

@@ -149,7 +149,7 @@ def tokenizer_sample(corpus: dict, size: int) -> Iterator[str]:
 
 def write_tokens(documents: Iterator[np.ndarray], tokenizer, folder: Path, source: str):
     """A token store of documents that are tokens already."""
-    from megalard.data.token_file import write_store
+    from megalard.data.token_store_writer import write_store
 
     ready = replace(tokenizer, encode_batch=lambda rows: rows)
     return write_store((row.tolist() for row in documents), ready, folder, source)
@@ -184,7 +184,7 @@ def build(options: argparse.Namespace, say: Callable[[str], object]) -> dict:
     from byte_bpe import save_tokenizer, train_tokenizer
     from synthetic_text import generate
 
-    from megalard.data.token_file import write_store
+    from megalard.data.token_store_writer import write_store
     from megalard.data.tokenizer import load_tokenizer
 
     check(options)

@@ -1,0 +1,1 @@
+"""The sharded checkpoint format: safetensors shards and a JSON manifest."""

@@ -1,9 +1,10 @@
-"""Where ``torch.distributed.checkpoint`` puts tensors: safetensors shards and a JSON manifest.
+"""Where ``torch.distributed.checkpoint`` stores tensors: safetensors shards and a JSON manifest.
 
-torch plans (which rank writes which slice, each slice once; which saved slices a rank has to read
-for its own) and these two classes store. Nothing is pickled into a file or unpickled from one. The
-shards carry the offsets of their slices under the key torch's own Hugging Face storage uses, so
-``torch.distributed.checkpoint.HuggingFaceStorageReader`` reads them too.
+torch plans which rank writes which slice, so that every slice is written once, and which saved
+slices a rank must read for its own. The two classes here store and fetch the slices. Nothing is
+pickled into a file or unpickled from one. The shards carry the offsets of their slices under the
+key that torch's Hugging Face storage uses, so that
+``torch.distributed.checkpoint.HuggingFaceStorageReader`` can read them too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,52 +38,46 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megalard.checkpoint.sharded.manifest import ID_KEY, Manifest, identity, write_manifest
-from megalard.files.atomic_folder import PartialFolder
+from megalard.checkpoint.write_options import WriteOptions, split_by_size
+from megalard.files.atomic_folder import AtomicFolder
 from megalard.files.safetensors import (
     DTYPES,
     NAMES,
     Entry,
-    file_sha256,
     in_file_order,
     read_ahead,
     write_tensor_file,
 )
+from megalard.files.writing import file_sha256
 
 SHARDING_KEY, OFFSETS_KEY = "DCP_SHARDING_INFO", "saved_offsets"
 STATE_PREFIXES = ("optimizer.", "rng.")
-FILE_BYTES = 4 * 2**30
+
+Box = tuple[int, ...]
 
 
-def _ready(value) -> Future:
+def _completed(value) -> Future:
     future: Future = Future()
     future.set_result(value)
     return future
 
 
 class ShardWriter(StorageWriter):
-    """Writes a checkpoint beside its final name, which it is to get once all is on the disk.
+    """Writes a checkpoint to ``NAME.partial``. The caller renames it to ``NAME`` after fsync.
+
+    Attributes:
+        folder: the directory in the making.
 
     Args:
-        directory: the checkpoint's final name.
-        head: everything the manifest says but for tensors and files; the same on every rank.
-        companions: files copied beside the shards (tokenizer, generation settings).
-        file_bytes: a shard ends before it would exceed this, unless one tensor alone does.
-        progress: called with the number of bytes of each part written by this rank.
+        directory: the final name of the checkpoint.
+        sections: all sections of the manifest except tensors and files; the same on every rank.
+        options: companion files, size of the shards, and progress.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        head: dict,
-        companions: Iterable[Path] = (),
-        file_bytes: int = FILE_BYTES,
-        progress: Callable[[int], None] = lambda count: None,
-    ):
-        self.directory, self.head = Path(directory), head
-        self.companions, self.file_bytes, self.progress = list(companions), file_bytes, progress
-        self.folder = PartialFolder(self.directory)
-        self.partial = self.folder.path
-        self.identity = identity(head)
+    def __init__(self, directory: Path, sections: dict, options: WriteOptions):
+        self.sections, self.options = sections, options
+        self.folder = AtomicFolder(Path(directory))
+        self.identity = identity(sections)
 
     def reset(self, checkpoint_id=None) -> None:
         pass
@@ -99,12 +94,14 @@ class ShardWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [dataclasses.replace(plan, storage_data=number) for number, plan in enumerate(plans)]
+        return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        if not self.partial.is_dir():
+        if not self.folder.path.is_dir():
             raise FileNotFoundError(
-                2, "another rank made it; is it on a disk that all machines share?", self.partial
+                2,
+                "another rank made it; is it on a disk that all machines share?",
+                self.folder.path,
             )
         items = {item.index.fqn: item for item in plan.items}
         assert len(items) == len(plan.items), "a rank holds one slice of a tensor"
@@ -115,32 +112,39 @@ class ShardWriter(StorageWriter):
                 for name, item in items.items()
                 if name.startswith(STATE_PREFIXES) == (group == "optimizer")
             }
-            for number, names in enumerate(split_by_size(members, self.file_bytes)):
+            sizes = {name: entry.nbytes for name, entry in members.items()}
+            for number, names in enumerate(split_by_size(sizes, self.options.file_bytes)):
                 file = f"{group}-{plan.storage_data:05d}-{number:03d}.safetensors"
                 entries = {
                     name: members[name] for name in in_file_order({n: members[n] for n in names})
                 }
                 results += self._write_file(file, entries, items, planner)
-        return _ready(results)
+        return _completed(results)
 
-    def _write_file(self, file, entries, items: dict[str, WriteItem], planner) -> list[WriteResult]:
+    def _write_file(
+        self,
+        file: str,
+        entries: dict[str, Entry],
+        items: dict[str, WriteItem],
+        planner: SavePlanner,
+    ) -> list[WriteResult]:
         offsets = {name: {OFFSETS_KEY: list(items[name].index.offset)} for name in entries}
         metadata = {"format": "pt", SHARDING_KEY: json.dumps(offsets), ID_KEY: self.identity}
         tensors = (planner.resolve_data(items[name]) for name in entries)
         if isinstance(planner, LazySavePlanner):
             tensors = read_ahead(tensors)
         size, digest = write_tensor_file(
-            self.partial / file, entries, tensors, metadata, self.progress
+            self.folder.path / file, entries, tensors, metadata, self.options.progress
         )
-        where = {"file": file, "size": size, "sha256": digest}
-        return [WriteResult(items[name].index, entries[name].nbytes, where) for name in entries]
+        stored = {"file": file, "size": size, "sha256": digest}
+        return [WriteResult(items[name].index, entries[name].nbytes, stored) for name in entries]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """The coordinator's last act: companions and manifest."""
+        """Write companion files and the manifest; torch calls this on rank 0 at the end."""
         tensors: dict[str, dict] = {}
         files: dict[str, dict] = {}
         for result in (result for part in results for result in part):
-            name, where = result.index.fqn, result.storage_data
+            name, stored = result.index.fqn, result.storage_data
             saved = metadata.state_dict_metadata[name]
             tensor = tensors.setdefault(
                 name,
@@ -149,23 +153,24 @@ class ShardWriter(StorageWriter):
             chunk = next(c for c in saved.chunks if c.offsets == result.index.offset)
             tensor["chunks"].append(
                 {
-                    "file": where["file"],
+                    "file": stored["file"],
                     "offsets": list(chunk.offsets),
                     "shape": list(chunk.sizes),
                 }
             )
-            files[where["file"]] = {"size": where["size"], "sha256": where["sha256"]}
-        files |= self._copy_companions()
-        body = {**self.head, "id": self.identity, "tensors": dict(sorted(tensors.items()))}
-        write_manifest(self.partial, {**body, "files": dict(sorted(files.items()))})
+            files[stored["file"]] = {"size": stored["size"], "sha256": stored["sha256"]}
+        files |= self._write_companions()
+        body = {**self.sections, "id": self.identity, "tensors": dict(sorted(tensors.items()))}
+        write_manifest(self.folder.path, {**body, "files": dict(sorted(files.items()))})
 
-    def _copy_companions(self) -> dict[str, dict]:
-        (self.partial / "config.json").write_text(json.dumps(self.head["config"], indent=2) + "\n")
-        for source in self.companions:
-            shutil.copyfile(source, self.partial / source.name)
+    def _write_companions(self) -> dict[str, dict]:
+        folder, companions = self.folder.path, self.options.companions
+        (folder / "config.json").write_text(json.dumps(self.sections["config"], indent=2) + "\n")
+        for source in companions:
+            shutil.copyfile(source, folder / source.name)
         files = {}
-        for name in {"config.json", *(source.name for source in self.companions)}:
-            path = self.partial / name
+        for name in {"config.json", *(source.name for source in companions)}:
+            path = folder / name
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
@@ -173,13 +178,13 @@ class ShardWriter(StorageWriter):
 
 
 class LazySavePlanner(DefaultSavePlanner):
-    """Plans from tensors without storage and fetches each slice when it is written.
+    """Plans from tensors without storage, and fetches each slice when it is written.
 
     Args:
-        read: gives a tensor's box from its name, its offsets and its size.
+        read: returns a box of a tensor, given its name, its offsets and its size.
     """
 
-    def __init__(self, read: Callable[[str, tuple[int, ...], tuple[int, ...]], torch.Tensor]):
+    def __init__(self, read: Callable[[str, Box, Box], torch.Tensor]):
         super().__init__(flatten_state_dict=False)
         self._read = read
 
@@ -189,9 +194,14 @@ class LazySavePlanner(DefaultSavePlanner):
 
 
 class ShardReader(StorageReader):
-    """Gives torch the slices of a checkpoint; ``read_box`` is ``ShardedWeights``'s."""
+    """Gives torch the slices of a checkpoint.
 
-    def __init__(self, manifest: Manifest, read_chunk: Callable):
+    Args:
+        manifest: the manifest of the checkpoint.
+        read_chunk: ``ShardedWeights.read_chunk``.
+    """
+
+    def __init__(self, manifest: Manifest, read_chunk: Callable[..., torch.Tensor]):
         self.manifest, self.read_chunk = manifest, read_chunk
 
     def reset(self, checkpoint_id=None) -> None:
@@ -233,22 +243,9 @@ class ShardReader(StorageReader):
             target = planner.resolve_tensor(item).detach()
             target.copy_(value)
             planner.commit_tensor(item, target)
-        return _ready(None)
+        return _completed(None)
 
 
 def _entry(item: WriteItem) -> Entry:
     data = item.tensor_data
     return Entry(data.properties.dtype, tuple(data.chunk.sizes))
-
-
-def split_by_size(entries: dict[str, Entry], file_bytes: int) -> list[list[str]]:
-    """Names in their order, cut into files of at most ``file_bytes`` or one tensor."""
-    files: list[list[str]] = []
-    held = 0
-    for name, entry in entries.items():
-        if not files or held + entry.nbytes > file_bytes:
-            files.append([])
-            held = 0
-        files[-1].append(name)
-        held += entry.nbytes
-    return files

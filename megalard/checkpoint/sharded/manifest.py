@@ -1,8 +1,8 @@
-"""``manifest.json``: what a sharded checkpoint holds, and the checks that it still holds it.
+"""``manifest.json``: what a sharded checkpoint contains, and checks that it still contains it.
 
-The format is described in docs/checkpoint_format.md. A directory is a complete checkpoint if it has
-a manifest whose own checksum holds and every file the manifest names, in full length; the manifest
-is the last file written, and the directory gets its name after it.
+docs/checkpoint_format.md describes the format. A directory is a complete checkpoint if it has a
+manifest whose own checksum holds, and every file that the manifest names in its full length. The
+manifest is the last file that is written; the directory gets its name after that.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from megalard import __version__
-from megalard.errors import UserError
-from megalard.files.safetensors import DTYPES, cannot_read, file_sha256
+from megalard.errors import UserError, shown
+from megalard.files.reading import cannot_read, read_json
+from megalard.files.safetensors import DTYPES
 from megalard.parallel.mesh import Mesh
 
 MANIFEST = "manifest.json"
@@ -30,10 +30,10 @@ _SECTIONS = ("kind", "config", "base", "trained", "training", "written_by", "ten
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest as read.
+    """A manifest that has been read.
 
     Attributes:
-        directory: the checkpoint's.
+        directory: the directory of the checkpoint.
         body: the JSON object.
     """
 
@@ -42,22 +42,22 @@ class Manifest:
 
     @property
     def kind(self) -> str:
-        """``model`` (whole weights) or ``training`` (what is trained, and the run's state)."""
+        """``model`` (full weights) or ``training`` (the trained tensors and the state of a run)."""
         return self.body["kind"]
 
     @property
     def config(self) -> dict:
-        """The model's ``config.json``."""
+        """The ``config.json`` of the model."""
         return self.body["config"]
 
     @property
     def base(self) -> dict | None:
-        """Path and files of the model that the untrained weights are read from."""
+        """Path and files of the model that untrained weights are read from."""
         return self.body["base"]
 
     @property
     def teacher(self) -> dict | None:
-        """The same of the teacher; None where it is the base."""
+        """Path and files of the teacher; None if the teacher is the base."""
         return self.body.get("teacher")
 
     @property
@@ -67,27 +67,27 @@ class Manifest:
 
     @property
     def training(self) -> dict | None:
-        """Step, seed, data position, optimizer and the run's configuration."""
+        """Step, seed, position in the data, optimizer, and the configuration of the run."""
         return self.body["training"]
 
     @property
     def tensors(self) -> dict[str, dict]:
-        """Name to dtype, shape and chunks (file, offsets, shape)."""
+        """Tensor name to dtype, shape and slices (file, offsets, shape)."""
         return self.body["tensors"]
 
     @property
     def files(self) -> dict[str, dict]:
-        """Name to size in bytes and sha256."""
+        """File name to size in bytes and sha256."""
         return self.body["files"]
 
 
-def identity(head: dict) -> str:
-    """What tells this checkpoint's files from another's: a digest of what it was made from."""
-    return _digest(head)[:32]
+def identity(sections: dict) -> str:
+    """Return the id that all files of a checkpoint share: a digest of what it was made from."""
+    return _digest(sections)[:32]
 
 
 def written_by(mesh: Mesh) -> dict:
-    """Topology and library versions, for the manifest."""
+    """Return the layout of ranks and the versions of libraries, for the manifest."""
     names = ("torch", "transformers", "safetensors", "numpy")
     return {
         "ranks": mesh.world.size,
@@ -104,7 +104,7 @@ def written_by(mesh: Mesh) -> dict:
 
 
 def write_manifest(directory: Path, body: dict) -> None:
-    """Write the manifest with its own checksum, and wait until it is on the disk."""
+    """Write the manifest with its own checksum and wait until it is on the disk."""
     body = {"format": FORMAT, "version": VERSION, **body}
     body["checksum"] = _digest(body)
     text = json.dumps(body, indent=1, sort_keys=False) + "\n"
@@ -115,10 +115,10 @@ def write_manifest(directory: Path, body: dict) -> None:
 
 
 def is_checkpoint(directory: str | Path) -> bool:
-    """Whether the directory has a manifest, good or bad.
+    """Whether a directory has a manifest, valid or not.
 
     Raises:
-        UserError: the directory may not be entered.
+        UserError: the directory must not be entered.
     """
     try:
         return (Path(directory) / MANIFEST).is_file()
@@ -127,28 +127,29 @@ def is_checkpoint(directory: str | Path) -> bool:
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """Read and check a manifest, and that every file is there in full length.
+    """Read a manifest, and check that every file it names is there in its full length.
 
     Raises:
-        UserError: there is none, it is damaged or of another version, a file is missing, cut short,
-            or its name leads out of the directory, or a tensor's slices do not make it up.
+        UserError: there is no manifest, it is damaged or has another version, a file is missing,
+            has another length or lies outside the directory, or the slices of a tensor do not
+            cover it.
     """
     directory = Path(directory)
     path = directory / MANIFEST
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = read_json(path)
     except FileNotFoundError:
-        raise UserError(f"{directory} has no {MANIFEST}: it is no sharded checkpoint") from None
-    except OSError as error:
-        raise cannot_read(path, error) from None
-    except (ValueError, RecursionError):
+        raise UserError(
+            f"{directory} has no {MANIFEST}, so it is not a sharded checkpoint: check the path"
+        ) from None
+    except ValueError:
         raise UserError(f"{path} is damaged: it is not JSON; use another checkpoint") from None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise UserError(f"{path} does not describe a megalard checkpoint: check the path")
     if body.get("version") != VERSION:
         raise UserError(
-            f"{directory} was written in version {body.get('version')} of the format and this "
-            f"program reads version {VERSION}: use the megalard that wrote it"
+            f"{directory} was written in version {shown(body.get('version'))} of the format and "
+            f"this program reads version {VERSION}: use the megalard that wrote it"
         )
     checksum = body.pop("checksum", None)
     if checksum != _digest(body) or any(section not in body for section in _SECTIONS):
@@ -159,7 +160,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         for name, file in manifest.files.items():
             _check_length(directory, name, file["size"])
             if not isinstance(file["sha256"], str):
-                raise ValueError(f"the sha256 of {name} is no text")
+                raise ValueError(f"the sha256 of {name} is not text")
         for name, tensor in manifest.tensors.items():
             _check_tensor(name, tensor, manifest)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -168,34 +169,34 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def incomplete(manifest: Manifest, error: Exception) -> UserError:
-    """The sentence about a manifest in which an entry is missing or is not what it should be."""
-    what = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
+    """Return the error about a manifest in which an entry is missing or wrong."""
+    reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
     return UserError(
-        f"{manifest.directory / MANIFEST} is not as megalard writes it ({what}): use another "
+        f"{manifest.directory / MANIFEST} is not as megalard writes it ({reason}): use another "
         "checkpoint"
     )
 
 
 def _check_kind(manifest: Manifest) -> None:
-    needed = {"model": [], "training": ["base", "trained", "training"]}
-    if manifest.kind not in needed:
-        raise ValueError(f"its kind is {manifest.kind!r}")
-    sections = ("config", "written_by", "tensors", "files", *needed[manifest.kind])
+    sections_of_kind = {"model": [], "training": ["base", "trained", "training"]}
+    if manifest.kind not in sections_of_kind:
+        raise ValueError(f"its kind is {shown(manifest.kind)}")
+    sections = ("config", "written_by", "tensors", "files", *sections_of_kind[manifest.kind])
     for section in sections:
         if not isinstance(manifest.body[section], dict):
-            raise ValueError(f"its section {section} is no JSON object")
+            raise ValueError(f"its section {section} is not a JSON object")
     if manifest.kind == "training":
         for note in filter(None, (manifest.base, manifest.teacher)):
             Path(note["path"])
             for file in note["files"].values():
                 if type(file["size"]) is not int or type(file["sha256"]) is not str:
-                    raise ValueError("a model it refers to has a file without size or sha256")
+                    raise ValueError("a file of a model that it refers to has no size or sha256")
     if not isinstance(manifest.body["id"], str):
-        raise ValueError("its id is no text")
+        raise ValueError("its id is not text")
 
 
 def _check_tensor(name: str, tensor: dict, manifest: Manifest) -> None:
-    """Refuse a tensor that its slices do not cover, each element once."""
+    """Refuse a tensor unless its slices cover each element exactly once."""
     path, shape = manifest.directory / MANIFEST, tensor["shape"]
     if tensor["dtype"] not in DTYPES:
         raise UserError(
@@ -206,7 +207,8 @@ def _check_tensor(name: str, tensor: dict, manifest: Manifest) -> None:
     for chunk in tensor["chunks"]:
         if chunk["file"] not in manifest.files:
             raise UserError(
-                f"{path} has a slice of {name} in {chunk['file']!r}, which is not among its files: "
+                f"{path} has a slice of {name} in {shown(chunk['file'])}, which is not among its "
+                "files: "
                 "use another checkpoint"
             )
         _check_numbers(name, chunk["offsets"])
@@ -228,18 +230,19 @@ def _check_tensor(name: str, tensor: dict, manifest: Manifest) -> None:
 
 def _check_numbers(name: str, numbers: list) -> None:
     if type(numbers) is not list or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"{numbers!r} is no shape or place of {name}")
+        raise ValueError(f"{shown(numbers)} is not a shape or an offset of {name}")
 
 
 def _overlap(chunks: list[dict]) -> bool:
-    """Whether two boxes have an element in common."""
+    """Whether two of the boxes have an element in common."""
     if len(chunks) < 2:
         return False
-    # along the dim with the most corners only neighbours can meet, however many slices there are
-    places = list(zip(*(chunk["offsets"] for chunk in chunks), strict=True))
-    if not places:
+    # Sorted along the dim with the most different offsets, only neighbors can overlap. The check is
+    # therefore fast for any number of slices.
+    offsets = list(zip(*(chunk["offsets"] for chunk in chunks), strict=True))
+    if not offsets:
         return True
-    dim = max(range(len(places)), key=lambda d: len(set(places[d])))
+    dim = max(range(len(offsets)), key=lambda d: len(set(offsets[d])))
     ordered = sorted(chunks, key=lambda chunk: chunk["offsets"][dim])
     for number, one in enumerate(ordered):
         for other in ordered[number + 1 :]:
@@ -253,9 +256,12 @@ def _overlap(chunks: list[dict]) -> bool:
 
 def _check_length(directory: Path, name: str, size: int) -> None:
     if Path(name).name != name or name == "..":
-        raise UserError(f"{directory / MANIFEST} names the file {name!r} outside its directory")
+        raise UserError(
+            f"{directory / MANIFEST} names the file {shown(name)} outside its directory: use "
+            "another checkpoint"
+        )
     try:
-        found = (directory / name).stat().st_size
+        actual_size = (directory / name).stat().st_size
     except FileNotFoundError:
         raise UserError(
             f"{directory} lacks {name}, which its manifest names: restore the file, or use "
@@ -263,40 +269,11 @@ def _check_length(directory: Path, name: str, size: int) -> None:
         ) from None
     except OSError as error:
         raise cannot_read(directory / name, error) from None
-    if found != size:
+    if actual_size != size:
         raise UserError(
-            f"{directory / name} has {found} bytes, its manifest says {size}: restore the file, or "
-            "use another checkpoint"
+            f"{directory / name} has {actual_size} bytes, its manifest says {size}: restore the "
+            "file, or use another checkpoint"
         )
-
-
-def check_sums(
-    directory: str | Path,
-    files: Iterable[tuple[str, dict]],
-    whose: str = "its manifest",
-    progress: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Read files and compare their checksums.
-
-    Args:
-        directory: where the files are.
-        files: names with ``size`` and ``sha256``.
-        whose: what the expected checksum is from, for the sentence.
-
-    Raises:
-        UserError: naming the first file that differs or cannot be read.
-    """
-    for name, file in files:
-        path = Path(directory) / name
-        try:
-            found = file_sha256(path, progress)
-        except OSError as error:
-            raise cannot_read(path, error) from None
-        if found != file["sha256"]:
-            raise UserError(
-                f"{path} is damaged or of another model: its sha256 is {found[:12]}…, {whose} says "
-                f"{file['sha256'][:12]}…; restore the file, or use another checkpoint"
-            )
 
 
 def _digest(value: dict) -> str:

@@ -1,14 +1,14 @@
-"""Sharded checkpoints: saved by all ranks at once, read back by any number of them.
+"""Sharded checkpoints: saved by all ranks together, and read by any number of ranks.
 
-A parameter is a local tensor and a ``Layout``; here it becomes a DTensor, so that
-``torch.distributed.checkpoint`` decides who writes which slice and what a rank on another layout
-has to read. ``ShardedWeights`` reads slices without any other rank.
+A parameter is a local tensor and a ``Layout``. Here it becomes a DTensor, so that
+``torch.distributed.checkpoint`` decides who writes which slice, and what a rank on another layout
+must read. ``ShardedWeights`` reads slices without any other rank.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -19,16 +19,14 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from megalard.checkpoint.sharded.dcp_storage import STATE_PREFIXES, ShardReader, ShardWriter
-from megalard.checkpoint.sharded.manifest import (
-    ID_KEY,
-    MANIFEST,
-    Manifest,
-    check_sums,
-    read_manifest,
-)
+from megalard.checkpoint.provenance import check_checksums
+from megalard.checkpoint.sharded.dcp_storage import STATE_PREFIXES, Box, ShardReader, ShardWriter
+from megalard.checkpoint.sharded.manifest import ID_KEY, MANIFEST, Manifest, read_manifest
+from megalard.checkpoint.write_options import WriteOptions
 from megalard.errors import UserError
-from megalard.files.safetensors import DTYPES, DamagedFile, TensorFile, cannot_read
+from megalard.files.reading import cannot_read
+from megalard.files.safetensors import DTYPES, DamagedFile, TensorFile
+from megalard.files.writing import Progress, no_progress
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
 from megalard.parallel.tensor.layout import Layout
@@ -37,9 +35,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def checkpoint_axis(mesh: Mesh) -> Axis:
-    """All ranks, in a gloo group of their own; a collective call.
+    """Return all ranks in a new gloo group; a collective call.
 
-    A save in the background talks in it while the trainer talks in the mesh's groups.
+    A save in the background communicates in it while the trainer communicates in the groups of the
+    mesh.
     """
     if mesh.world.size == 1:
         return SINGLE
@@ -47,26 +46,26 @@ def checkpoint_axis(mesh: Mesh) -> Axis:
 
 
 def as_dtensor(local: torch.Tensor, layout: Layout, mesh: Mesh) -> torch.Tensor:
-    """The whole parameter as a DTensor over all ranks; a plain tensor in a single process.
+    """Return the full parameter as a DTensor over all ranks; a plain tensor in a single process.
 
-    Neighbouring ranks that hold the same K/V heads are an axis of their own over which the DTensor
-    is replicated, as it is over the data-parallel ranks.
+    The DTensor is replicated over the data-parallel ranks, and over neighboring ranks that hold the
+    same K/V heads.
     """
     assert tuple(local.shape) == layout.local_shape
     if mesh.world.size == 1:
         return local
     placements = [Replicate(), Replicate(), Replicate()]
-    holders = mesh.tp.size
+    replicas = mesh.tp.size
     if layout.dim is not None:
-        placements[1], holders = Shard(layout.dim), layout.holders
-    kind = mesh.device.type if local.is_meta else local.device.type
+        placements[1], replicas = Shard(layout.dim), layout.replicas
+    device_type = mesh.device.type if local.is_meta else local.device.type
     stride, strides = 1, []
     for size in reversed(layout.full_shape):
         strides.insert(0, stride)
         stride *= max(1, size)
     return DTensor.from_local(
         local,
-        _device_mesh(kind, mesh.world.size, mesh.tp.size, holders),
+        _device_mesh(device_type, mesh.world.size, mesh.tp.size, replicas),
         placements,
         run_check=False,
         shape=torch.Size(layout.full_shape),
@@ -75,43 +74,38 @@ def as_dtensor(local: torch.Tensor, layout: Layout, mesh: Mesh) -> torch.Tensor:
 
 
 @cache
-def _device_mesh(kind: str, world: int, tp: int, holders: int) -> DeviceMesh:
-    """Ranks as (replicas, parts, holders); tp ranks are neighbours. It only names ranks, so it
-    needs no process groups."""
-    ranks = torch.arange(world).view(world // tp, tp // holders, holders)
-    return DeviceMesh(kind, ranks, _init_backend=False)
+def _device_mesh(device_type: str, world: int, tp: int, replicas: int) -> DeviceMesh:
+    """Return the ranks as (data-parallel, parts, replicas); tp ranks are neighbors.
+
+    The mesh only names ranks, so it needs no process groups.
+    """
+    ranks = torch.arange(world).view(world // tp, tp // replicas, replicas)
+    return DeviceMesh(device_type, ranks, _init_backend=False)
 
 
 def save_sharded(
     directory: str | Path,
     tensors: Mapping[str, torch.Tensor],
-    head: dict,
+    sections: dict,
     axis: Axis,
-    *,
-    companions: Iterable[Path] = (),
+    options: WriteOptions,
     planner: dcp.SavePlanner | None = None,
-    file_bytes: int | None = None,
-    progress: Callable[[int], None] = lambda count: None,
-    before_commit: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a checkpoint; a collective call of all ranks. It appears complete or not at all.
+    """Write a checkpoint that appears completely or not at all; a collective call of all ranks.
 
     Args:
         directory: its final name, which must not exist.
         tensors: DTensors, tensors that are equal on all ranks that have them, or, with a
             ``LazySavePlanner``, tensors without storage.
-        head: the manifest's sections but tensors and files, equal on every rank.
-        axis: all ranks, with a group that CPU tensors travel in.
-        companions: files copied beside the shards.
-        before_commit: called on every rank when everything is written and has no name yet.
+        sections: all sections of the manifest except tensors and files, equal on every rank.
+        axis: all ranks, with a process group for CPU tensors.
 
     Raises:
-        UserError: on every rank, when any cannot write; what was there before is as it was.
+        UserError: on every rank, if any rank cannot write. What was there before is unchanged.
     """
     directory = Path(directory)
-    sizes = {} if file_bytes is None else {"file_bytes": file_bytes}
-    writer = ShardWriter(directory, head, companions, progress=progress, **sizes)
-    # a rank of an uneven vocabulary may hold no rows; a tensor without elements is kept
+    writer = ShardWriter(directory, sections, options)
+    # A rank of an uneven vocabulary may hold no rows. A full tensor without elements is kept.
     tensors = {
         name: value for name, value in tensors.items() if _local(value).numel() or not value.numel()
     }
@@ -123,7 +117,7 @@ def save_sharded(
             process_group=axis.group,
             no_dist=axis.size == 1,
         )
-        before_commit()
+        options.before_commit()
         with checked_on_all_ranks(axis):
             if axis.rank == 0:
                 _commit(writer)
@@ -131,7 +125,7 @@ def save_sharded(
         if axis.rank == 0:
             writer.folder.abandon()
         if isinstance(error, (CheckpointException, OSError)):
-            raise _cannot_write(directory, error) from None
+            raise _cannot_save(directory, error) from None
         raise
 
 
@@ -139,20 +133,23 @@ def _commit(writer: ShardWriter) -> None:
     try:
         writer.folder.commit()
     except OSError as error:
-        raise _cannot_write(writer.directory, error) from None
+        raise _cannot_save(writer.folder.directory, error) from None
 
 
-def _cannot_write(directory: Path, error: BaseException) -> UserError:
+def _cannot_save(directory: Path, error: BaseException) -> UserError:
     return UserError(
         f"cannot write checkpoint {directory}: {_reason(error)}; what was saved before is untouched"
     )
 
 
 def load_sharded(weights: ShardedWeights, tensors: dict[str, torch.Tensor], axis: Axis) -> None:
-    """Fill tensors (DTensors or equal on all ranks) from a checkpoint; a collective call.
+    """Fill tensors from a checkpoint; a collective call.
+
+    Args:
+        tensors: DTensors, or tensors that are equal on all ranks.
 
     Raises:
-        UserError: on every rank, when a tensor is missing, of another shape or cannot be read.
+        UserError: on every rank, if a tensor is missing, has another shape or cannot be read.
     """
     with checked_on_all_ranks(axis):
         for name, value in tensors.items():
@@ -174,35 +171,36 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _reason(error: BaseException) -> str:
-    """What the first failing rank met, in words; what is no fault of the user's is raised."""
+    """Return in words what failed on the first failing rank. A programming error is raised."""
     if isinstance(error, CheckpointException):
         error = min(error.failures.items())[1][0]
     if isinstance(error, OSError):
-        where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror or error}{where}"
+        path = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror or error}{path}"
     if isinstance(error, (UserError, DamagedFile)):
         return str(error)
     raise error
 
 
 class ShardedWeights:
-    """The tensors of a sharded checkpoint, read by slice.
+    """The tensors of a sharded checkpoint, which are read by slice.
 
     Attributes:
-        directory, manifest: the checkpoint's.
+        directory: the directory of the checkpoint.
+        manifest: its manifest.
 
     Raises:
-        UserError: see ``read_manifest``.
+        UserError: as ``read_manifest``.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self.manifest: Manifest = read_manifest(directory)
-        self._open: dict[str, TensorFile] = {}
+        self._open_files: dict[str, TensorFile] = {}
 
     def names(self) -> list[str]:
-        """The weights' names; the optimizer's tensors are not among them."""
-        if self.manifest.kind == "model":  # which has no optimizer, whatever its tensors' names
+        """Return the names of the weights, without the tensors of the optimizer."""
+        if self.manifest.kind == "model":  # it has no optimizer, whatever its tensors are called
             return list(self.manifest.tensors)
         return [name for name in self.manifest.tensors if not name.startswith(STATE_PREFIXES)]
 
@@ -213,30 +211,32 @@ class ShardedWeights:
         return DTYPES[self._tensor(name)["dtype"]]
 
     def files(self) -> list[Path]:
-        """Every file of the checkpoint, the manifest included."""
+        """Return every file of the checkpoint, with the manifest."""
         return [self.directory / name for name in (*self.manifest.files, MANIFEST)]
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """The tensor, or this rank's slice of it, in its dtype, on the CPU."""
+        """Return the tensor, or the slice of a layout, in its dtype, on the CPU."""
         shape = self.shape(name)
         start, size = [0] * len(shape), list(shape)
         if layout is not None and layout.dim is not None:
             start[layout.dim], size[layout.dim] = layout.start, layout.length
         return self.read_box(name, tuple(start), tuple(size))
 
-    def read_box(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
-        """The box of ``size`` at ``start``, put together from the saved slices it meets."""
-        out = None  # the slices cover it: read_manifest has seen to that
+    def read_box(self, name: str, start: Box, size: Box) -> torch.Tensor:
+        """Return the box of ``size`` at ``start``, assembled from the saved slices it overlaps."""
+        out = None  # read_manifest has checked that the slices cover the tensor
         for chunk in self._tensor(name)["chunks"]:
-            at, length = chunk["offsets"], chunk["shape"]
-            low = [max(a, b) for a, b in zip(start, at, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(start, size, at, length, strict=True)]
+            offset, length = chunk["offsets"], chunk["shape"]
+            low = [max(a, b) for a, b in zip(start, offset, strict=True)]
+            high = [
+                min(a + n, b + m) for a, n, b, m in zip(start, size, offset, length, strict=True)
+            ]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
             part = self.read_chunk(
                 chunk["file"],
                 name,
-                tuple(a - b for a, b in zip(low, at, strict=True)),
+                tuple(a - b for a, b in zip(low, offset, strict=True)),
                 tuple(b - a for a, b in zip(low, high, strict=True)),
             )
             if tuple(part.shape) == tuple(size):
@@ -246,38 +246,40 @@ class ShardedWeights:
             out[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))] = part
         return out if out is not None else torch.empty(size, dtype=self.dtype(name))
 
-    def read_chunk(
-        self, file: str, name: str, start: tuple[int, ...], size: tuple[int, ...]
-    ) -> torch.Tensor:
-        """A box of one saved slice, counted from that slice's own corner."""
-        if file not in self._open:
-            self._open[file] = self._open_file(file)
+    def read_chunk(self, file: str, name: str, start: Box, size: Box) -> torch.Tensor:
+        """Return a box of one saved slice, counted from the corner of that slice."""
+        if file not in self._open_files:
+            self._open_files[file] = self._open_file(file)
         try:
-            return self._open[file].read(name, start, size)
+            return self._open_files[file].read(name, start, size)
         except OSError as error:
             raise cannot_read(self.directory / file, error) from None
         except DamagedFile as error:
             raise UserError(f"cannot read {self.directory / file}: {error}") from None
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuse a tensor that is missing or of another shape."""
+        """Refuse a tensor that is missing or has another shape.
+
+        Raises:
+            UserError: naming the tensor.
+        """
         if self.shape(name) != shape:
             raise UserError(
                 f"tensor {name} in {self.directory} has shape {list(self.shape(name))}, but the "
                 f"model needs {list(shape)}: it is a checkpoint of another model"
             )
 
-    def check_sums(self, share: Axis = SINGLE, progress=lambda count: None) -> None:
+    def check_sums(self, share: Axis = SINGLE, progress: Progress = no_progress) -> None:
         """Read this rank's share of the files and compare their checksums.
 
         Raises:
-            UserError: a file differs.
+            UserError: naming the first file that differs.
         """
         files = list(self.manifest.files.items())[share.rank :: share.size]
         for name, _ in files:
             if name.endswith(".safetensors"):
                 self._open_file(name)
-        check_sums(self.directory, files, progress=progress)
+        check_checksums(self.directory, files, progress=progress)
 
     def _open_file(self, name: str) -> TensorFile:
         path = self.directory / name
@@ -296,10 +298,15 @@ class ShardedWeights:
                 if chunk["file"] == name:
                     entry = file.entries.get(tensor)
                     if entry is None or list(entry.shape) != chunk["shape"]:
-                        raise UserError(f"{path} lacks a slice of {tensor}: restore the file")
+                        raise UserError(
+                            f"{path} lacks a slice of {tensor}: restore the file, or use another "
+                            "checkpoint"
+                        )
         return file
 
     def _tensor(self, name: str) -> dict:
         if name not in self.manifest.tensors:
-            raise UserError(f"{self.directory} has no tensor {name}: it is of another model")
+            raise UserError(
+                f"{self.directory} has no tensor {name}: it is a checkpoint of another model"
+            )
         return self.manifest.tensors[name]

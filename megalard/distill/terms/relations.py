@@ -1,77 +1,78 @@
-"""The LinearARD loss (arXiv 2604.00004): exact KL between self-relations of student and teacher.
+"""The LinearARD loss (arXiv 2604.00004): exact KL between relations of teacher and student.
 
     loss = mean over layers of  sum_rel w_rel * mean over (valid rows, heads of rel) of KL_i
 
-Each rank sums over its own heads and its own rows; sums over ranks, and the division by the number
-of valid rows of the whole step, are the step's.
+Each rank sums over its own heads and its own rows. The step sums over ranks and divides by the
+number of valid rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch.profiler import record_function
 
-from megalard.distill.terms.sharded_relations import OPERANDS, Operand, RelationPlan, relation_sums
-from megalard.distill.terms.states import scaled
-from megalard.model.decoder import Qkv
-from megalard.model.spec import ModelSpec
+from megalard.config.schema import RELATIONS, ObjectiveConfig
+from megalard.distill.forward_gradient import with_forward_gradient
+from megalard.distill.lockstep import Pair
+from megalard.distill.reach import LayerDepth, Reach
+from megalard.distill.terms.sharded_relations import Operand, RelationPlan, relation_sums
+from megalard.distill.terms.term import Term, TermInputs, TermSum, compared_layers
+from megalard.model.decoder import Decoder, Qkv
 
 
-class RelationObjective:
-    """The weighted relations of one layer, summed over this rank's rows and heads.
+class Relations(Term):
+    """The weighted relations of the compared layers."""
 
-    Args:
-        spec: the model's head counts.
-        weights: relation name (q, k, v, qk) to weight.
-        num_layers: how many layers are distilled, to take their mean.
-        kv_replicas: tp ranks holding the same K/V heads; each counts its share of their loss.
-    """
-
-    def __init__(
-        self, spec: ModelSpec, weights: dict[str, float], num_layers: int, kv_replicas: int
-    ):
-        self.names = list(weights)
-        heads = {"q": spec.num_heads, "qk": spec.num_heads}
-        # the mean over layers and heads, with replicated heads counted once
+    def __init__(self, objective: ObjectiveConfig, student: Decoder, kv_replicas: int):
+        super().__init__(objective, student, kv_replicas)
+        self.weights = objective.active_relations()
+        self._layers = compared_layers(objective, self.spec.num_layers)
+        # The mean over layers and heads; K/V heads that several ranks hold count once.
+        heads = {"q": self.spec.num_heads}
+        kv_heads = self.spec.num_kv_heads * kv_replicas
         self._mean = {
-            name: 1.0 / (num_layers * heads.get(name, spec.num_kv_heads * kv_replicas))
-            for name in self.names
+            name: 1.0 / (len(self._layers) * heads.get(RELATIONS[name].rows, kv_heads))
+            for name in self.weights
         }
-        self._factors = {name: weights[name] * self._mean[name] for name in self.names}
-        self._operands = sorted({kind for name in self.names for kind in OPERANDS[name]})
+        self._factors = {name: w * self._mean[name] for name, w in self.weights.items()}
+        self._operands = sorted({kind for n in self.weights for kind in RELATIONS[n].operands})
 
-    def __call__(
-        self, student: Qkv, teacher: Qkv, plan: RelationPlan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer's part of the loss times the number of valid rows.
+    @staticmethod
+    def reach_of(objective: ObjectiveConfig, num_layers: int) -> Reach | None:
+        relations = objective.active_relations()
+        if not relations:
+            return None
+        operands = frozenset(kind for name in relations for kind in RELATIONS[name].operands)
+        return Reach(compared_layers(objective, num_layers)[-1], LayerDepth.QKV, operands)
 
-        Returns:
-            The weighted sum, a scalar to differentiate, and [relations] the unweighted means over
-            layers and heads (fp32, detached), in the order of ``names``.
+    def on_layer(self, pair: Pair, inputs: TermInputs) -> TermSum | None:
+        if pair.layer not in self._layers:
+            return None
+        with record_function("relations"):
+            return self.sums(pair.student.qkv, pair.teacher.qkv, inputs.relation_plan)
+
+    def sums(self, student: Qkv, teacher: Qkv, plan: RelationPlan) -> TermSum:
+        """Return the relations of one layer, summed over this rank's rows and heads.
+
+        The parts are the unweighted means over layers and heads, summed over rows.
         """
-        student_x = [getattr(student, kind) for kind in self._operands]
-        teacher_x = [getattr(teacher, kind) for kind in self._operands]
-        sums = _Relations.apply(self._operands, self._factors, plan, teacher_x, *student_x)
-        loss, *parts = sums.unbind()
-        means = [part * mean for part, mean in zip(parts, self._mean.values(), strict=True)]
-        return loss, torch.stack(means).detach()
+        operands = {
+            kind: Operand(getattr(student, kind), getattr(teacher, kind)) for kind in self._operands
+        }
 
+        def compute(with_grad: bool) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+            detached = {
+                kind: Operand(operand.student.detach(), operand.teacher)
+                for kind, operand in operands.items()
+            }
+            sums, grads = relation_sums(detached, self._factors, plan, with_grad)
+            loss = sum(self._factors[name] * total for name, total in sums.items())
+            value = torch.stack([loss, *sums.values()])
+            return value, [grads[kind] for kind in self._operands] if with_grad else ()
 
-class _Relations(torch.autograd.Function):
-    """[weighted sum, sum of each relation], differentiable in the first.
-
-    The gradient is computed in the forward pass, so that the teacher's operands can be dropped at
-    once and a recomputed layer need not repeat the relation.
-    """
-
-    @staticmethod
-    def forward(ctx, kinds, factors, plan, teacher, *student):
-        operands = {kind: Operand(s, t) for kind, s, t in zip(kinds, student, teacher, strict=True)}
-        sums, grads = relation_sums(operands, factors, plan, any(ctx.needs_input_grad))
-        ctx.save_for_backward(*(grads[kind] for kind in kinds if grads))
-        loss = sum(factors[name] * total for name, total in sums.items())
-        return torch.stack([loss, *sums.values()])
-
-    @staticmethod
-    def backward(ctx, grad):
-        grads = [scaled(saved, grad[0]) for saved in ctx.saved_tensors]
-        return None, None, None, None, *grads
+        inputs = (operand.student for operand in operands.values())
+        loss, *totals = with_forward_gradient(compute, *inputs).unbind()
+        means = [total * mean for total, mean in zip(totals, self._mean.values(), strict=True)]
+        return TermSum(loss, torch.stack(means).detach())

@@ -1,11 +1,12 @@
 """Relation KL over a sharded sequence: schedule, exchange, partial statistics, gradients.
 
-Each rank computes the pairs of pieces its schedule gives it, on its own chunk at once and on each
-fetched chunk as it arrives. Rows are then spread over ranks: their partial statistics are
-all-reduced (maxima, then rescaled sums), after which every rank has the exact log-sum-exps and
-computes the gradients of its pairs; those of fetched chunks go back to their owners.
+Each rank computes the tasks of its schedule: those of its own chunk at once, and the others as the
+chunks that they need arrive. The columns of a row are then spread over ranks, so the partial
+statistics of the rows are all-reduced: first the maxima, then the rescaled sums. Now every rank has
+the exact log-sum-exps and computes the gradients of its tasks. The gradients of fetched chunks are
+sent back to the owners of the chunks.
 
-With one rank the schedule is a single task and nothing is exchanged.
+With one rank the schedule is a single task, and nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megalard.config.schema import RELATIONS
 from megalard.kernels.relation_kl import (
     IntervalMask,
     Partials,
@@ -29,28 +31,35 @@ from megalard.kernels.relation_kl import (
     rescale,
 )
 from megalard.parallel.collectives import all_reduce
-from megalard.parallel.context.schedule import Part, Stage, Task, difference_cover, schedule
-from megalard.parallel.context.shard import Exchange, SequenceShard
-
-OPERANDS = {"q": ("q", "q"), "k": ("k", "k"), "v": ("v", "v"), "qk": ("q", "k")}
+from megalard.parallel.context.exchange import Exchange
+from megalard.parallel.context.schedule import Part, Round, Task, schedule
+from megalard.parallel.context.shard import SequenceShard
 
 
 @dataclass(frozen=True)
 class Operand:
-    """Student's and teacher's vectors of one kind, [b, h, s / P, d] each."""
+    """The student's and the teacher's vectors of one kind, [b, h, s / P, d] each."""
 
     student: torch.Tensor
     teacher: torch.Tensor
 
     def rows(self, part: slice) -> Operand:
+        """Return the vectors of some tokens."""
         return Operand(self.student[:, :, part], self.teacher[:, :, part])
+
+
+Chunk = dict[str, Operand]
+"""The operands of one chunk, by kind."""
 
 
 @dataclass
 class Traffic:
-    """Bytes this rank gave to the network: chunks, their gradients, and row statistics.
+    """The bytes that this rank gave to the network.
 
-    ``reduced`` counts what is handed to all-reduce, of which a ring sends 2 (P - 1) / P.
+    Attributes:
+        chunks: operands of this rank's chunk.
+        gradients: gradients of fetched chunks.
+        reduced: row statistics that were handed to all-reduce, of which a ring sends 2 (P - 1) / P.
     """
 
     chunks: int = 0
@@ -58,57 +67,46 @@ class Traffic:
     reduced: int = 0
 
 
-def expected_traffic(ranks: int, chunk_bytes: int, row_bytes: int) -> Traffic:
-    """The same by formula, for one layer of models of one width.
-
-    Args:
-        chunk_bytes: of the student's own chunk, over all operands.
-        row_bytes: of one fp32 number for every row of the whole blocks and every head, summed over
-            the relations.
-    """
-    if ranks == 1:
-        return Traffic()
-    fetches = len(difference_cover(ranks)) - 1
-    return Traffic(2 * fetches * chunk_bytes, fetches * chunk_bytes, 5 * row_bytes)
-
-
 class RelationPlan:
-    """Tasks and masks of the blocks of one micro-batch, shared by all layers.
+    """The tasks and masks of the blocks of one micro-batch, which all layers share.
 
-    ``traffic`` counts what was sent since the plan was made.
+    Attributes:
+        rounds: this rank's schedule.
+        traffic: what was sent since the plan was made.
 
     Args:
-        shard: this rank's share of the sequence.
+        shard: this rank's share of the blocks.
         doc_start_bs, doc_end_bs: int32 [b, length], the document interval of every token of the
             whole blocks; empty for padding.
     """
 
     def __init__(self, shard: SequenceShard, doc_start_bs: torch.Tensor, doc_end_bs: torch.Tensor):
         self.shard, self.axis, self.traffic = shard, shard.axis, Traffic()
-        self.stages: tuple[Stage, ...] = schedule(self.axis.size, self.axis.rank)
-        self.own: Part = self.stages[0].tasks[0].rows
+        self.rounds: tuple[Round, ...] = schedule(self.axis.size, self.axis.rank)
+        self.local_chunk: Part = self.rounds[0].tasks[0].rows
         self._masks = {
-            task: self._mask(task, doc_start_bs, doc_end_bs)
-            for stage in self.stages
-            for task in stage.tasks
+            task: self._make_mask(task, doc_start_bs, doc_end_bs)
+            for round_ in self.rounds
+            for task in round_.tasks
         }
 
     def tokens(self, part: Part) -> slice:
-        """The part's tokens within their chunk."""
+        """Return the tokens of a part, counted within its chunk."""
         size = self.shard.piece_length
-        start, end = part.first * size, part.last * size
+        start, end = part.start * size, part.end * size
         middle = start + (end - start + 1) // 2
         return {None: slice(start, end), 0: slice(start, middle), 1: slice(middle, end)}[part.half]
 
-    def rows_of(self, part: Part) -> slice:
-        """The part's tokens among those of all chunks, chunk after chunk."""
-        tokens, start = self.tokens(part), part.chunk * self.shard.own_length
-        return slice(start + tokens.start, start + tokens.stop)
+    def global_rows(self, part: Part) -> slice:
+        """Return the tokens of a part, counted over all chunks in the order of the ranks."""
+        tokens, offset = self.tokens(part), part.chunk * self.shard.local_length
+        return slice(offset + tokens.start, offset + tokens.stop)
 
     def mask(self, task: Task) -> IntervalMask:
+        """Return which rows of a task see which columns."""
         return self._masks[task]
 
-    def _mask(self, task: Task, doc_start_bs, doc_end_bs) -> IntervalMask:
+    def _make_mask(self, task: Task, doc_start_bs, doc_end_bs) -> IntervalMask:
         rows, columns = (
             self.shard.positions_of(part.chunk)[self.tokens(part)]
             for part in (task.rows, task.columns)
@@ -117,109 +115,125 @@ class RelationPlan:
 
 
 def relation_sums(
-    operands: dict[str, Operand], weights: dict[str, float], plan: RelationPlan, with_grad: bool
+    operands: Chunk, weights: dict[str, float], plan: RelationPlan, with_grad: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Σ KL_i over this rank's own rows and heads for each relation, and the weighted gradients.
+    """Sum the KL of this rank's rows and heads for each relation, and compute the gradients.
 
     Args:
-        operands: "q", "k", "v" as the relations need them.
-        weights: relation name to the factor its sum has in the loss.
+        operands: this rank's q, k and v, as far as the relations read them.
+        weights: relation name to the factor that its sum has in the loss.
+        with_grad: whether gradients are needed.
 
     Returns:
-        relation name to a fp32 scalar, and operand name to the gradient of Σ weight * sum with
-        respect to the student's own chunk, in the student's dtype ({} without ``with_grad``).
+        Relation name to Σ KL_i, a scalar in fp32. Operand name to the gradient of Σ weight * sum
+        with respect to the student's vectors of this rank's chunk, in their dtype; empty without
+        ``with_grad``.
     """
-    names = list(operands)
     if plan.axis.size == 1:
-        return _alone(operands, weights, plan, with_grad)
+        return _single_rank(operands, weights, plan, with_grad)
 
-    chunks: dict[int, dict[str, Operand]] = {}
+    kinds = list(operands)
+    chunks: dict[int, Chunk] = {}
     partials = {
-        name: _no_partials(operands[OPERANDS[name][0]].student, plan.shard) for name in weights
+        name: _empty_partials(operands[RELATIONS[name].rows].student, plan.shard)
+        for name in weights
     }
-    for stage, exchanged in _arrivals(operands, names, plan):
-        chunks[stage.chunk] = exchanged
-        for task in stage.tasks:
+    for round_, chunk in _arriving_chunks(operands, plan):
+        chunks[round_.chunk] = chunk
+        for task in round_.tasks:
             for name in weights:
                 rows, columns = _task_operands(name, task, chunks, plan)
-                found = relation_partials(
-                    rows.student, rows.teacher, *_other(rows, columns), mask=plan.mask(task)
+                task_partials = relation_partials(
+                    rows.student, rows.teacher, *_columns(rows, columns), mask=plan.mask(task)
                 )
-                known = Partials(*(x[:, :, plan.rows_of(task.rows)] for x in partials[name]))
-                for x, value in zip(known, merge(known, found), strict=True):
+                merged = Partials(*(x[:, :, plan.global_rows(task.rows)] for x in partials[name]))
+                for x, value in zip(merged, merge(merged, task_partials), strict=True):
                     x.copy_(value)
 
     statistics = {name: _reduce_rows(partials[name], plan) for name in weights}
-    own = plan.rows_of(plan.own)
-    sums = {name: found.kl[:, :, own].sum() for name, found in statistics.items()}
+    local_rows = plan.global_rows(plan.local_chunk)
+    sums = {name: rows.kl[:, :, local_rows].sum() for name, rows in statistics.items()}
     if not with_grad:
         return sums, {}
-    return sums, _gradients(chunks, names, weights, statistics, plan)
+    return sums, _gradients(chunks, kinds, weights, statistics, plan)
 
 
-def _alone(operands, weights, plan, with_grad):
-    (task,) = plan.stages[0].tasks
+def _single_rank(
+    operands: Chunk, weights: dict[str, float], plan: RelationPlan, with_grad: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Compute ``relation_sums`` without context parallelism: one task and no exchange."""
+    (task,) = plan.rounds[0].tasks
     mask, sums, grads = plan.mask(task), {}, {}
-    shared = sum(name in OPERANDS[r] for r in weights for name in set(OPERANDS[r])) > len(operands)
+    uses = [kind for name in weights for kind in RELATIONS[name].operands]
     for name, weight in weights.items():
-        rows, columns = (operands[kind] for kind in OPERANDS[name])
-        other = _other(rows, columns)
-        found = relation_forward(rows.student, rows.teacher, *other, mask=mask)
-        sums[name] = found.kl.sum()
+        relation = RELATIONS[name]
+        rows, columns = operands[relation.rows], operands[relation.columns]
+        column_tensors = _columns(rows, columns)
+        rows_statistics = relation_forward(rows.student, rows.teacher, *column_tensors, mask=mask)
+        sums[name] = rows_statistics.kl.sum()
         if not with_grad:
             continue
-        # an operand of two relations sums their gradients in fp32
-        dtype = torch.float32 if shared else rows.student.dtype
-        factor = found.lse_s.new_full((1, 1, 1), weight)
-        parts = relation_backward(
-            rows.student, rows.teacher, *other, found.lse_s, found.lse_t, factor,
-            mask=mask, out_dtype=dtype,
+        # The gradients of an operand that several relations read are added up in fp32.
+        dtype = torch.float32 if len(uses) > len(operands) else rows.student.dtype
+        factor = rows_statistics.lse_s.new_full((1, 1, 1), weight)
+        result = relation_backward(
+            rows.student, rows.teacher, *column_tensors, rows_statistics.lse_s,
+            rows_statistics.lse_t, factor, mask=mask, out_dtype=dtype,
         )  # fmt: skip
-        for kind, part in zip(OPERANDS[name], parts if rows is not columns else (parts,)):  # noqa: B905
-            grads[kind] = grads[kind] + part if kind in grads else part
+        for kind, grad in zip(relation.operands, _as_tuple(result), strict=True):
+            grads[kind] = grads[kind] + grad if kind in grads else grad
     return sums, {kind: grad.to(operands[kind].student.dtype) for kind, grad in grads.items()}
 
 
-def _arrivals(operands, names, plan) -> Iterator[tuple[Stage, dict[str, Operand]]]:
-    """Each stage with its chunk's operands; all transfers are posted before the first work."""
-    own = [x for name in names for x in (operands[name].student, operands[name].teacher)]
-    own = [x.detach().contiguous() for x in own]
+def _arriving_chunks(operands: Chunk, plan: RelationPlan) -> Iterator[tuple[Round, Chunk]]:
+    """Yield each round with its chunk. All transfers are started before the first round."""
+    local = [x for operand in operands.values() for x in (operand.student, operand.teacher)]
+    local = [x.detach().contiguous() for x in local]
     exchanges = [
-        None if stage.to is None else Exchange(own, stage.to, stage.chunk, plan.axis)
-        for stage in plan.stages
+        None
+        if round_.recipient is None
+        else Exchange(local, round_.recipient, round_.chunk, plan.axis)
+        for round_ in plan.rounds
     ]
     plan.traffic.chunks += sum(exchange.sent_bytes for exchange in exchanges if exchange)
-    for stage, exchange in zip(plan.stages, exchanges, strict=True):
-        tensors = own if exchange is None else exchange.wait()
+    for round_, exchange in zip(plan.rounds, exchanges, strict=True):
+        tensors = local if exchange is None else exchange.wait()
         pairs = zip(tensors[::2], tensors[1::2], strict=True)
-        yield stage, {name: Operand(*pair) for name, pair in zip(names, pairs, strict=True)}
+        yield round_, {kind: Operand(*pair) for kind, pair in zip(operands, pairs, strict=True)}
 
 
-def _task_operands(name, task, chunks, plan) -> tuple[Operand, Operand]:
-    """Rows and columns; the same object where a part meets itself."""
-    rows, columns = (
-        chunks[part.chunk][kind].rows(plan.tokens(part))
-        for part, kind in zip((task.rows, task.columns), OPERANDS[name], strict=True)
-    )
-    return rows, rows if task.rows == task.columns and len(set(OPERANDS[name])) == 1 else columns
+def _task_operands(
+    name: str, task: Task, chunks: dict[int, Chunk], plan: RelationPlan
+) -> tuple[Operand, Operand]:
+    """Return the rows and the columns of a task; the same object where a part meets itself."""
+    relation = RELATIONS[name]
+    rows = chunks[task.rows.chunk][relation.rows].rows(plan.tokens(task.rows))
+    if task.rows == task.columns and relation.rows == relation.columns:
+        return rows, rows
+    columns = chunks[task.columns.chunk][relation.columns].rows(plan.tokens(task.columns))
+    return rows, columns
 
 
-def _other(rows: Operand, columns: Operand) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The columns' vectors as the kernels take them: None for the self relation."""
+def _columns(rows: Operand, columns: Operand) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the column tensors as the kernels take them: None where columns are the rows."""
     return (None, None) if rows is columns else (columns.student, columns.teacher)
 
 
-def _no_partials(own: torch.Tensor, shard: SequenceShard) -> Partials:
-    """Those of all rows of the blocks, chunk after chunk, before any column is seen."""
-    shape = (5, *own.shape[:2], shard.length)
-    empty = Partials(*own.new_zeros(shape, dtype=torch.float32))
-    for x in (empty.m_s, empty.m_t):
+def _as_tuple(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (result,) if torch.is_tensor(result) else result
+
+
+def _empty_partials(local: torch.Tensor, shard: SequenceShard) -> Partials:
+    """Return the partials of all rows of the blocks, chunk after chunk, over no column."""
+    shape = (5, *local.shape[:2], shard.length)
+    partials = Partials(*local.new_zeros(shape, dtype=torch.float32))
+    for x in (partials.m_s, partials.m_t):
         x.fill_(float("-inf"))
-    return empty
+    return partials
 
 
 def _reduce_rows(local: Partials, plan: RelationPlan) -> RelationStatistics:
-    """Statistics of all rows of the blocks, exact and the same on every rank."""
+    """Return the statistics of all rows of the blocks, exact and the same on every rank."""
     maxima = all_reduce(torch.stack((local.m_s, local.m_t)), plan.axis, dist.ReduceOp.MAX)
     local = rescale(local, maxima[0], maxima[1])
     sums = all_reduce(torch.stack((local.l_s, local.l_t, local.a)), plan.axis)
@@ -227,53 +241,65 @@ def _reduce_rows(local: Partials, plan: RelationPlan) -> RelationStatistics:
     return finish(Partials(maxima[0], sums[0], maxima[1], sums[1], sums[2]))
 
 
-def _gradients(chunks, names, weights, statistics, plan) -> dict[str, torch.Tensor]:
-    """Gradients of the own chunk: this rank's pairs, and what the others computed for it."""
+def _gradients(
+    chunks: dict[int, Chunk],
+    kinds: list[str],
+    weights: dict[str, float],
+    statistics: dict[str, RelationStatistics],
+    plan: RelationPlan,
+) -> dict[str, torch.Tensor]:
+    """Return the gradients of this rank's chunk, from its own tasks and from other ranks' tasks."""
     grads: dict[int, dict[str, torch.Tensor]] = {chunk: {} for chunk in chunks}
 
-    def add(part: Part, kind: str, found: torch.Tensor) -> None:
-        whole = chunks[part.chunk][kind].student
+    def add(part: Part, kind: str, grad: torch.Tensor) -> None:
+        chunk_tensor = chunks[part.chunk][kind].student
         if kind not in grads[part.chunk]:
-            if found.shape == whole.shape:
-                grads[part.chunk][kind] = found
+            if grad.shape == chunk_tensor.shape:
+                grads[part.chunk][kind] = grad
                 return
-            grads[part.chunk][kind] = torch.zeros_like(whole, dtype=torch.float32)
-        grads[part.chunk][kind][:, :, plan.tokens(part)] += found
+            grads[part.chunk][kind] = torch.zeros_like(chunk_tensor, dtype=torch.float32)
+        grads[part.chunk][kind][:, :, plan.tokens(part)] += grad
 
-    for task in (task for stage in plan.stages for task in stage.tasks):
+    for task in (task for round_ in plan.rounds for task in round_.tasks):
         for name, weight in weights.items():
             rows, columns = _task_operands(name, task, chunks, plan)
-            lse_s, lse_t = (x[:, :, plan.rows_of(task.rows)] for x in statistics[name][:2])
-            found = relation_backward(
-                rows.student, rows.teacher, *_other(rows, columns), lse_s, lse_t,
+            lse_s, lse_t = (x[:, :, plan.global_rows(task.rows)] for x in statistics[name][:2])
+            result = relation_backward(
+                rows.student, rows.teacher, *_columns(rows, columns), lse_s, lse_t,
                 lse_s.new_full((1, 1, 1), weight), mask=plan.mask(task), out_dtype=torch.float32,
             )  # fmt: skip
-            if rows is columns:
-                add(task.rows, OPERANDS[name][0], found)
-            else:
-                for part, kind, x in zip((task.rows, task.columns), OPERANDS[name], found):  # noqa: B905
-                    add(part, kind, x)
-    return _return_to_owners(grads, names, chunks, plan)
+            relation = RELATIONS[name]
+            targets = ((task.rows, relation.rows), (task.columns, relation.columns))
+            # A part that meets itself has one gradient, which belongs to both of its roles.
+            for (part, kind), grad in zip(targets, _as_tuple(result), strict=False):
+                add(part, kind, grad)
+    return _return_to_owners(grads, kinds, chunks, plan)
 
 
-def _return_to_owners(grads, names, chunks, plan) -> dict[str, torch.Tensor]:
-    """Send each fetched chunk's gradients back, and add up what comes for the own chunk."""
-    own_chunk = plan.axis.rank
-    dtypes = {name: chunks[own_chunk][name].student.dtype for name in names}
+def _return_to_owners(
+    grads: dict[int, dict[str, torch.Tensor]],
+    kinds: list[str],
+    chunks: dict[int, Chunk],
+    plan: RelationPlan,
+) -> dict[str, torch.Tensor]:
+    """Send the gradients of fetched chunks to their owners, and add up those that arrive."""
+    local_chunk = plan.axis.rank
+    dtypes = {kind: chunks[local_chunk][kind].student.dtype for kind in kinds}
     exchanges = [
-        # the way back: to the chunk's owner, from the rank that had this rank's chunk
+        # The reverse of the exchange of chunks: to the owner of the chunk, and from the rank that
+        # received this rank's chunk.
         Exchange(
-            [grads[stage.chunk][name].to(dtypes[name]) for name in names],
-            stage.chunk,
-            stage.to,
+            [grads[round_.chunk][kind].to(dtypes[kind]) for kind in kinds],
+            round_.chunk,
+            round_.recipient,
             plan.axis,
         )
-        for stage in plan.stages
-        if stage.to is not None
+        for round_ in plan.rounds
+        if round_.recipient is not None
     ]
     plan.traffic.gradients += sum(exchange.sent_bytes for exchange in exchanges)
-    total = grads[own_chunk]
+    total = grads[local_chunk]
     for exchange in exchanges:
-        for name, part in zip(names, exchange.wait(), strict=True):
-            total[name] += part
-    return {name: total[name].to(dtypes[name]) for name in names}
+        for kind, grad in zip(kinds, exchange.wait(), strict=True):
+            total[kind] += grad
+    return {kind: total[kind].to(dtypes[kind]) for kind in kinds}

@@ -1,71 +1,86 @@
-"""Causal attention over the cp axis: each rank's queries, the keys and values of all ranks.
+"""Causal attention over the cp axis: this rank's queries, the keys and values of all ranks.
 
-Where one document fills every row of the block, a rank's own chunk is attended to while the others'
-keys and values are on their way, and its gradients are computed while theirs are. Everything else
-gathers first (``SequenceShard.gather``) and attends then.
+Where one document fills every row of the block, a rank attends to its own chunk while the keys and
+values of the other ranks are on their way, and computes the gradients of its own chunk while the
+other gradients are on theirs. In all other cases keys and values are gathered first
+(``SequenceShard.gather``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
 from megalard.model import attention
+from megalard.model.decoder import BlockBatch
 from megalard.model.merged_attention import (
     attention_part,
     attention_part_backward,
     merge,
-    takes_cudnn,
+    uses_cudnn,
 )
-from megalard.parallel.collectives import post_all_gather_tokens, post_reduce_scatter_tokens
+from megalard.parallel.collectives import start_all_gather_tokens, start_reduce_scatter_tokens
 from megalard.parallel.context.shard import SequenceShard, Span
 from megalard.parallel.mesh import Axis
 
 
+class ShardedBatch(BlockBatch, Protocol):
+    """What attention needs to know of a batch; see ``megalard.data.batch.Batch``.
+
+    Attributes:
+        shard: which tokens of a block are this rank's.
+        documents: (row, start, end) of every document in the whole block.
+        spans: this rank's queries in these documents.
+    """
+
+    @property
+    def shard(self) -> SequenceShard: ...
+
+    @property
+    def documents(self) -> tuple[tuple[int, int, int], ...]: ...
+
+    @property
+    def spans(self) -> tuple[Span, ...]: ...
+
+
 def attend_over_axis(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: int | None,
-    *,
-    shard: SequenceShard,
-    documents: tuple[tuple[int, int, int], ...],
-    spans: tuple[Span, ...],
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, batch: ShardedBatch
 ) -> torch.Tensor:
-    """softmax(q kᵀ / sqrt(d)) v within each document. A collective call over the shard's axis.
+    """Return softmax(q kᵀ / sqrt(d)) v within each document; a collective call over the cp axis.
 
     Args:
-        q, k, v: [b, Hq, s, d] and [b, Hkv, s, d] of this rank's s tokens, Hq a multiple of Hkv.
+        q, k, v: [b, Hq, s, d] and [b, Hkv, s, d] of this rank's s tokens; Hq is a multiple of Hkv.
         window: query i sees key j only if i - j < window; None for all j <= i.
-        documents: (row, start, end) in the whole block.
-        spans: this rank's parts of them, ``shard.spans(documents)``.
+        batch: where the documents are.
 
     Returns:
         [b, s, Hq, d], contiguous; zeros for queries outside all documents.
     """
-    if _attends_own_chunk_first(q, k, v, window, shard, documents):
-        return attend_own_chunk_first(q, k, v, shard.axis)
-    return attention.attend(q, shard.gather(k), shard.gather(v), spans, window)
+    shard = batch.shard
+    if _overlaps_exchange(q, k, v, window, shard, batch.documents):
+        return attend_local_chunk_first(q, k, v, shard.axis)
+    return attention.attend(q, shard.gather(k), shard.gather(v), batch.spans, window)
 
 
-def attend_own_chunk_first(
+def attend_local_chunk_first(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, axis: Axis
 ) -> torch.Tensor:
-    """Causal attention where each row of the block is one document; two ranks or more.
+    """Return causal attention of rows that are one document each, over two ranks or more.
 
     Args:
-        q, k, v: [b, Hq, s, d] and [b, Hkv, s, d] of this rank's chunk, for kernels as
-            ``attention_part`` calls them.
+        q, k, v: [b, Hq, s, d] and [b, Hkv, s, d] of this rank's chunk, of a dtype and on a device
+            that ``attention_part`` supports.
 
     Returns:
         [b, s, Hq, d], contiguous.
     """
-    return _OwnChunkFirst.apply(q, k, v, axis)
+    return _LocalChunkFirst.apply(q, k, v, axis)
 
 
-def _attends_own_chunk_first(q, k, v, window, shard: SequenceShard, documents) -> bool:
-    """The same on every rank, which all take part in the same collectives."""
+def _overlaps_exchange(q, k, v, window, shard: SequenceShard, documents) -> bool:
+    """Whether to attend to the local chunk first. The answer is the same on every rank."""
     rows = q.shape[0]
     if shard.axis.size == 1 or len(documents) != rows:
         return False
@@ -75,29 +90,29 @@ def _attends_own_chunk_first(q, k, v, window, shard: SequenceShard, documents) -
         return False
     if not q.is_cuda:
         return True
-    # pieces that, gathered first, are four calls of cuDNN's, and here three of the same work
-    long = shard.piece_length >= attention.LONG_QUERIES
-    half = q.dtype != torch.float32 and attention.flash_attn_varlen_func is None
-    return half and long and takes_cudnn(q, k, v)
+    # Pieces this long are four calls of cuDNN when they are gathered first, and three here.
+    is_long = shard.piece_length >= attention.LONG_QUERIES
+    is_half = q.dtype != torch.float32 and attention.flash_attn_varlen_func is None
+    return is_half and is_long and uses_cudnn(q, k, v)
 
 
-class _OwnChunkFirst(torch.autograd.Function):
+class _LocalChunkFirst(torch.autograd.Function):
     """All-gather of k and v forward, reduce-scatter of their gradients backward.
 
-    Both under the attention of the own chunk to itself: its two pieces stand in the order of the
-    sequence, so that is one triangle. Gathered k and v are [P s, b, Hkv, d], tokens first and in
-    the order of the ranks, as they arrive. The parts merge by their rows' log-sum-exp, as in
-    ``megalard.model.merged_attention``.
+    Both exchanges overlap the attention of the local chunk to itself. The two pieces of a chunk are
+    in the order of the sequence, so that this is one triangle. Gathered k and v are
+    [P s, b, Hkv, d], tokens first and in the order of the ranks, as they arrive. The results merge
+    by the log-sum-exp of each row, as in ``megalard.model.merged_attention``.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, axis):
-        posted = [post_all_gather_tokens(_tokens_first(x), axis) for x in (k, v)]
+        pending = [start_all_gather_tokens(_tokens_first(x), axis) for x in (k, v)]
         out, lse = attention_part(q, k, v, True)
-        k, v = (_by_pieces(x.wait(), axis) for x in posted)
-        for rows, pieces in _fetched(axis, q.shape[2]):
-            found = attention_part(q[:, :, rows], _take(k, pieces), _take(v, pieces), False)
-            out[:, :, rows], lse[:, :, rows] = merge(out[:, :, rows], lse[:, :, rows], *found)
+        k, v = (_by_pieces(x.wait(), axis) for x in pending)
+        for rows, pieces in _remote_parts(axis, q.shape[2]):
+            part = attention_part(q[:, :, rows], _take(k, pieces), _take(v, pieces), False)
+            out[:, :, rows], lse[:, :, rows] = merge(out[:, :, rows], lse[:, :, rows], *part)
         out = out.transpose(1, 2).contiguous()
         ctx.axis = axis
         ctx.save_for_backward(q, k, v, out, lse)
@@ -107,32 +122,33 @@ class _OwnChunkFirst(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
         axis, grad, out = ctx.axis, grad.transpose(1, 2), out.transpose(1, 2)
-        grad_q, *of_others = map(torch.zeros_like, (q, k, v))
-        for rows, pieces in _fetched(axis, q.shape[2]):
-            of_rows = (x[:, :, rows] for x in (grad, q, out, lse))
+        grad_q, *remote_grads = map(torch.zeros_like, (q, k, v))
+        for rows, pieces in _remote_parts(axis, q.shape[2]):
+            row_tensors = (x[:, :, rows] for x in (grad, q, out, lse))
             part_q, *parts = attention_part_backward(
-                *of_rows, _take(k, pieces), _take(v, pieces), False
+                *row_tensors, _take(k, pieces), _take(v, pieces), False
             )
             grad_q[:, :, rows] += part_q
-            for total, part in zip(of_others, parts, strict=True):
-                to = total[pieces]
-                to.copy_(_tokens_first(part).unflatten(0, to.shape[:3]))
-        posted = [post_reduce_scatter_tokens(x.flatten(0, 2), axis) for x in of_others]
-        own = slice(axis.rank, axis.rank + 1)
+            for total, part in zip(remote_grads, parts, strict=True):
+                target = total[pieces]
+                target.copy_(_tokens_first(part).unflatten(0, target.shape[:3]))
+        pending = [start_reduce_scatter_tokens(x.flatten(0, 2), axis) for x in remote_grads]
+        local = slice(axis.rank, axis.rank + 1)
         part_q, *parts = attention_part_backward(
-            grad, q, out, lse, _take(k, own), _take(v, own), True
+            grad, q, out, lse, _take(k, local), _take(v, local), True
         )
         grad_k, grad_v = (
-            part + _heads_first(x.wait()) for part, x in zip(parts, posted, strict=True)
+            part + _heads_first(x.wait()) for part, x in zip(parts, pending, strict=True)
         )
         return grad_q + part_q, grad_k, grad_v, None
 
 
-def _fetched(axis: Axis, length: int) -> Iterator[tuple[slice, tuple[slice, ...]]]:
-    """Which of the chunk's rows see which pieces of other ranks, all without a mask.
+def _remote_parts(axis: Axis, length: int) -> Iterator[tuple[slice, tuple[slice, ...]]]:
+    """Yield which rows of the local chunk see which pieces of other ranks; no part needs a mask.
 
-    All rows see the early pieces of lower ranks; the late piece's see the chunks of higher ranks,
-    whose pieces lie between the own two. The pieces are an index into [P, 2, ...].
+    All rows see the early pieces of lower ranks. The rows of the late piece see the chunks of
+    higher ranks, whose pieces lie between the two local pieces. The pieces are an index into
+    [P, 2, ...].
     """
     if axis.rank > 0:
         yield slice(None), (slice(0, axis.rank), slice(0, 1))
@@ -141,15 +157,15 @@ def _fetched(axis: Axis, length: int) -> Iterator[tuple[slice, tuple[slice, ...]
 
 
 def _by_pieces(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """[P s, ...] of all chunks to [P, 2, s / 2, ...]."""
+    """View [P s, ...] of all chunks as [P, 2, s / 2, ...]."""
     return x.unflatten(0, (axis.size, 2, -1))
 
 
 def _take(x: torch.Tensor, pieces) -> torch.Tensor:
-    """Of [P, 2, s / 2, b, h, d] the tokens of some pieces: [b, h, tokens, d].
+    """Return the tokens of some pieces of [P, 2, s / 2, b, h, d] as [b, h, tokens, d].
 
-    A view for whole chunks; early pieces of several ranks do not stand at one stride, and are
-    copied.
+    The result is a view for whole chunks. Early pieces of several ranks are not evenly spaced in
+    memory and are copied.
     """
     return _heads_first(x[pieces].flatten(0, 2))
 

@@ -1,10 +1,33 @@
-"""Which rank computes which part of a relation whose sequence is spread over P ranks.
+"""Which rank computes which part of a relation whose sequence is split over P ranks.
 
-A pure function. The sequence is cut into 2P pieces; rank r owns chunk r, the pieces r and
-2P-1-r, which balances causal attention. A relation needs every unordered pair of chunks once. Take
-a difference cover A of Z_P, a set whose differences give every residue: rank r holds the chunks
-r + A and takes, for every difference, one pair of its own, so all ranks have the same work and
-fetch |A| - 1 chunks, against P - 1 for a ring or an all-gather.
+This module is a pure function of P and the rank. The sequence is cut into 2P pieces; rank r owns
+chunk r, the pieces r and 2P-1-r, which balances causal attention. A relation needs every unordered
+pair of chunks once, and every chunk with itself.
+
+Take a difference cover A of Z_P: a set of numbers whose differences modulo P give every residue.
+Rank r holds the chunks r + A and takes, for every difference, one pair of the chunks that it holds.
+All ranks then have the same work, and each fetches |A| - 1 chunks, where a ring or an all-gather
+fetches P - 1. For P = 4 the cover is A = {0, 1, 2}:
+
+    piece             0   1   2   3   4   5   6   7
+    owner (chunk)     0   1   2   3   3   2   1   0
+
+    rank    owns    fetches    pairs that it computes
+      0       0       1, 2     0-0   0-1   half of 0-2
+      1       1       2, 3     1-1   1-2   half of 1-3
+      2       2       3, 0     2-2   2-3   half of 2-0
+      3       3       0, 1     3-3   3-0   half of 3-1
+
+The pair at the difference P/2 belongs to two ranks, and each of them takes half of its rows. A pair
+of chunks is two rectangles, because of the four pieces the outer chunk has the earliest and the
+latest: the latest piece sees the inner chunk, and the inner chunk sees the earliest piece. For the
+pair 0-2 (rows down, columns across; # is computed, . is seen by nobody or lies in another pair):
+
+              0   2   5   7
+        0     .   .   .   .
+        2     #   .   .   .
+        5     #   .   .   .
+        7     .   #   #   .
 """
 
 from __future__ import annotations
@@ -13,7 +36,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
-# the smallest covers found by a search; that of P residues has at least k(k-1) + 1 >= P
+# The smallest covers that a search found. A cover of P residues with k elements has
+# k (k - 1) + 1 >= P.
 COVERS = {
     1: (0,),
     2: (0, 1),
@@ -84,50 +108,57 @@ COVERS = {
 
 @dataclass(frozen=True)
 class Part:
-    """The pieces ``first:last`` of a chunk, counted within it, or one half of their tokens.
+    """Consecutive pieces of a chunk, or one half of their tokens.
 
-    ``half`` is None for all, or 0 or 1 for the first or second half, when two ranks share a pair of
-    chunks.
+    Attributes:
+        chunk: the chunk, which is also the number of the rank that owns it.
+        start, end: the pieces ``start:end``, counted within the chunk.
+        half: None for all tokens; 0 or 1 for the first or the second half of them, where two ranks
+            share a pair of chunks.
     """
 
     chunk: int
-    first: int
-    last: int
+    start: int
+    end: int
     half: int | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows against columns that are their own part, causally, or all of which they see."""
+    """One rectangle of scores. If ``rows == columns`` it is causal; otherwise every row sees every
+    column."""
 
     rows: Part
     columns: Part
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What becomes possible with one more chunk.
+class Round:
+    """The tasks that become possible with one more chunk.
 
-    ``chunk`` is the one that arrives (the rank's own in the first stage), and ``to`` the rank that
-    wants this rank's chunk in the same exchange (None in the first stage).
+    Attributes:
+        chunk: the chunk that arrives; in the first round the chunk that this rank owns.
+        recipient: the rank that receives this rank's chunk in the same exchange; None in the first
+            round, which needs no exchange.
+        tasks: the tasks.
     """
 
     chunk: int
-    to: int | None
+    recipient: int | None
     tasks: tuple[Task, ...]
 
 
 def pieces_of(chunk: int, ranks: int) -> tuple[int, ...]:
-    """The pieces of a chunk in the order of the sequence; alone, a rank has one piece."""
+    """Return the pieces of a chunk in the order of the sequence; a single rank has one piece."""
     return (0,) if ranks == 1 else (chunk, 2 * ranks - 1 - chunk)
 
 
 @cache
 def difference_cover(ranks: int) -> tuple[int, ...]:
-    """A set A with 0 in it, whose differences modulo ``ranks`` give every residue.
+    """Return a set that contains 0 and whose differences modulo ``ranks`` give every residue.
 
-    Up to 64 ranks the smallest known; beyond, {0..k-1} with the multiples of k, of some 2 sqrt(P),
-    less what is not needed.
+    For up to 64 ranks this is the smallest known cover. For more ranks it is {0..k-1} together with
+    the multiples of k, about 2 sqrt(P) numbers, without those that are not needed.
     """
     if ranks in COVERS:
         return COVERS[ranks]
@@ -135,7 +166,7 @@ def difference_cover(ranks: int) -> tuple[int, ...]:
     while step * step < ranks:
         step += 1
     small = set(range(step))
-    # differences need reach only P/2 either way
+    # Differences need to reach only P/2 in either direction.
     large = {multiple % ranks for multiple in range(0, ranks // 2 + 2 * step, step)}
     cover = small | large
     for element in sorted(cover - {0}):
@@ -146,46 +177,41 @@ def difference_cover(ranks: int) -> tuple[int, ...]:
 
 
 @cache
-def schedule(ranks: int, rank: int) -> tuple[Stage, ...]:
-    """The stages of one rank: first its own chunk, then each chunk it fetches."""
+def schedule(ranks: int, rank: int) -> tuple[Round, ...]:
+    """Return the rounds of one rank: first its own chunk, then each chunk that it fetches."""
     cover = difference_cover(ranks)
     tasks: list[list[Task]] = [[] for _ in cover]
     tasks[0] += _within(rank, ranks)
     for difference in range(1, ranks // 2 + 1):
-        stage, first, second = _pair_with(difference, cover, ranks)
+        number, first, second = _pair_at(difference, cover, ranks)
         half = None
         if 2 * difference == ranks:
-            # the rank across holds the same pair: the lower of the two takes the first halves
+            # The rank across holds the same pair: the lower of the two ranks takes the first half.
             half = 0 if rank < ranks // 2 else 1
-        x, y = (rank + first) % ranks, (rank + second) % ranks
-        tasks[stage] += _between(x, y, half)
+        tasks[number] += _between((rank + first) % ranks, (rank + second) % ranks, half)
     return tuple(
-        Stage((rank + offset) % ranks, (rank - offset) % ranks if offset else None, tuple(ready))
+        Round((rank + offset) % ranks, (rank - offset) % ranks if offset else None, tuple(ready))
         for offset, ready in zip(cover, tasks, strict=True)
     )
 
 
-def _pair_with(difference: int, cover: tuple[int, ...], ranks: int) -> tuple[int, int, int]:
-    """The pair of cover elements at this difference that is complete at the earliest stage."""
-    found = [
+def _pair_at(difference: int, cover: tuple[int, ...], ranks: int) -> tuple[int, int, int]:
+    """Return the round in which a pair at this difference is first complete, and the pair."""
+    return min(
         (max(i, j), cover[i], cover[j])
         for i, j in product(range(len(cover)), repeat=2)
         if (cover[j] - cover[i]) % ranks == difference
-    ]
-    return min(found)
+    )
 
 
 def _within(chunk: int, ranks: int) -> list[Task]:
-    """A chunk with itself: one triangle, since its pieces stand in the order of the sequence."""
-    whole = Part(chunk, 0, len(pieces_of(chunk, ranks)))
-    return [Task(whole, whole)]
+    """Return the task of a chunk with itself: one triangle, because its pieces are in order."""
+    whole_chunk = Part(chunk, 0, len(pieces_of(chunk, ranks)))
+    return [Task(whole_chunk, whole_chunk)]
 
 
 def _between(x: int, y: int, half: int | None) -> list[Task]:
-    """Two chunks, of which the outer has the earliest and the latest of the four pieces.
-
-    The latest sees the inner chunk, and the inner chunk sees the earliest.
-    """
+    """Return the two tasks of a pair of chunks; see the drawing above."""
     outer, inner = min(x, y), max(x, y)
     return [
         Task(Part(outer, 1, 2, half), Part(inner, 0, 2)),

@@ -1,0 +1,1 @@
+"""Tensor parallelism with sequence parallelism: parameters and tokens split over the tp axis."""

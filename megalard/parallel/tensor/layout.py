@@ -1,18 +1,25 @@
-"""How each parameter is spread over the tensor-parallel ranks.
+"""Which slice of each parameter a tensor-parallel rank holds.
 
-A parameter is a local tensor with Hugging Face's name; its ``Layout`` says which slice of the full
-tensor it is, how many ranks hold that slice, and so over which ranks its gradient, of which each
-holder computes only a part, has to be summed.
+A parameter is a local tensor with the name that it has at Hugging Face. Its ``Layout`` says which
+slice of the full tensor it is, and how many ranks hold the same slice. Each of these replicas
+computes only a part of the slice's gradient, so the gradient has to be summed over them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalard.errors import UserError
-from megalard.model.spec import ModelSpec
+import torch
 
-_NORMS = ("input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm")
+from megalard.errors import UserError
+from megalard.model.names import (
+    COLUMN_PARALLEL,
+    NORMS,
+    ROW_PARALLEL,
+    VOCAB_PARALLEL,
+    ParameterName,
+)
+from megalard.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -20,77 +27,84 @@ class Layout:
     """This rank's slice of a parameter.
 
     Attributes:
-        full_shape: shape of the whole tensor.
-        dim: the dimension that is split, or None when every rank holds the whole.
+        full_shape: the shape of the full tensor.
+        dim: the dimension that is split; None if every rank holds the full tensor.
         start, length: this rank's slice along ``dim``.
-        holders: neighbouring tp ranks holding the same slice: 1, all, or a few for K/V heads.
+        replicas: the number of neighboring tp ranks that hold the same slice: 1, all, or some of
+            them for K/V heads.
     """
 
     full_shape: tuple[int, ...]
     dim: int | None
     start: int
     length: int
-    holders: int
+    replicas: int
 
     @property
     def local_shape(self) -> tuple[int, ...]:
+        """The shape of the slice."""
         shape = list(self.full_shape)
         if self.dim is not None:
             shape[self.dim] = self.length
         return tuple(shape)
 
+    def cut(self, full: torch.Tensor) -> torch.Tensor:
+        """Return this rank's slice of the full tensor, as a view."""
+        return full if self.dim is None else full.narrow(self.dim, self.start, self.length)
+
+
+def full_layout(full_shape: tuple[int, ...], tp: int = 1) -> Layout:
+    """Return the layout of a tensor that each of ``tp`` ranks holds in full."""
+    return Layout(full_shape, None, 0, 0, tp)
+
 
 def check_divisible(spec: ModelSpec, tp: int) -> None:
-    """Refuse a tp size the model cannot be split by.
+    """Refuse a tp size that the model cannot be split by.
 
     Raises:
-        UserError: naming the size and the divisors that work.
+        UserError: naming the size and the sizes that work.
     """
-    heads, kv_heads, inner = spec.num_heads, spec.num_kv_heads, spec.intermediate_size
+    heads, kv_heads, intermediate = spec.num_heads, spec.num_kv_heads, spec.intermediate_size
 
     def fits(size: int) -> bool:
-        kv = kv_heads % size == 0 or size % kv_heads == 0
-        return heads % size == 0 and inner % size == 0 and kv
+        kv_fit = kv_heads % size == 0 or size % kv_heads == 0
+        return heads % size == 0 and intermediate % size == 0 and kv_fit
 
     if not fits(tp):
         sizes = [size for size in range(1, heads + 1) if fits(size)]
         raise UserError(
             f"parallel.tp {tp} does not divide the model ({heads} heads, {kv_heads} K/V heads, "
-            f"intermediate size {inner}): use one of {', '.join(map(str, sizes))}"
+            f"intermediate size {intermediate}): use one of {', '.join(map(str, sizes))}"
         )
 
 
 def kv_replicas(spec: ModelSpec, tp: int) -> int:
-    """How many tp ranks hold the same K/V heads: 1 unless there are fewer of them than ranks."""
+    """Return how many tp ranks hold the same K/V heads: 1 if there are enough heads for all."""
     return max(1, tp // spec.num_kv_heads)
 
 
 def parameter_layout(
     name: str, full_shape: tuple[int, ...], spec: ModelSpec, rank: int, tp: int
 ) -> Layout:
-    """The layout of the parameter with this name (Hugging Face's, or with lora_A / lora_B)."""
-    module, kind = name.split(".")[-2:]
-    if module in _NORMS:
-        return _whole(full_shape, tp)
-    if module in ("embed_tokens", "lm_head"):
-        # torch.chunk's uneven split, which is also DTensor's: the last ranks may hold fewer rows
+    """Return the layout of a parameter on one rank of ``tp``."""
+    parsed = ParameterName.parse(name)
+    module, kind = parsed.module, parsed.kind
+    if module in NORMS:
+        return full_layout(full_shape, tp)
+    if module in VOCAB_PARALLEL:
+        # The uneven split of torch.chunk and of DTensor: the last ranks may hold fewer rows.
         chunk = -(-full_shape[0] // tp)
         start = min(rank * chunk, full_shape[0])
         return Layout(full_shape, 0, start, min(chunk, full_shape[0] - start), 1)
-    if module in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+    if module in COLUMN_PARALLEL:
         if kind == "lora_A":
-            return _whole(full_shape, tp)
-        holders = kv_replicas(spec, tp) if module in ("k_proj", "v_proj") else 1
-        parts = tp // holders
-        length = full_shape[0] // parts
-        return Layout(full_shape, 0, rank // holders * length, length, holders)
-    if module in ("o_proj", "down_proj"):
+            return full_layout(full_shape, tp)
+        replicas = kv_replicas(spec, tp) if module in ("k_proj", "v_proj") else 1
+        length = full_shape[0] // (tp // replicas)
+        return Layout(full_shape, 0, rank // replicas * length, length, replicas)
+    if module in ROW_PARALLEL:
         if kind in ("bias", "lora_B"):
-            return _whole(full_shape, tp)
+            return full_layout(full_shape, tp)
         length = full_shape[1] // tp
         return Layout(full_shape, 1, rank * length, length, 1)
     raise AssertionError(f"no layout for parameter {name}")
-
-
-def _whole(full_shape: tuple[int, ...], tp: int) -> Layout:
-    return Layout(full_shape, None, 0, 0, tp)

@@ -1,7 +1,7 @@
-"""Row statistics over a vocabulary that is spread over the tp ranks.
+"""Statistics of rows of logits whose vocabulary is split over the tp ranks.
 
-Logits are [rows, vocab/tp] on each rank (the last ranks may hold fewer columns, or none); results
-are [rows] in fp32 and the same on every rank.
+Logits are [rows, vocab/tp] on each rank; the last ranks may hold fewer columns, or none. Results
+are fp32 [rows], the same on every rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megalard.parallel.mesh import Axis
 
 
 def log_sum_exp(logits: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """log Σ_v exp(logits[:, v]) over the whole vocabulary. No autograd."""
+    """Return log Σ_v exp(logits[:, v]) over the full vocabulary. No autograd."""
     largest = all_reduce(_row_max(logits), axis, dist.ReduceOp.MAX)
     total = all_reduce((logits - largest[:, None]).exp().sum(dim=1), axis)
     return largest + total.log()
@@ -22,21 +22,21 @@ def log_sum_exp(logits: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, first, axis):
-        local = target - first
-        mine = (local >= 0) & (local < logits.shape[1])
+    def forward(ctx, logits, target, first_id, axis):
+        local_id = target - first_id
+        is_local = (local_id >= 0) & (local_id < logits.shape[1])
         if logits.shape[1]:
-            local = local.masked_fill(~mine, 0)[:, None]
-            picked = logits.gather(1, local)[:, 0] * mine
+            local_id = local_id.masked_fill(~is_local, 0)[:, None]
+            target_logit = logits.gather(1, local_id)[:, 0] * is_local
         else:
-            picked = logits.new_zeros(logits.shape[0])
+            target_logit = logits.new_zeros(logits.shape[0])
         lse = log_sum_exp(logits, axis)
         if ctx.needs_input_grad[0]:
             difference = (logits - lse[:, None]).exp()
             if logits.shape[1]:
-                difference.scatter_add_(1, local, -mine[:, None].to(difference.dtype))
+                difference.scatter_add_(1, local_id, -is_local[:, None].to(difference.dtype))
             ctx.save_for_backward(difference)
-        return lse - all_reduce(picked, axis)
+        return lse - all_reduce(target_logit, axis)
 
     @staticmethod
     def backward(ctx, grad):
@@ -45,33 +45,33 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(
-    logits: torch.Tensor, target: torch.Tensor, first: int, axis: Axis
+    logits: torch.Tensor, target: torch.Tensor, first_id: int, axis: Axis
 ) -> torch.Tensor:
-    """-log softmax(logits)[target] of each row, differentiable in the logits.
+    """Return -log softmax(logits)[target] of each row, differentiable in the logits.
 
-    The gradient with respect to this rank's columns is p - 1[target] there, so the backward pass
-    needs no exchange.
+    The gradient with respect to this rank's columns is p - 1[target] there, so that the backward
+    pass needs no exchange.
 
     Args:
-        logits: [rows, vocab/tp] in fp32, this rank's columns from ``first``.
-        target: int64 [rows], ids in the whole vocabulary.
+        logits: fp32 [rows, vocab/tp], the columns of the token ids from ``first_id``.
+        target: int64 [rows], token ids.
     """
-    return _CrossEntropy.apply(logits, target, first, axis)
+    return _CrossEntropy.apply(logits, target, first_id, axis)
 
 
-def arg_max(logits: torch.Tensor, first: int, axis: Axis) -> torch.Tensor:
-    """The id of the largest logit of each row, the smallest such id on a tie."""
+def arg_max(logits: torch.Tensor, first_id: int, axis: Axis) -> torch.Tensor:
+    """Return the token id of the largest logit of each row; the smallest such id if several tie."""
     largest = _row_max(logits)
     best = all_reduce(largest.clone(), axis, dist.ReduceOp.MAX)
-    none = torch.iinfo(torch.int64).max
+    no_id = torch.iinfo(torch.int64).max
     if logits.shape[1]:
-        index = torch.where(largest == best, logits.argmax(dim=1) + first, none)
+        index = torch.where(largest == best, logits.argmax(dim=1) + first_id, no_id)
     else:
-        index = torch.full_like(best, none, dtype=torch.int64)
+        index = torch.full_like(best, no_id, dtype=torch.int64)
     return all_reduce(index, axis, dist.ReduceOp.MIN)
 
 
-class _Kl(torch.autograd.Function):
+class _KlDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, axis):
         log_s = student - log_sum_exp(student, axis)[:, None]
@@ -87,12 +87,12 @@ class _Kl(torch.autograd.Function):
 
 
 def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """KL(teacher || student) of each row, differentiable in the student's logits (fp32).
+    """Return KL(teacher || student) of each row, differentiable in the student's fp32 logits.
 
-    The gradient of a row with respect to this rank's columns is p_s - p_t there, so the backward
-    pass needs no exchange.
+    The gradient with respect to this rank's columns is p_s - p_t there, so that the backward pass
+    needs no exchange.
     """
-    return _Kl.apply(student, teacher, axis)
+    return _KlDivergence.apply(student, teacher, axis)
 
 
 def _row_max(logits: torch.Tensor) -> torch.Tensor:

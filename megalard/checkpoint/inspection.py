@@ -1,24 +1,25 @@
-"""What is in a checkpoint or a model directory, in words and numbers, for people."""
+"""Describe a checkpoint or a model directory in words and numbers."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
-from megalard.checkpoint.convert import check_complete, size_of, unknown_tensors
+from megalard.checkpoint.convert import check_complete, unknown_tensors
 from megalard.checkpoint.huggingface import HuggingFaceWeights
 from megalard.checkpoint.peft import AdapterWeights
-from megalard.checkpoint.provenance import check_base
+from megalard.checkpoint.provenance import check_files
 from megalard.checkpoint.sharded.dcp_storage import STATE_PREFIXES
 from megalard.checkpoint.sharded.manifest import Manifest, incomplete
-from megalard.checkpoint.weights import Weights
+from megalard.checkpoint.weights import Weights, size_of
 from megalard.errors import UserError
 from megalard.files.safetensors import DTYPES
+from megalard.files.writing import Progress, no_progress
 from megalard.model.spec import read_spec
 
 
-def describe(manifest: Manifest) -> dict:
-    """What a checkpoint holds.
+def describe_checkpoint(manifest: Manifest) -> dict:
+    """Return what a checkpoint contains, as facts by name.
 
     Raises:
         UserError: the manifest lacks an entry.
@@ -34,9 +35,9 @@ def _describe(manifest: Manifest) -> dict:
     for name, tensor in manifest.tensors.items():
         is_state = manifest.kind == "training" and name.startswith(STATE_PREFIXES)
         group = name.split(".")[0] if is_state else "weights"
-        count = math.prod(tensor["shape"])
+        elements = math.prod(tensor["shape"])
         counts[group] = counts.get(group, 0) + 1
-        sizes[group] = sizes.get(group, 0) + count * DTYPES[tensor["dtype"]].itemsize
+        sizes[group] = sizes.get(group, 0) + elements * DTYPES[tensor["dtype"]].itemsize
     writer, trained, training = body["written_by"], manifest.trained, manifest.training
     facts = {
         "kind": {"model": "a whole model", "training": "a run's state"}[manifest.kind],
@@ -60,18 +61,18 @@ def _describe(manifest: Manifest) -> dict:
 
 def _position(training: dict) -> str:
     steps = training["config"]["optimizer"]["steps"]
-    read = sum(stream["blocks_read"] for stream in training["data"].values())
-    return f"{training['step']} of {steps}, seed {training['seed']}, {read} blocks read"
+    blocks_read = sum(stream["blocks_read"] for stream in training["data"].values())
+    return f"{training['step']} of {steps}, seed {training['seed']}, {blocks_read} blocks read"
 
 
 def _trained(trained: dict) -> str:
-    count = sum(math.prod(shape) for shape in trained["tensors"].values())
-    how = trained["mode"]
+    elements = sum(math.prod(shape) for shape in trained["tensors"].values())
+    mode = trained["mode"]
     if trained["lora"]:
-        how += " rank {rank}, alpha {alpha:g} on {}".format(
+        mode += " rank {rank}, alpha {alpha:g} on {}".format(
             ", ".join(trained["lora"]["targets"]), **trained["lora"]
         )
-    return f"{how}: {count:,} parameters in {len(trained['tensors'])} tensors"
+    return f"{mode}: {elements:,} parameters in {len(trained['tensors'])} tensors"
 
 
 def _shape(config: dict) -> str:
@@ -80,39 +81,41 @@ def _shape(config: dict) -> str:
 
 
 def describe_model(directory: Path) -> dict:
-    """What a Hugging Face directory holds; it records no checksums.
+    """Return what a Hugging Face directory contains; it records no checksums.
 
     Raises:
-        UserError: it is none, or damaged, or incomplete.
+        UserError: the directory is not a model, or is damaged or incomplete.
     """
     spec, weights = read_spec(directory), HuggingFaceWeights(directory)
     check_complete(weights, spec)
     unknown = unknown_tensors(weights, spec)
-    beyond = {"not in model": f"{len(unknown)} tensors, such as {unknown[0]}"} if unknown else {}
+    not_in_model = (
+        {"not in model": f"{len(unknown)} tensors, such as {unknown[0]}"} if unknown else {}
+    )
     return {
         "kind": "a Hugging Face model",
         "model": _shape(spec.hf_config),
         **_contents(weights),
-        **beyond,
+        **not_in_model,
         "complete": "yes",
         "checksums": "none are recorded",
     }
 
 
 def describe_adapter(directory: Path) -> dict:
-    """What a PEFT adapter holds; it records no checksums, and its base is not opened.
+    """Return what a PEFT adapter contains; it records no checksums, and its base is not opened.
 
     Raises:
-        UserError: it is damaged, or no plain LoRA.
+        UserError: the adapter is damaged or is not plain LoRA.
     """
     weights = AdapterWeights(directory)
     targets = sorted({name.split(".")[-2] for name in weights.names()})
-    count = sum(math.prod(weights.shape(name)) for name in weights.names())
+    elements = sum(math.prod(weights.shape(name)) for name in weights.names())
     return {
         "kind": "a PEFT adapter",
         **_contents(weights),
         "trained": f"lora rank {weights.config['r']}, alpha {weights.config['lora_alpha']:g} on "
-        f"{', '.join(targets)}: {count:,} parameters",
+        f"{', '.join(targets)}: {elements:,} parameters",
         "base": weights.config.get("base_model_name_or_path") or "none is named",
         "complete": "yes",
         "checksums": "none are recorded",
@@ -128,24 +131,30 @@ def _contents(weights: Weights) -> dict:
     }
 
 
-def base_problem(
-    note: dict, directory: Path, sums: bool, whose: str, progress=lambda count: None
+def provenance_problem(
+    note: dict,
+    directory: Path,
+    with_checksums: bool,
+    role: str,
+    progress: Progress = no_progress,
 ) -> str | None:
-    """What is wrong with a model that a run's checkpoint refers to, looked for in ``directory``.
+    """Return what is wrong with a model that a run's checkpoint refers to; None if nothing is.
 
     Args:
-        note: the manifest's, of the base or the teacher.
-        sums: whether to read its files and compare their checksums, beside names and lengths.
+        note: the manifest's note of the model.
+        directory: where its files are looked for.
+        with_checksums: whether the content of the files is compared, in addition to their lengths.
+        role: what the model is to the checkpoint.
     """
     try:
-        check_base(note, directory, progress=progress, whose=whose, sums=sums)
+        check_files(note, directory, progress=progress, role=role, with_checksums=with_checksums)
     except UserError as error:
         return str(error)
     return None
 
 
 def readable(count: int) -> str:
-    """Bytes in the largest unit that leaves a number of 1 or more, such as ``25.3 kB``."""
+    """Return a number of bytes in the largest unit that leaves at least 1, such as ``25.3 kB``."""
     for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
         if count >= 1000**power:
             return f"{count / 1000**power:.1f} {unit}"

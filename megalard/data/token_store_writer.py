@@ -1,9 +1,11 @@
-"""The token store: a folder of tokenized documents, written once and memory-mapped.
+"""Write a token store: a directory of tokenized documents that is written once.
 
-``tokens.bin``      every document's ids and its eos id, uint16 or uint32, end to end
-``documents.npy``   int64 ``[documents + 1]``, where each document starts and the last one ends
-``meta.json``       counts, dtype, and the fingerprints of the tokenizer and the sources
+tokens.bin       the ids of every document and its eos id, uint16 or uint32, end to end
+documents.npy    int64 [documents + 1], where each document starts and the last one ends
+meta.json        counts, dtype, and the fingerprints of the tokenizer and the text
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -14,15 +16,14 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megalard.data import sources
 from megalard.data.token_store import DOCUMENTS, FORMAT, META, TOKENS, VERSION, TokenStore
 from megalard.data.tokenizer import Tokenizer
 from megalard.errors import UserError
+from megalard.progress import byte_bar
 
-# Enough text at a time to occupy every core, little enough to hold in memory.
+# Enough text at a time to occupy every core, and little enough to hold in memory.
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 4_000_000
 
@@ -33,21 +34,19 @@ def build_store(
     output: str | Path,
     *,
     text_key: str = "text",
-    progress: bool = True,
 ) -> TokenStore:
-    """Tokenizes ``paths`` into ``output``, or opens ``output`` if it already holds just that.
+    """Tokenize ``paths`` into ``output``, or open ``output`` if it already is this store.
 
-    A store is the same when the paths, sizes and modification times of its sources, the text key
-    and the tokenizer are. Of several processes building one folder, the first to finish provides
-    it and the others open that.
+    Two stores are the same if the paths, sizes and modification times of their text files, the text
+    key and the tokenizer are the same. If several processes write the same directory, the first to
+    finish provides it and the others open it.
 
     Args:
-        paths: files and folders, as for ``sources.list_files``.
-        output: the store's folder; missing, empty, or this same store.
-        progress: draw a bar on stderr when it is a terminal.
+        paths: files and directories, as for ``sources.list_files``.
+        output: the directory of the store; missing, empty, or this same store.
 
     Raises:
-        UserError: as ``sources.read_documents``; ``output`` holds something else or cannot be
+        UserError: as ``sources.read_documents``; ``output`` contains something else or cannot be
             written.
     """
     paths, output = list(paths), Path(output)
@@ -55,25 +54,25 @@ def build_store(
     existing = _open_same(output, tokenizer, source)
     if existing is not None:
         return existing
-    console = Console(stderr=True)
-    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
-        task = bar.add_task("", total=sources.total_bytes(paths))
-        documents = sources.read_documents(paths, text_key, lambda size: bar.advance(task, size))
+    with byte_bar("tokenizing", sources.total_bytes(paths)) as advance:
+        documents = sources.read_documents(paths, text_key, advance)
         return write_store(documents, tokenizer, output, source)
 
 
 def write_store(
     documents: Iterable[str], tokenizer: Tokenizer, output: str | Path, source: str
 ) -> TokenStore:
-    """Writes the store of ``documents`` and opens it; ``source`` is what identifies them.
+    """Write the store of ``documents`` and open it.
 
-    The store is written beside ``output`` under a hidden name and renamed into place, so that a
-    run that stops on the way leaves no ``output``. A killed process may leave the hidden folder
-    (``.<name>.partial-…``), which nothing reads and anybody may delete.
+    The store is written under a hidden name next to ``output`` and then renamed, so that a run that
+    stops meanwhile leaves no ``output``. A killed process may leave the hidden directory
+    (``.NAME.partial-XXXXXXXX``), which nothing reads and anybody may delete.
+
+    Args:
+        source: the fingerprint of the documents.
 
     Raises:
-        UserError: ``output`` holds something else or cannot be written; there is no document.
+        UserError: ``output`` contains something else or cannot be written; there is no document.
     """
     output = Path(output).absolute()
     partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
@@ -84,7 +83,7 @@ def write_store(
     except OSError as error:
         raise UserError(
             f"token store {output} cannot be written ({error.strerror or error}): "
-            "free some space or choose another folder"
+            "free some space or choose another directory"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -106,7 +105,7 @@ def _write_files(documents: Iterable[str], tokenizer: Tokenizer, folder: Path, s
             assert largest < tokenizer.vocab_size, "the tokenizer gave an id outside its vocabulary"
             file.write(ids.astype(dtype).data)
     if not lengths:
-        raise UserError("there is no document to tokenize: give some text")
+        raise UserError("there is no document to tokenize: give files that contain text")
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype("<i8")
     np.save(folder / DOCUMENTS, offsets)
     meta = {
@@ -138,7 +137,7 @@ def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
 
 def _move_into_place(partial: Path, output: Path, same: Callable[[], TokenStore | None]) -> None:
     try:
-        # POSIX renames onto a missing or an empty folder, and onto no other.
+        # POSIX renames a directory onto a missing or an empty directory, and onto no other.
         os.rename(partial, output)
     except OSError:
         if same() is None:
@@ -146,7 +145,7 @@ def _move_into_place(partial: Path, output: Path, same: Callable[[], TokenStore 
 
 
 def _open_same(output: Path, tokenizer: Tokenizer, source: str) -> TokenStore | None:
-    """The store at ``output`` if it is the wanted one; None if nothing is there.
+    """Return the store at ``output`` if it is the same store, or None if nothing is there.
 
     Raises:
         UserError: something else is there.
@@ -156,19 +155,19 @@ def _open_same(output: Path, tokenizer: Tokenizer, source: str) -> TokenStore | 
             return None
     except OSError as error:
         raise UserError(
-            f"{output} cannot be read ({error.strerror}): choose another output folder"
+            f"{output} cannot be read ({error.strerror}): choose another output directory"
         ) from error
     if not (output / META).is_file():
         raise UserError(
-            f"{output} is not empty and holds no token store: choose another output folder"
+            f"{output} is not empty and is not a token store: choose another output directory"
         )
     store = TokenStore.open(output)
     if store.tokenizer_fingerprint != tokenizer.fingerprint or store.eos_id != tokenizer.eos_id:
-        other = "with another tokenizer"
+        difference = "with another tokenizer"
     elif store.sources_fingerprint != source:
-        other = "from other sources, or they have changed since"
+        difference = "from other text, or the text has changed since"
     else:
         return store
     raise UserError(
-        f"token store {output} was made {other}: delete it or choose another output folder"
+        f"token store {output} was made {difference}: delete it or choose another output directory"
     )

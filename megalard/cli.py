@@ -1,0 +1,137 @@
+"""One way for every command of the project to start, fail and end.
+
+The exit status is 0 for success, 1 for bad input or a difference that the command looks for, 2 for
+wrong arguments, and 130 after Ctrl-C. A ``UserError`` is printed as one sentence on one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+from megalard import __version__
+from megalard.errors import RankError, UserError
+
+COMMANDS = ("train", "preflight", "evaluate", "prepare", "convert", "inspect", "verify")
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+_DESCRIPTION = """\
+Restore the short-text quality of a language model whose context window was extended by scaling its
+RoPE (LinearARD, arXiv 2604.00004)."""
+
+_EPILOG = """\
+`megalard COMMAND --help` describes a command. On several GPUs, start `train`, `preflight`,
+`evaluate` and `convert` with torchrun, as in
+
+  torchrun --nproc-per-node 8 -m megalard train --config FILE --parallel.tp 4
+
+or train with launch/train.sh, which also does several nodes, restarts and signals."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Only the module of the command in question is imported.
+    chosen = words[0] if words and words[0] in COMMANDS else None
+    parser = argparse.ArgumentParser(
+        prog="megalard",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megalard {__version__}")
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    modules = {name: _command(name) for name in COMMANDS if chosen in (None, name)}
+    for name, module in modules.items():
+        subparser = parsers.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(subparser)
+    options, rest = parser.parse_known_args(words)
+    options.rest = rest
+    module = modules[options.command]
+    if rest and not getattr(module, "TAKES_OVERRIDES", False):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    return run(lambda: module.run(options))
+
+
+def command(name: str) -> Callable[[Sequence[str] | None], int]:
+    """Return a function that runs one command with the given or the process's arguments."""
+
+    def main_of_command(arguments: Sequence[str] | None = None) -> int:
+        return main([name, *(sys.argv[1:] if arguments is None else arguments)])
+
+    return main_of_command
+
+
+def run(command: Callable[[], int | None], name: str = "megalard") -> int:
+    """Call a command and return its exit status, with every expected failure in one sentence."""
+    rank = int(os.environ.get("RANK", "0"))
+
+    def report(sentence: str) -> None:
+        print(f"{name}: error: {sentence}", file=sys.stderr, flush=True)
+
+    try:
+        return command() or 0
+    except UserError as error:
+        if rank == 0 or isinstance(error, RankError):
+            report(str(error))
+        return 1
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"{name}: interrupted", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has ended; nothing more can be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        path = f" {error.filename}" if error.filename else ""
+        report(
+            f"rank {rank} cannot read or write{path}: {error.strerror}; what was saved before is "
+            "untouched"
+        )
+        return 1
+    except Exception as error:
+        if not _is_out_of_gpu_memory(error):
+            raise
+        report(
+            f"rank {rank} ran out of GPU memory ({str(error).splitlines()[0]}): raise "
+            "parallel.tp or parallel.cp, set parallel.activation_checkpointing true, or lower "
+            "optimizer.micro_batch or data.context_length (evaluate: --tp, --cp, --lengths)"
+        )
+        return 1
+    finally:
+        _leave_process_group()
+
+
+def _is_out_of_gpu_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _leave_process_group() -> None:
+    """Leave torch.distributed, if the command has joined it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _command(name: str) -> ModuleType:
+    return importlib.import_module(f"megalard.commands.{name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

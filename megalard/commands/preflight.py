@@ -1,0 +1,27 @@
+"""Check a run before it is paid for: the same as ``megalard train --preflight``.
+
+  megalard preflight --config FILE [--section.key value ...]
+
+Loads everything, takes two real steps, checks losses and gradients, reports memory and time, and
+writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megalard.commands import train
+from megalard.config.help import describe_keys
+
+NAME, HELP = "preflight", "check a run and measure two steps, without writing"
+TAKES_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.epilog = "configuration keys:\n\n" + describe_keys()
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the sections below")
+    parser.set_defaults(preflight=True)
+
+
+run = train.run

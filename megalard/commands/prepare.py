@@ -1,0 +1,55 @@
+"""Tokenize text ahead of training, into a store that every rank and every later run maps.
+
+  megalard prepare --model MODEL_DIR --output runs/tokens text/ more.jsonl
+
+Takes .txt, .md and .py files (one document each), .jsonl files (one document per line, under
+--text-key) and directories of them. Training tokenizes text by itself. Do it ahead if the text is
+large or if many runs share it. An output directory that already is this store is left as it is;
+one that holds anything else is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+NAME, HELP = "prepare", "tokenize text ahead of training"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="text files or directories"
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="the model's Hugging Face directory, whose tokenizer is used",
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="the token store to write"
+    )
+    parser.add_argument(
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in .jsonl files (default: text)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Tokenize and report."""
+    from megalard.data.token_store_writer import build_store
+    from megalard.data.tokenizer import load_tokenizer
+
+    start = time.perf_counter()
+    tokenizer = load_tokenizer(options.model)
+    store = build_store(options.paths, tokenizer, options.output, text_key=options.text_key)
+    print(
+        f"{store.path}: {len(store.tokens)} tokens in {len(store.documents) - 1} documents, "
+        f"{store.tokens.dtype}, ready after {time.perf_counter() - start:.1f} s"
+    )
+    return 0

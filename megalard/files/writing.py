@@ -1,0 +1,57 @@
+"""Make written files durable, and report errors of writing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from megalard.errors import UserError
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes that were just read or written."""
+
+
+def no_progress(count: int) -> None:
+    """Ignore progress."""
+
+
+def cannot_write(directory: Path, error: OSError) -> UserError:
+    """Return the error about a directory that cannot be written.
+
+    The error of a full disk may name the file that was being copied to it, which is not at fault.
+    """
+    file = error.filename if error.errno != errno.ENOSPC else None
+    where = f" ({file})" if file else ""
+    return UserError(f"cannot write {directory}: {error.strerror or error}{where}")
+
+
+def sync_files(directory: Path) -> None:
+    """Wait until every file of a directory, and the names of the files, are on the disk."""
+    for path in directory.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sync_directory(directory)
+
+
+def sync_directory(path: str | Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: str | Path, progress: Progress = no_progress) -> str:
+    """Return the sha256 of a file in hexadecimal, in constant memory."""
+    digest = hashlib.sha256()
+    buffer = bytearray(4 * 2**20)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(view):
+            digest.update(view[:count])
+            progress(count)
+    return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""The operations of a decoder that is split over tensor- and context-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from megalard.model.decoder import Projection, Qkv
+from megalard.parallel.collectives import gather_from_sequence_parallel_region
+from megalard.parallel.context.attention import ShardedBatch, attend_over_axis
+from megalard.parallel.mesh import SINGLE, Axis
+from megalard.parallel.tensor.linear import (
+    column_parallel,
+    row_parallel,
+    vocab_parallel_embedding,
+)
+
+
+@dataclass(frozen=True)
+class ParallelOps:
+    """One rank's implementation of ``megalard.model.decoder.Ops``.
+
+    Attributes:
+        axis: the tp axis; of size 1 in a single process, where nothing is exchanged.
+        token_t: int64 [t], the numbers that LoRA's dropout is drawn from, one per token of the
+            micro-batch; None to read without dropout.
+    """
+
+    axis: Axis = SINGLE
+    token_t: torch.Tensor | None = None
+
+    def with_dropout(self, token_t: torch.Tensor) -> ParallelOps:
+        """Return the same operations with LoRA's dropout switched on."""
+        return replace(self, token_t=token_t)
+
+    def column(self, x: torch.Tensor, *projections: Projection) -> list[torch.Tensor]:
+        return column_parallel(x, projections, self.axis, self.token_t)
+
+    def row(self, x: torch.Tensor, projection: Projection) -> torch.Tensor:
+        return row_parallel(x, projection, self.axis, self.token_t)
+
+    def embed(self, token_t: torch.Tensor, weight: torch.Tensor, first_row: int) -> torch.Tensor:
+        return vocab_parallel_embedding(token_t, weight, first_row, self.axis)
+
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.gather(x), weight.to(x.dtype))
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return gather_from_sequence_parallel_region(x, self.axis)
+
+    def attend(self, qkv: Qkv, batch: ShardedBatch, window: int | None) -> torch.Tensor:
+        return attend_over_axis(qkv.q, qkv.k, qkv.v, window, batch)

@@ -1,0 +1,30 @@
+"""What a run prints: lines on rank 0, each written at once."""
+
+from __future__ import annotations
+
+import sys
+
+
+class Reporter:
+    """Prints on rank 0 and is silent on other ranks.
+
+    Args:
+        is_rank_0: whether this rank prints.
+    """
+
+    def __init__(self, is_rank_0: bool):
+        self.is_rank_0 = is_rank_0
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        if self.is_rank_0:
+            print(text, flush=True)
+
+    def warning(self, text: str) -> None:
+        """Print one line about something that works and may not be meant."""
+        self.line(f"warning: {text}")
+
+    def error(self, text: str) -> None:
+        """Print one line about a failure, on stderr."""
+        if self.is_rank_0:
+            print(f"megalard: error: {text}", file=sys.stderr, flush=True)

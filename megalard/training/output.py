@@ -1,0 +1,235 @@
+"""The output directory: whether a run may use it, and which checkpoint the run resumes from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from secrets import token_hex
+from typing import IO
+
+import torch.distributed as dist
+
+from megalard.checkpoint.sharded.manifest import read_manifest
+from megalard.config.file import in_present_spelling
+from megalard.config.schema import Config, to_dict
+from megalard.errors import UserError, shown
+from megalard.files.locks import hold_lock
+from megalard.files.reading import read_json
+from megalard.parallel.agreement import checked_on_all_ranks, from_rank_0
+from megalard.parallel.mesh import Mesh, is_first_on_node
+from megalard.training.run_folder import checkpoints
+
+# Settings that a resumed run may change. Models and text are compared by their content, so that
+# they may have moved; a RoPE table is compared by the frequencies that it gives.
+_MAY_CHANGE = (
+    "parallel.",
+    "checkpoint.",
+    "evaluation.",
+    "run.output",
+    "run.device",
+    "run.deterministic",
+    "run.log_every",
+    "run.non_finite",
+    "data.paths",
+    "data.cache",
+    "optimizer.micro_batch",
+    "micro_batch",
+    "model.teacher",
+    "model.student",
+    "model.tokenizer",
+    "rope.table",
+)
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output directory as a run finds it.
+
+    Attributes:
+        directory: run.output.
+        is_new: whether the directory was empty, so that bad input may empty it again.
+        checkpoint: the newest complete checkpoint, from which the run resumes; None if there is
+            none.
+    """
+
+    directory: Path
+    is_new: bool = True
+    checkpoint: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of the run's checkpoints."""
+        return self.directory / "checkpoints"
+
+
+def find_output(config: Config, mesh: Mesh) -> Output:
+    """Look at run.output; a collective call, in which rank 0 looks.
+
+    Raises:
+        UserError: on every rank, if the directory contains anything but this run, or its newest
+            checkpoint is damaged.
+    """
+    output = None
+    with checked_on_all_ranks(mesh.world):
+        if mesh.is_rank_0:
+            output = _look(config, Path(config.run.output))
+    return from_rank_0(output, mesh.world)
+
+
+@contextmanager
+def open_output(config: Config, mesh: Mesh) -> Iterator[Output]:
+    """Make the output directory, or find the run in it; a collective call.
+
+    Until the block ends, no other process can run there.
+
+    Raises:
+        UserError: on every rank, as ``find_output``, or if the directory cannot be written or
+            another process runs there.
+    """
+    output = find_output(config, mesh)
+    with ExitStack() as stack:
+        with checked_on_all_ranks(mesh.world):
+            if mesh.is_rank_0:
+                stack.enter_context(_lock(output, config))
+        # Another process may have saved between the first look and the lock.
+        yield output if output.is_new else find_output(config, mesh)
+
+
+@contextmanager
+def emptied_on_error(output: Output, mesh: Mesh) -> Iterator[None]:
+    """Empty the output directory of a new run if the block raises a ``UserError``.
+
+    The block must not have written results. A corrected run can then use the same directory.
+    """
+    try:
+        yield
+    except UserError:
+        if mesh.is_rank_0 and output.is_new:
+            for entry in output.directory.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        raise
+
+
+@contextmanager
+def scratch_folder(mesh: Mesh) -> Iterator[Path]:
+    """Make a temporary directory of one name on every node; a collective call.
+
+    The directory is removed at the end of the block.
+    """
+    name = from_rank_0(f"megalard-{token_hex(8)}", mesh.world)
+    folder = Path(tempfile.gettempdir()) / name
+    try:
+        yield folder
+        if mesh.world.size > 1:
+            dist.barrier(group=mesh.world.group)
+    finally:
+        if is_first_on_node():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(output: Output, config: Config) -> IO[bytes]:
+    note = output.directory / "run.json"
+    try:
+        output.directory.mkdir(parents=True, exist_ok=True)
+        file = hold_lock(note, f"to run.output {output.directory}")
+        if note.stat().st_size == 0:
+            note.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        elif output.is_new:
+            file.close()
+            raise UserError(
+                f"another process has begun a run in run.output {output.directory}: start this "
+                "command again to resume it, or choose another directory"
+            )
+    except OSError as error:
+        raise UserError(
+            f"cannot write to run.output {output.directory}: {error.strerror}"
+        ) from None
+    return file
+
+
+def _look(config: Config, directory: Path) -> Output:
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return Output(directory)
+    if not directory.is_dir():
+        raise UserError(f"run.output {directory} is a file: choose a directory")
+    output = Output(directory, is_new=False)
+    saved = checkpoints(output.checkpoints)
+    if saved:
+        path = saved[-1][1]
+        with naming_older_checkpoint(path):
+            manifest = read_manifest(path)
+        if manifest.kind != "training":
+            raise UserError(
+                f"{path} is a whole model and not a checkpoint of a run: move it out of "
+                f"{output.checkpoints}"
+            )
+        _compare(manifest.training["config"], to_dict(config), directory)
+        return Output(directory, False, path)
+    # A run that was stopped before its first checkpoint begins again.
+    note = directory / "run.json"
+    not_empty = UserError(f"run.output {directory} is not empty: choose another directory")
+    if not note.is_file():
+        raise not_empty
+    if (directory / "student").exists() or any(directory.glob("step-*")):
+        raise UserError(
+            f"run.output {directory} holds a run that has exported its student and has no "
+            "checkpoint to resume from: choose another directory"
+        )
+    try:
+        if note.stat().st_size:  # a run that is killed at once leaves the file empty
+            _compare(read_json(note), to_dict(config), directory)
+    except (OSError, ValueError, AttributeError):
+        raise not_empty from None
+    return output
+
+
+@contextmanager
+def naming_older_checkpoint(checkpoint: Path) -> Iterator[None]:
+    """Name the next older checkpoint in an error of the block about a damaged checkpoint."""
+    try:
+        yield
+    except UserError as error:
+        saved = [path for _, path in checkpoints(checkpoint.parent)]
+        older = list(takewhile(lambda path: path != checkpoint, saved))
+        hint = f"; remove {checkpoint} to resume from {older[-1].name}" if older else ""
+        raise type(error)(f"{error}{hint}") from None
+
+
+def _compare(saved: dict, current: dict, directory: Path) -> None:
+    """Refuse a configuration with which a saved run cannot be resumed.
+
+    Raises:
+        UserError: naming the first setting that differs.
+    """
+    saved, current = _flat(in_present_spelling(saved)), _flat(current)
+    for key in sorted(saved.keys() ^ current.keys()):
+        if key.startswith("streams."):
+            raise UserError(
+                f"run.output {directory} holds a run with other streams (only one of the two runs "
+                f"has {key}): choose another directory, or set it back to resume that "
+                "run"
+            )
+    for key in sorted(saved.keys() & current.keys()):
+        # The keys of a stream are judged as the keys of that name in other sections.
+        general = re.sub(r"^streams\.[^.]+\.(?=data\.)|^streams\.[^.]+\.(?=micro_)", "", key)
+        if saved[key] != current[key] and not general.startswith(_MAY_CHANGE):
+            raise UserError(
+                f"run.output {directory} holds a run with {key} {shown(saved[key])}, not "
+                f"{shown(current[key])}: choose another directory, or set it back to resume that "
+                "run"
+            )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        is_section = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
+    return flat

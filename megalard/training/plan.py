@@ -1,0 +1,119 @@
+"""Check a configuration against its models, before any weight or text is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalard.checkpoint.open import StoredModel, open_model
+from megalard.config.schema import Config, StreamConfig
+from megalard.data.sampler import check_global_batch
+from megalard.data.tokenizer import Tokenizer, load_tokenizer
+from megalard.distill.objective import reaches_of
+from megalard.errors import UserError
+from megalard.model.rope import scaled_config, write_rope
+from megalard.model.spec import ModelSpec, spec_from_config
+from megalard.parallel.agreement import checked_on_all_ranks
+from megalard.parallel.context.shard import SequenceShard
+from megalard.parallel.mesh import Mesh
+from megalard.parallel.tensor.layout import check_divisible
+from megalard.training.origins import Origins
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The models of a run, opened once.
+
+    Attributes:
+        teacher: the teacher.
+        source: the model whose weights the student starts from; often the teacher.
+        student: the shape of the student.
+        student_config: the ``config.json`` that the student is saved with.
+        native_window: M in tokens.
+        tokenizer: the tokenizer of the text.
+    """
+
+    teacher: StoredModel
+    source: StoredModel
+    student: ModelSpec
+    student_config: dict
+    native_window: int
+    tokenizer: Tokenizer
+
+    @property
+    def factor(self) -> float:
+        """The student's window divided by the native window."""
+        return self.student.max_positions / self.native_window
+
+    @property
+    def origins(self) -> Origins:
+        """The models as a checkpoint notes them."""
+        return Origins(self.source, None if self.source is self.teacher else self.teacher)
+
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """The files that are copied next to every save: tokenizer and generation files."""
+        return (*self.tokenizer.files, *self.source.generation_config)
+
+
+def make_plan(config: Config, mesh: Mesh) -> Plan:
+    """Open the models of a run and check the configuration against them.
+
+    Raises:
+        UserError: on every rank, for anything that cannot work.
+    """
+    with checked_on_all_ranks(mesh.world):
+        teacher = open_model(config.model.teacher)
+        source = open_model(config.model.student) if config.model.student else teacher
+        native_window = config.model.native_context or teacher.spec.max_positions
+        check_divisible(teacher.spec, mesh.tp.size)
+        if config.rope.type == "checkpoint":
+            student_config = write_rope(
+                source.spec.hf_config, source.spec.rope, source.spec.head_dim
+            )
+        else:
+            student_config = scaled_config(source.spec, config.rope, native_window)
+        student = spec_from_config(student_config, str(source.directory))
+        check_divisible(student, mesh.tp.size)
+        for name, stream in config.all_streams().items():
+            with naming_stream(name, config):
+                _check_stream(stream, native_window, student, mesh)
+        directory = config.model.tokenizer
+        tokenizer = load_tokenizer(directory) if directory else teacher.tokenizer
+    return Plan(teacher, source, student, student_config, native_window, tokenizer)
+
+
+@contextmanager
+def naming_stream(stream: str, config: Config) -> Iterator[None]:
+    """Name the stream in an error of the block, if there are several streams."""
+    try:
+        yield
+    except UserError as error:
+        if not config.streams:
+            raise
+        raise type(error)(f"stream {stream}: {error}") from None
+
+
+def _check_stream(stream: StreamConfig, native_window: int, student: ModelSpec, mesh: Mesh) -> None:
+    """Refuse a stream that the models cannot read or the ranks cannot share."""
+    length, student_window = stream.data.context_length, student.max_positions
+    if stream.objective.needs_teacher and length > native_window:
+        raise UserError(
+            f"data.context_length {length} is longer than the teacher's native window, beyond "
+            f"which it has nothing to teach: use at most {native_window}"
+        )
+    if length > student_window:
+        raise UserError(
+            f"data.context_length {length} is longer than the student's window: use at most "
+            f"{student_window}, or raise rope.factor"
+        )
+    rows = stream.micro_batch * SequenceShard(length, mesh.cp).local_length
+    if rows % mesh.tp.size:
+        raise UserError(
+            f"a micro-batch gives each cp rank {rows} tokens, which parallel.tp {mesh.tp.size} "
+            "does not divide: choose a context length that it divides"
+        )
+    check_global_batch(stream.global_batch, mesh.dp.size, stream.micro_batch)
+    reaches_of(stream.objective, student.num_layers)
