@@ -10,11 +10,12 @@ from torch import nn
 from megalard.checkpoint.weights import Weights
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
+from megalard.model.layout import Layout
 from megalard.model.rope import RopeTable, rope_table
 from megalard.model.spec import ModelSpec
 from megalard.parallel.mesh import SINGLE, Axis
 from megalard.parallel.ops import ParallelOps
-from megalard.parallel.tensor.layout import Layout, parameter_layout
+from megalard.parallel.tensor.layout import parameter_layout
 
 
 def empty_decoder(spec: ModelSpec, rope: RopeTable, axis: Axis) -> Decoder:

@@ -20,16 +20,12 @@ from megalard.checkpoint.sharded.save_load import as_dtensor, save_sharded
 from megalard.checkpoint.weights import Weights
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.errors import UserError, shown
+from megalard.model.layout import Layout, full_layout
 from megalard.model.rope import write_rope
 from megalard.model.spec import ModelSpec
 from megalard.parallel.agreement import checked_meanwhile
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
-from megalard.parallel.tensor.layout import (
-    Layout,
-    check_divisible,
-    full_layout,
-    parameter_layout,
-)
+from megalard.parallel.tensor.layout import check_divisible, parameter_layout
 
 
 def import_model(

@@ -26,9 +26,9 @@ from megalard.files.safetensors import (
     write_tensor_file,
 )
 from megalard.files.writing import cannot_write, sync_files
+from megalard.model.layout import Layout
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import SINGLE, Axis
-from megalard.parallel.tensor.layout import Layout
 
 
 class HuggingFaceWeights:
@@ -109,10 +109,10 @@ class HuggingFaceWeights:
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
         """Return the tensor, or the slice of a layout, in the dtype of the file."""
         tensor = self._slice(name)
-        index = slice(None)
+        index: tuple[slice, ...] = (slice(None),)
         if layout is not None and layout.dim is not None:
             local = slice(layout.start, layout.start + layout.length)
-            index = local if layout.dim == 0 else (slice(None), local)
+            index = (local,) if layout.dim == 0 else (slice(None), local)
         try:
             return tensor[index]
         except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from megalard.checkpoint.build import full_layouts
 from megalard.checkpoint.huggingface import HuggingFaceWeights
@@ -162,7 +163,7 @@ def _open_adapter(
 
 
 def _open_base(
-    directory: Path, given: str | Path | None, noted: object, derived: tuple[Path, ...]
+    directory: Path, given: str | Path | None, noted: Any, derived: tuple[Path, ...]
 ) -> StoredModel:
     path, derived = given or noted, (*derived, directory)
     try:

@@ -21,7 +21,7 @@ from megalard.files.atomic_folder import AtomicFolder
 from megalard.files.reading import cannot_read, read_json
 from megalard.files.safetensors import DamagedFile, Entry, TensorFile, write_tensor_file
 from megalard.files.writing import cannot_write, sync_files
-from megalard.parallel.tensor.layout import Layout
+from megalard.model.layout import Layout
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from megalard.errors import UserError
-from megalard.parallel.tensor.layout import Layout
+from megalard.model.layout import Layout
 
 BLOCK_ELEMENTS = 2**22  # 16 MiB of fp32
 

@@ -205,7 +205,7 @@ def _merged(base: dict, over: dict) -> dict:
     return merged
 
 
-def _build(cls: type, tree: Any, prefix: str) -> Any:
+def _build(cls: Any, tree: Any, prefix: str) -> Any:
     """Make a section from a tree of plain values."""
     if tree is None:
         tree = {}
@@ -272,7 +272,7 @@ def _nearest(key: str, names: set[str], prefix: str) -> str:
     return prefix + (here or difflib.get_close_matches(key[:100], names, n=1, cutoff=0.0))[0]
 
 
-def _paths(cls: type, prefix: str) -> list[str]:
+def _paths(cls: Any, prefix: str) -> list[str]:
     paths = []
     for name, hint in typing.get_type_hints(cls).items():
         paths += _paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else []

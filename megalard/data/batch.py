@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""
-        tensors = {
+        tensors: dict[str, Any] = {
             field.name: to_device(value, torch.device(device))
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
@@ -98,7 +99,7 @@ class Batch:
 
 def collate(
     blocks: Sequence[Block],
-    samples: Sequence[int] | None = None,
+    samples: Sequence[int] | np.ndarray | None = None,
     student_positions: Sequence[np.ndarray] | None = None,
 ) -> Batch:
     """Return a batch with one row per block, in order; all blocks have the same length.

@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megalard.data.tokenizer import Tokenizer
 from megalard.errors import RankError, UserError, shown
+from megalard.files.reading import read_json
 
 FORMAT, VERSION = "megalard token store", 1
 TOKENS, DOCUMENTS, META = "tokens.bin", "documents.npy", "meta.json"
-_FIELDS = {
+_FIELDS: dict[str, type] = {
     "dtype": str,
     "tokens": int,
     "documents": int,
@@ -149,7 +150,7 @@ def _read_meta(path: Path) -> dict:
     if not (path / META).is_file():
         raise UserError(f"{path} is not a token store (no {META}): make one with megalard prepare")
     try:
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
+        meta: Any = read_json(path / META)
     except (OSError, ValueError) as error:
         raise UserError(f"{path / META} cannot be read ({error}): {_REMAKE}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
@@ -160,8 +161,8 @@ def _read_meta(path: Path) -> dict:
             f"{VERSION}: {_REMAKE}"
         )
     for field, kind in _FIELDS.items():
-        value = meta.get(field)
-        if type(value) is not kind or (kind is int and value < 0):
+        value: Any = meta.get(field)
+        if type(value) is not kind or (kind is int and int(value) < 0):
             raise UserError(f"{path / META} has {shown(value)} for {field}: {_REMAKE}")
     if meta["dtype"] not in ("uint16", "uint32") or meta["documents"] < 1:
         raise UserError(

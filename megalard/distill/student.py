@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -118,13 +119,13 @@ def _add_lora(
 ) -> dict[str, nn.Parameter]:
     """Give projections their LoRA pairs, and return the pairs."""
     spec, device = decoder.spec, decoder.model.embed_tokens.weight.device
-    trained = {}
+    trained: dict[str, nn.Parameter] = {}
     for layer in range(spec.num_layers):
         for number, target in enumerate(("q", "k", "v", "o")):
             prefix = projection_name(layer, target)
             if target not in lora.targets or not is_reached(f"{prefix}.weight"):
                 continue
-            projection: Projection = decoder.get_submodule(prefix)
+            projection = cast(Projection, decoder.get_submodule(prefix))
             out_features, in_features = decoder.layouts[f"{prefix}.weight"].full_shape
             pair_seed = (seed * 1_000_003 + layer * 4 + number) & 0x7FFFFFFF
             full_pair = {

@@ -16,7 +16,7 @@ from megalard.errors import UserError, shown
 from megalard.evaluation.measure import check_lengths, cut_windows, default_lengths, length_multiple
 from megalard.evaluation.plots import draw
 from megalard.evaluation.report import Entry, print_tables, write_json
-from megalard.evaluation.samples import sentence_filler, text_filler
+from megalard.evaluation.samples import Sample, sentence_filler, text_filler
 from megalard.evaluation.suite import Suite, make_samples, read_text, run_suite
 from megalard.evaluation.tasks import TASKS
 from megalard.model.decoder import Decoder
@@ -142,7 +142,9 @@ def _check(request: Request, mesh: Mesh) -> _Job:
     if request.task_lengths:
         task_lengths = choose_lengths(request.task_lengths, models, mesh.tp.size, mesh.cp.size)
 
-    text, windows, samples, skipped = None, {}, {}, ()
+    text, windows = None, {}
+    samples: dict[str, dict[int, list[Sample]]] = {}
+    skipped: tuple[tuple[str, int], ...] = ()
     if request.text:
         filler_tokens = _FILLER_TOKENS if request.filler == "text" else 0
         count = max(request.max_tokens, filler_tokens, *lengths)

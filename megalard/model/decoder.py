@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megalard.model.fuse import fused_on_gpu
+from megalard.model.layout import Layout
 from megalard.model.rope import RopeTable, apply_rope
 from megalard.model.spec import ModelSpec
 
@@ -41,22 +42,6 @@ class BlockBatch(Protocol):
 
     @property
     def position_bs(self) -> torch.Tensor: ...
-
-
-class ParameterSlice(Protocol):
-    """This rank's slice of a parameter; see ``megalard.parallel.tensor.layout.Layout``."""
-
-    @property
-    def full_shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dim(self) -> int | None: ...
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def length(self) -> int: ...
 
 
 class Ops(Protocol):
@@ -88,6 +73,10 @@ class Ops(Protocol):
 
     def attend(self, qkv: Qkv, batch: BlockBatch, window: int | None) -> torch.Tensor:
         """Return the attention output [b, s, Hq, d] of causal attention within each document."""
+        ...
+
+    def with_dropout(self, token_t: torch.Tensor) -> Ops:
+        """Return the same operations with LoRA's dropout, drawn from the numbers of the tokens."""
         ...
 
 
@@ -153,11 +142,10 @@ class Attention(nn.Module):
         self.k_proj = Projection(spec.hidden_size, kv_features, spec.qkv_bias)
         self.v_proj = Projection(spec.hidden_size, kv_features, spec.qkv_bias)
         self.o_proj = Projection(q_features, spec.hidden_size, spec.o_bias)
-        if spec.qk_norm:
-            self.q_norm = RmsNorm(spec.head_dim, spec.norm_eps)
-            self.k_norm = RmsNorm(spec.head_dim, spec.norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        self.q_norm, self.k_norm = (
+            RmsNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
 
     def qkv(self, x: torch.Tensor, context: Context, ops: Ops) -> Qkv:
         """Return this rank's q, k and v of the normed residual [t/tp, hidden]."""
@@ -224,6 +212,16 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), ops)
 
 
+class DecoderBody(nn.Module):
+    """All of a decoder but its head, under the name that Hugging Face gives it."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.embed_tokens = Projection(spec.hidden_size, spec.vocab_size, bias=False)
+        self.layers = nn.ModuleList(DecoderLayer(spec, window) for window in spec.windows)
+        self.norm = RmsNorm(spec.hidden_size, spec.norm_eps)
+
+
 class Decoder(nn.Module):
     """A decoder whose parameters are this rank's slices.
 
@@ -241,17 +239,14 @@ class Decoder(nn.Module):
         spec: ModelSpec,
         rope: RopeTable,
         ops: Ops,
-        layout: Callable[[str, tuple[int, ...]], ParameterSlice],
+        layout: Callable[[str, tuple[int, ...]], Layout],
     ):
         super().__init__()
         self.spec, self.rope, self.ops = spec, rope, ops
-        self.model = nn.Module()
-        self.model.embed_tokens = Projection(spec.hidden_size, spec.vocab_size, bias=False)
-        self.model.layers = nn.ModuleList(DecoderLayer(spec, window) for window in spec.windows)
-        self.model.norm = RmsNorm(spec.hidden_size, spec.norm_eps)
+        self.model = DecoderBody(spec)
         if not spec.tied_embeddings:
             self.lm_head = Projection(spec.hidden_size, spec.vocab_size, bias=False)
-        self.layouts: dict[str, ParameterSlice] = {
+        self.layouts: dict[str, Layout] = {
             name: layout(name, tuple(parameter.shape))
             for name, parameter in self.named_parameters()
         }
@@ -290,6 +285,7 @@ class Decoder(nn.Module):
         context = self.context(batch)
         x = self.embed(batch.tokens_bs, dtype)
         for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
             attention_output = layer.attend(layer.qkv(x, context, self.ops), context, self.ops)
             x = layer.rest(x, attention_output, self.ops)
         return x

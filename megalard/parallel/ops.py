@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
-from megalard.model.decoder import Projection, Qkv
+from megalard.model.decoder import BlockBatch, Decoder, Projection, Qkv
 from megalard.parallel.collectives import gather_from_sequence_parallel_region
 from megalard.parallel.context.attention import ShardedBatch, attend_over_axis
 from megalard.parallel.mesh import SINGLE, Axis
@@ -16,6 +17,11 @@ from megalard.parallel.tensor.linear import (
     row_parallel,
     vocab_parallel_embedding,
 )
+
+
+def tensor_axis(decoder: Decoder) -> Axis:
+    """Return the tp axis over which a decoder is split."""
+    return cast(ParallelOps, decoder.ops).axis
 
 
 @dataclass(frozen=True)
@@ -50,5 +56,5 @@ class ParallelOps:
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         return gather_from_sequence_parallel_region(x, self.axis)
 
-    def attend(self, qkv: Qkv, batch: ShardedBatch, window: int | None) -> torch.Tensor:
-        return attend_over_axis(qkv.q, qkv.k, qkv.v, window, batch)
+    def attend(self, qkv: Qkv, batch: BlockBatch, window: int | None) -> torch.Tensor:
+        return attend_over_axis(qkv.q, qkv.k, qkv.v, window, cast(ShardedBatch, batch))

@@ -8,6 +8,7 @@ the source file.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -16,10 +17,11 @@ from megalard.checkpoint.weights import Weights, merge_lora, trained_parts
 from megalard.checkpoint.write_options import FILE_BYTES, WriteOptions
 from megalard.distill.student import Student
 from megalard.errors import UserError
+from megalard.model.decoder import Projection
+from megalard.model.layout import Layout
 from megalard.parallel.agreement import from_rank_0
 from megalard.parallel.collectives import all_gather_tokens
 from megalard.parallel.mesh import Axis, Mesh
-from megalard.parallel.tensor.layout import Layout
 
 _SHARD_BYTES = FILE_BYTES
 
@@ -98,9 +100,10 @@ class _MergedTensors:
         full = self._gather(name)
         if name in full:
             return full[name].to("cpu", self.source.dtype(name))
-        scale = self.student.decoder.get_submodule(name.removesuffix(".weight")).lora_scale
-        pair = (full[part] for part in parts)
-        return merge_lora(name, self.source.read(name), *pair, scale).cpu()
+        projection = self.student.decoder.get_submodule(name.removesuffix(".weight"))
+        scale = cast(Projection, projection).lora_scale
+        lora_a, lora_b = (full[part] for part in parts)
+        return merge_lora(name, self.source.read(name), lora_a, lora_b, scale).cpu()
 
     def _gather(self, name: str) -> dict[str, torch.Tensor]:
         layouts, trained = self.student.decoder.layouts, self.student.trained

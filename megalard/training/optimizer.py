@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """Return apex's FusedAdam if it is installed and there is a GPU, or torch's fused AdamW."""
-    settings = dict(
+    settings: dict[str, Any] = dict(
         lr=config.learning_rate,
         betas=tuple(config.betas),
         eps=config.eps,
@@ -42,7 +43,7 @@ def update_where(finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None
     """
     if isinstance(optimizer, torch.optim.AdamW):
         # The flag that torch.amp.GradScaler sets: with 1, parameters and state do not change.
-        optimizer.found_inf = 1.0 - finite.float()
+        optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
         optimizer.step()
     elif finite:
         optimizer.step()

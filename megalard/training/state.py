@@ -12,8 +12,8 @@ import torch
 
 from megalard.checkpoint.sharded.save_load import ShardedWeights, as_dtensor, load_sharded
 from megalard.errors import UserError
+from megalard.model.layout import Layout
 from megalard.parallel.mesh import Axis
-from megalard.parallel.tensor.layout import Layout
 from megalard.training.step import Distiller
 
 State = dict[str, tuple[torch.Tensor, Layout | None]]

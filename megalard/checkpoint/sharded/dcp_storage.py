@@ -13,8 +13,9 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import (
@@ -130,7 +131,7 @@ class ShardWriter(StorageWriter):
     ) -> list[WriteResult]:
         offsets = {name: {OFFSETS_KEY: list(items[name].index.offset)} for name in entries}
         metadata = {"format": "pt", SHARDING_KEY: json.dumps(offsets), ID_KEY: self.identity}
-        tensors = (planner.resolve_data(items[name]) for name in entries)
+        tensors: Iterator[Any] = (planner.resolve_data(items[name]) for name in entries)
         if isinstance(planner, LazySavePlanner):
             tensors = read_ahead(tensors)
         size, digest = write_tensor_file(
@@ -145,7 +146,7 @@ class ShardWriter(StorageWriter):
         files: dict[str, dict] = {}
         for result in (result for part in results for result in part):
             name, stored = result.index.fqn, result.storage_data
-            saved = metadata.state_dict_metadata[name]
+            saved: Any = metadata.state_dict_metadata[name]
             tensor = tensors.setdefault(
                 name,
                 {"dtype": NAMES[saved.properties.dtype], "shape": list(saved.size), "chunks": []},
@@ -212,7 +213,8 @@ class ShardReader(StorageReader):
         return False
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
-        tensors, chunks = {}, {}
+        tensors: dict[str, Any] = {}
+        chunks = {}
         for name, tensor in self.manifest.tensors.items():
             boxes = []
             for chunk in tensor["chunks"]:

@@ -11,6 +11,7 @@ from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.chunks import sum_of_chunks
 from megalard.distill.terms.term import Term, TermInputs, TermSum
 from megalard.model.decoder import Decoder
+from megalard.parallel.ops import tensor_axis
 from megalard.parallel.tensor.vocab import kl_divergence
 from megalard.transfer import to_device
 
@@ -75,7 +76,7 @@ def logits_kl_sum(
         teacher_x, student_x: outputs of the last layer [t/tp, hidden], before the final norm.
         rows: as ``compared_rows`` returns them.
     """
-    axis = student.ops.axis
+    axis = tensor_axis(student)
     index = to_device(rows, student_x.device)
     student_h = student.ops.gather(student.model.norm(student_x)).index_select(0, index)
     with torch.no_grad():

@@ -9,6 +9,7 @@ number of valid rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch.profiler import record_function
@@ -68,8 +69,8 @@ class Relations(Term):
                 for kind, operand in operands.items()
             }
             sums, grads = relation_sums(detached, self._factors, plan, with_grad)
-            loss = sum(self._factors[name] * total for name, total in sums.items())
-            value = torch.stack([loss, *sums.values()])
+            totals = [self._factors[name] * total for name, total in sums.items()]
+            value = torch.stack([reduce(torch.add, totals), *sums.values()])
             return value, [grads[kind] for kind in self._operands] if with_grad else ()
 
         inputs = (operand.student for operand in operands.values())
