@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megalard.config.fields import without_none
+from megalard.config.recipes import find_config
 from megalard.config.rules import validate
 from megalard.config.schema import RELATIONS, Config
 from megalard.config.yaml_text import parse_file, parse_value
@@ -23,7 +24,9 @@ STREAM_BATCHES = ("global_batch", "micro_batch")
 
 
 def load_config(path: str | None, overrides: list[str]) -> Config:
-    """Read a YAML file and apply ``--section.key value`` overrides.
+    """Read a YAML file, given by its path or as a recipe's name, and apply overrides.
+
+    Overrides are words such as ``--section.key value`` and ``--section.key=value``.
 
     The override ``null`` removes a key of the file, so that its default holds again.
 
@@ -31,7 +34,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         UserError: the file cannot be read, a key is unknown (the nearest known key is named), or a
             value has the wrong type or is out of range.
     """
-    tree = in_present_spelling(parse_file(path), _warn) if path is not None else {}
+    tree = in_present_spelling(parse_file(find_config(path)), _warn) if path is not None else {}
     # Judged before the overrides: a recipe's shared value may lose its last user to an override.
     _check_shared_values(tree, None)
     keys = []

@@ -162,7 +162,7 @@ def _read_meta(path: Path) -> dict:
         )
     for field, kind in _FIELDS.items():
         value: Any = meta.get(field)
-        if type(value) is not kind or (kind is int and int(value) < 0):
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             raise UserError(f"{path / META} has {shown(value)} for {field}: {_REMAKE}")
     if meta["dtype"] not in ("uint16", "uint32") or meta["documents"] < 1:
         raise UserError(
