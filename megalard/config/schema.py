@@ -264,7 +264,10 @@ class EvaluationConfig:
     """Perplexity by length and agreement with the teacher, before and after training."""
 
     paths: list[str] = setting([], path=True, may_be_empty=True)
-    """Held-out text, in the forms that ``data.paths`` takes; no evaluation when empty."""
+    """Held-out text, in the forms that ``data.paths`` takes."""
+    holdout: int = setting(32768, at_least=0)
+    """Without ``paths``, tokens taken from the end of the training text for evaluation: at most
+    this many and at most a fiftieth of the text. Zero takes none, and nothing is evaluated."""
     lengths: list[int] | None = setting(None, at_least=2)
     """Context lengths in tokens; M/4, M/2, M, ... f*M when not given."""
     max_tokens: int = setting(65536, at_least=2)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,12 @@ class TokenStore:
             tokenizer_fingerprint=meta["tokenizer"],
             sources_fingerprint=meta["sources"],
         )
+
+    def head(self, tokens: int) -> TokenStore:
+        """Return the store of the first ``tokens`` tokens; the last document may be cut."""
+        documents = self.documents[: np.searchsorted(self.documents, tokens)]
+        documents = np.concatenate([documents, [tokens]])
+        return replace(self, tokens=self.tokens[:tokens], documents=documents)
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Return a copy of the tokens from ``start`` to ``end``: int64 [end - start].

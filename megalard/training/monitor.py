@@ -26,6 +26,8 @@ class Monitor:
         reporter: prints on rank 0.
         device: the device whose peak memory is reported.
         steps_done: the steps taken before this start. Reports of later steps are removed.
+        ideal_seconds: the time of a step at the peak rate of the GPUs, for the model FLOP
+            utilization (MFU); None if that is not known.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class Monitor:
         reporter: Reporter,
         device: torch.device,
         steps_done: int = 0,
+        ideal_seconds: float | None = None,
     ):
         self.steps, self.tokens_per_step, self.log_every = steps, tokens_per_step, log_every
         self.ranks, self.reporter, self.device = ranks, reporter, device
+        self.ideal_seconds = ideal_seconds
         self.last_time, self.last_step = time.perf_counter(), steps_done
         if reporter.is_rank_0:
             from torch.utils.tensorboard import SummaryWriter
@@ -66,6 +70,8 @@ class Monitor:
             "tokens_per_second": self.tokens_per_step / seconds,
             "memory_gib": peak_memory_bytes(self.device) / 2**30,
         }
+        if self.ideal_seconds is not None:
+            values["mfu"] = self.ideal_seconds / seconds
         tokens = number * self.tokens_per_step
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -76,10 +82,11 @@ class Monitor:
         parts = " ".join(f"{name} {value:.4f}" for name, value in result.parts.items())
         rate = values["tokens_per_second"]
         per_rank = f" ({rate / self.ranks:,.0f} per rank)" if self.ranks > 1 else ""
+        mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
         self.reporter.line(
             f"step {number}/{self.steps}  loss {result.loss:.4f} ({parts})  "
             f"grad {result.gradient_norm:.3g}  lr {result.learning_rate:.3g}  "
-            f"{rate:,.0f} tokens/s{per_rank}  {values['memory_gib']:.2f} GiB  "
+            f"{rate:,.0f} tokens/s{per_rank}{mfu}  {values['memory_gib']:.2f} GiB  "
             f"ETA {_duration((self.steps - number) * seconds)}"
         )
         if result.skipped is not None:

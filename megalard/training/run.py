@@ -14,6 +14,8 @@ from megalard.reporter import Reporter
 from megalard.training.build import load_models, make_loaders, open_streams
 from megalard.training.evaluator import Evaluator
 from megalard.training.export import save_student
+from megalard.training.flops import peak_flops, step_flops
+from megalard.training.holdout import split_holdout
 from megalard.training.monitor import Monitor
 from megalard.training.output import Output, emptied_on_error
 from megalard.training.plan import Plan
@@ -45,9 +47,10 @@ class Run:
         self.reporter, self.steps_done = Reporter(mesh.is_rank_0), 0
         with ExitStack() as opened:
             with emptied_on_error(output, mesh):
-                self._stores = open_streams(config, output.directory, plan, mesh)
+                stores = open_streams(config, output.directory, plan, mesh)
+                self._stores, held_out = split_holdout(stores, config, plan, output)
                 self.loaders = opened.enter_context(make_loaders(config, self._stores, plan, mesh))
-                self.evaluator = Evaluator(config, plan, output.directory, mesh)
+                self.evaluator = Evaluator(config, plan, output.directory, mesh, held_out)
                 self.teacher, student = load_models(
                     config, plan, mesh, keep_teacher=self.evaluator.is_active
                 )
@@ -79,6 +82,7 @@ class Run:
             self.reporter,
             mesh.device,
             self.steps_done,
+            self._ideal_seconds(),
         )
         self._opened.enter_context(closing(self.monitor))
         self.saver = Saver(
@@ -92,6 +96,12 @@ class Run:
             origin_sections,
             self.steps_done,
         )
+
+    def _ideal_seconds(self) -> float | None:
+        """Return the time of a step at the peak rate of the GPUs; None if that is not known."""
+        peak = peak_flops(self.mesh.device)
+        flops = step_flops(self.config, self.plan.student)
+        return None if peak is None else flops / (peak * self.mesh.world.size)
 
     def steps_left(self) -> range:
         """Return the numbers of the steps that remain, counted from 1."""
@@ -167,6 +177,12 @@ class Run:
         ]
         for line in lines:
             self.reporter.line(line)
+        held_out = self.evaluator.settings.get("training_tokens_held_out")
+        if held_out and self.evaluator.is_active:
+            self.reporter.line(
+                f"held out  {held_out:,} tokens of the training text, to measure on; "
+                "evaluation.paths takes other text"
+            )
         if allowed_restarts() and not config.checkpoint.save_every:
             self.reporter.warning(
                 "checkpoint.save_every is 0, so a restart begins where this start began"
@@ -177,6 +193,10 @@ class Run:
         directory = self.output.directory / "student"
         self.reporter.line(f"restored model: {directory}")
         if not self.evaluator.is_active:
+            self.reporter.line(
+                "nothing was measured: give held-out text in evaluation.paths, or evaluate the "
+                "model with megalard evaluate"
+            )
             return
         entries, restoration = self.evaluator.entries, self.evaluator.restoration
         share = restoration.gap_restored(entries[-1], entries)
