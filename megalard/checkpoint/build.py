@@ -71,6 +71,16 @@ def check_shape(name: str, expected: tuple[int, ...], weights: Weights) -> None:
         )
 
 
+def check_complete(weights: Weights, spec: ModelSpec) -> None:
+    """Refuse a model that lacks a tensor or has one in another shape than its config implies.
+
+    Raises:
+        UserError: naming the first such tensor.
+    """
+    for name, layout in full_layouts(spec).items():
+        check_shape(name, layout.full_shape, weights)
+
+
 def get_parameter(root: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter ``name``."""
     module, last = _module_of(root, name)

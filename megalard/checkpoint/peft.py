@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -100,6 +99,11 @@ class AdapterWeights:
         path = self.directory / ADAPTER_WEIGHTS
         self.config = _read_config(self.directory / ADAPTER_CONFIG)
         self.scale = _scale(self.config, self.directory)
+        if not path.exists() and path.with_suffix(".bin").exists():
+            raise UserError(
+                f"the adapter {self.directory} is stored as adapter_model.bin, a pickle, which is "
+                "not read: load it with peft and save it again, which writes safetensors"
+            )
         try:
             self._file = TensorFile(path)
         except OSError as error:
@@ -138,10 +142,10 @@ class AdapterWeights:
         return [self._file.path]
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """Return the full tensor in fp32."""
-        assert layout is None, "adapters are read as full tensors"
+        """Return the tensor, or the slice of a layout, in fp32."""
         try:
-            return self._file.read(self._names[name]).float()
+            tensor = self._file.read(self._names[name]).float()
+            return tensor if layout is None else layout.cut(tensor)
         except OSError as error:
             raise cannot_read(self._file.path, error) from None
         except DamagedFile as error:
@@ -251,10 +255,11 @@ def write_adapter(
             ("config.json", config),
         ):
             (folder.path / name).write_text(json.dumps(value, indent=2) + "\n")
-        for file in options.companions:
-            shutil.copyfile(file, folder.path / file.name)
+        for companion in options.companions:
+            companion.write(folder.path)
         sync_files(folder.path)
         options.before_commit()
+        options.check(folder.path)
         folder.commit()
     except OSError as error:
         raise cannot_write(directory, error) from None

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from megalard.errors import UserError
+from megalard.errors import UserError, shown
 from megalard.model.layout import Layout
 
 BLOCK_ELEMENTS = 2**22  # 16 MiB of fp32
@@ -52,6 +52,31 @@ def size_of(weights: Weights) -> int:
 def tensor_bytes(weights: Weights, name: str) -> int:
     """Return the number of bytes of one tensor."""
     return torch.Size(weights.shape(name)).numel() * weights.dtype(name).itemsize
+
+
+def no_tensor(name: str, weights: Weights) -> UserError:
+    """Return the error of a tensor that is missing, with a name from the files that is similar."""
+    names = weights.names()
+    last = name.rpartition("layers.")[2].partition(".")[2] or name
+    similar = next((other for other in names if other.endswith(last)), names[0] if names else None)
+    hint = f" (its files name tensors such as {shown(similar)})" if similar else ""
+    return UserError(
+        f"{weights.directory} has no tensor {name}, which its config.json implies{hint}"
+    )
+
+
+def are_equal(weights: Weights, name: str, other: str) -> bool:
+    """Whether two matrices hold the same values. A block of rows of each is read at a time."""
+    shape = weights.shape(name)
+    if shape != weights.shape(other) or len(shape) != 2:
+        return False
+    rows = max(1, BLOCK_ELEMENTS // shape[1])
+    for start in range(0, shape[0], rows):
+        block = Layout(shape, 0, start, min(rows, shape[0] - start), 1)
+        x, y = weights.read(name, block), weights.read(other, block)
+        if not torch.equal(x.float(), y.float()):
+            return False
+    return True
 
 
 def trained_parts(name: str, trained: Iterable[str]) -> list[str]:

@@ -162,7 +162,8 @@ def _open_same(output: Path, tokenizer: Tokenizer, source: str) -> TokenStore | 
             f"{output} is not empty and is not a token store: choose another output directory"
         )
     store = TokenStore.open(output)
-    if store.tokenizer_fingerprint != tokenizer.fingerprint or store.eos_id != tokenizer.eos_id:
+    is_same = tokenizer.is_known_as(store.tokenizer_fingerprint)
+    if not is_same or store.eos_id != tokenizer.eos_id:
         difference = "with another tokenizer"
     elif store.sources_fingerprint != source:
         difference = "from other text, or the text has changed since"

@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from megalard.data.batch import Batch
 from megalard.distill.reach import LayerDepth, Reach
-from megalard.model.decoder import Context, Decoder, DecoderLayer, Ops, Qkv
+from megalard.model.decoder import Decoder
+from megalard.model.layers import DecoderLayer
+from megalard.model.ops import Context, Ops, Qkv
 
 
 @dataclass

@@ -22,9 +22,10 @@ from megalard.checkpoint.build import (
 from megalard.checkpoint.weights import Weights
 from megalard.config.schema import LoraConfig, TrainableConfig
 from megalard.errors import UserError
-from megalard.model.decoder import Decoder, Projection
+from megalard.model.decoder import Decoder
 from megalard.model.lora import Dropout, DropoutKey, initial_a
 from megalard.model.names import projection_name
+from megalard.model.projection import Projection
 from megalard.model.rope import RopeTable
 from megalard.model.spec import ModelSpec
 from megalard.parallel.mesh import Axis

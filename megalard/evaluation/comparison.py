@@ -97,7 +97,7 @@ def compare_models(request: Request, mesh: Mesh) -> None:
     for warning in _warnings(job):
         reporter.warning(warning)
     teacher = None if job.teacher is None else _load(job.teacher, mesh, job.dtype)
-    teacher_window = job.teacher.spec.max_positions if job.teacher else 0
+    teacher_window = job.teacher.window if job.teacher else 0
     names = short_names([model.directory for model in job.models])
     entries = []
     with token_bar(job.suite.tokens(teacher_window) * len(names), mesh.world) as bar:
@@ -109,7 +109,7 @@ def compare_models(request: Request, mesh: Mesh) -> None:
                 decoder, job.suite, mesh, job.dtype, teacher, teacher_window, advance=advance
             )
             del decoder  # before the next model is loaded
-            window, directory = model.spec.max_positions, str(model.directory)
+            window, directory = model.window, str(model.directory)
             entries.append(
                 Entry(name, results, window=window, directory=directory, kind=model.kind)
             )
@@ -241,7 +241,7 @@ def choose_lengths(
         UserError: a length is not a length, or tp and cp do not divide it.
     """
     if given is None:
-        windows = [model.spec.max_positions for model in models]
+        windows = [model.window for model in models]
         lengths = default_lengths(min(windows), max(windows) / min(windows))
         multiple = length_multiple(tp, cp)
         return sorted({length // multiple * multiple for length in lengths} - {0})
@@ -273,14 +273,14 @@ def _warnings(job: _Job) -> list[str]:
     lengths = {*job.suite.windows, *(n for by in job.suite.samples.values() for n in by)}
     lines = []
     for model in job.models:
-        beyond = sorted(length for length in lengths if length > model.spec.max_positions)
+        beyond = sorted(length for length in lengths if length > model.window)
         if beyond:
             lines.append(
-                f"{model.directory} has a window of {model.spec.max_positions} tokens and is "
+                f"{model.directory} has a window of {model.window} tokens and is "
                 f"measured beyond it, at {', '.join(map(str, beyond))}"
             )
     if job.teacher:
-        window = job.teacher.spec.max_positions
+        window = job.teacher.window
         beyond = sorted(length for length in job.suite.windows if length > window)
         if beyond:
             lines.append(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import fields
 
 from megalard.checkpoint.sharded.manifest import Manifest, written_by
 from megalard.checkpoint.sharded.save_load import ShardedWeights
@@ -11,6 +11,7 @@ from megalard.config.schema import to_dict
 from megalard.data.loader import StreamLoaders
 from megalard.data.token_store import TokenStore
 from megalard.errors import UserError
+from megalard.model.spec import ModelSpec, spec_from_config
 from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks
 from megalard.parallel.mesh import Axis
 from megalard.reporter import Reporter
@@ -53,7 +54,7 @@ def resume(
             weights = ShardedWeights(output.checkpoint)
         manifest = weights.manifest
         _check_data(manifest, stores)
-        _check_student(manifest, distiller.student.decoder.spec.hf_config)
+        _check_student(manifest, distiller.student.decoder.spec)
 
     def check() -> None:
         with naming_older_checkpoint(output.checkpoint):
@@ -69,14 +70,15 @@ def resume(
     return step, origins.checked_sections(manifest)
 
 
-def _check_student(manifest: Manifest, config: dict) -> None:
+def _check_student(manifest: Manifest, student: ModelSpec) -> None:
     """Refuse another student, such as a student with another table of inverse frequencies."""
-    current = json.loads(json.dumps(config))
-    for key in sorted(current.keys() | manifest.config.keys()):
-        if current.get(key) != manifest.config.get(key):
+    saved = spec_from_config(manifest.config, str(manifest.directory))
+    for field in fields(ModelSpec):
+        current = getattr(student, field.name)
+        if field.name != "hf_config" and current != getattr(saved, field.name):
             raise UserError(
-                f"the student's {key} is not what {manifest.directory} was trained with: restore "
-                "the model's config.json and rope.table, or choose another run.output"
+                f"the student's {field.name} is not what {manifest.directory} was trained with: "
+                "restore the model's config.json and rope.table, or choose another run.output"
             )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megalard.checkpoint.companions import Companion
 from megalard.checkpoint.sharded.save_load import save_sharded
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.config.schema import CheckpointConfig
@@ -43,7 +44,7 @@ class Saver:
         distiller: Distiller,
         origins: Origins,
         sections: Callable[[int], dict],
-        companions: tuple[Path, ...],
+        companions: tuple[Companion, ...],
         settings: CheckpointConfig,
         axis: Axis,
         origin_sections: dict | None = None,

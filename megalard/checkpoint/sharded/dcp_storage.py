@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,10 +166,10 @@ class ShardWriter(StorageWriter):
     def _write_companions(self) -> dict[str, dict]:
         folder, companions = self.folder.path, self.options.companions
         (folder / "config.json").write_text(json.dumps(self.sections["config"], indent=2) + "\n")
-        for source in companions:
-            shutil.copyfile(source, folder / source.name)
+        for companion in companions:
+            companion.write(folder)
         files = {}
-        for name in {"config.json", *(source.name for source in companions)}:
+        for name in {"config.json", *(companion.name for companion in companions)}:
             path = folder / name
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

@@ -20,7 +20,8 @@ from megalard.distill.lockstep import Pair
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.sharded_relations import Operand, RelationPlan, relation_sums
 from megalard.distill.terms.term import Term, TermInputs, TermSum, compared_layers
-from megalard.model.decoder import Decoder, Qkv
+from megalard.model.decoder import Decoder
+from megalard.model.ops import Qkv
 
 
 class Relations(Term):

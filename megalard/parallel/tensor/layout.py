@@ -12,6 +12,7 @@ from megalard.model.layout import Layout, full_layout
 from megalard.model.names import (
     COLUMN_PARALLEL,
     NORMS,
+    QK_NORMS,
     ROW_PARALLEL,
     VOCAB_PARALLEL,
     ParameterName,
@@ -50,17 +51,18 @@ def parameter_layout(
     """Return the layout of a parameter on one rank of ``tp``."""
     parsed = ParameterName.parse(name)
     module, kind = parsed.module, parsed.kind
-    if module in NORMS:
+    if module in NORMS or (module in QK_NORMS and spec.qk_norm == "head"):
         return full_layout(full_shape, tp)
     if module in VOCAB_PARALLEL:
         # The uneven split of torch.chunk and of DTensor: the last ranks may hold fewer rows.
         chunk = -(-full_shape[0] // tp)
         start = min(rank * chunk, full_shape[0])
         return Layout(full_shape, 0, start, min(chunk, full_shape[0] - start), 1)
-    if module in COLUMN_PARALLEL:
+    if module in COLUMN_PARALLEL or module in QK_NORMS:
         if kind == "lora_A":
             return full_layout(full_shape, tp)
-        replicas = kv_replicas(spec, tp) if module in ("k_proj", "v_proj") else 1
+        is_kv = module in ("k_proj", "v_proj", "k_norm")
+        replicas = kv_replicas(spec, tp) if is_kv else 1
         length = full_shape[0] // (tp // replicas)
         return Layout(full_shape, 0, rank // replicas * length, length, replicas)
     if module in ROW_PARALLEL:

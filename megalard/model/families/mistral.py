@@ -1,0 +1,21 @@
+"""Mistral, whose layers all have a sliding window or none, and Ministral, whose layers differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megalard.model.families.family import Family, llama_rotary, windows_of
+
+
+def _flags(config: PretrainedConfig) -> dict[str, Any]:
+    return {"windows": (config.sliding_window,) * config.num_hidden_layers}
+
+
+MISTRAL = Family("mistral", _flags, llama_rotary, read=frozenset({"sliding_window"}))
+
+# transformers also reads a file of model_type mistral as Ministral if it has layer_types.
+MINISTRAL = Family(
+    "ministral", windows_of, llama_rotary, read=frozenset({"sliding_window", "layer_types"})
+)
