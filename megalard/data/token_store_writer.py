@@ -34,6 +34,7 @@ def build_store(
     output: str | Path,
     *,
     text_key: str = "text",
+    warn: Callable[[str], object] = print,
 ) -> TokenStore:
     """Tokenize ``paths`` into ``output``, or open ``output`` if it already is this store.
 
@@ -44,6 +45,7 @@ def build_store(
     Args:
         paths: files and directories, as for ``sources.list_files``.
         output: the directory of the store; missing, empty, or this same store.
+        warn: called with a sentence about files that are passed over.
 
     Raises:
         UserError: as ``sources.read_documents``; ``output`` contains something else or cannot be
@@ -54,6 +56,9 @@ def build_store(
     existing = _open_same(output, tokenizer, source)
     if existing is not None:
         return existing
+    passed_over = sources.survey(paths)[1]
+    if passed_over is not None:
+        warn(f"{passed_over.describe()} are not text that is read, and are passed over")
     with byte_bar("tokenizing", sources.total_bytes(paths)) as advance:
         documents = sources.read_documents(paths, text_key, advance)
         return write_store(documents, tokenizer, output, source)

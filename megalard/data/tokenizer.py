@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megalard.errors import UserError, shown
+from megalard.errors import UserError, printable
 from megalard.quiet import quiet_transformers
 
 # The files that a tokenizer is loaded from, any one of them.
@@ -101,7 +101,7 @@ def _load(model_dir: Path) -> PreTrainedTokenizerBase:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"the tokenizer in {model_dir} cannot be loaded by transformers "
-            f"({shown(reason)[1:-1]}): copy its files again, or add tokenizer.json"
+            f"({printable(reason, 300)}): copy its files again, or add tokenizer.json"
         ) from None
 
 
@@ -150,11 +150,14 @@ def _file_fingerprint(model_dir: Path) -> str:
 
 
 def _eos_of_config(model_dir: Path) -> int | None:
-    """Return ``eos_token_id`` of config.json, the first of a list; None if there is none."""
-    try:
-        eos_id = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if isinstance(eos_id, list):
-        eos_id = eos_id[0] if eos_id else None
-    return eos_id if isinstance(eos_id, int) else None
+    """Return ``eos_token_id`` of config.json or generation_config.json, the first of a list."""
+    for name in ("config.json", "generation_config.json"):
+        try:
+            eos_id = json.loads((model_dir / name).read_text(encoding="utf-8"))["eos_token_id"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(eos_id, list):
+            eos_id = eos_id[0] if eos_id else None
+        if type(eos_id) is int:
+            return eos_id
+    return None

@@ -148,7 +148,13 @@ def _add_lora(
 
 
 def _check_match(teacher: ModelSpec, student: ModelSpec) -> None:
-    for field in ("vocab_size", "num_layers", "num_heads", "num_kv_heads"):
+    if student.vocab_size != teacher.vocab_size:
+        raise UserError(
+            f"the student's vocabulary has {student.vocab_size} entries but the teacher's "
+            f"{teacher.vocab_size}: resize the student's embedding with transformers "
+            f"(model.resize_token_embeddings({teacher.vocab_size})) and save it again"
+        )
+    for field in ("num_layers", "num_heads", "num_kv_heads"):
         student_value, teacher_value = getattr(student, field), getattr(teacher, field)
         if student_value != teacher_value:
             raise UserError(

@@ -59,6 +59,9 @@ def export_config(
     config["tie_word_embeddings"] = spec.tied_embeddings
     if window is not None:
         config["max_position_embeddings"] = window
+        # A setting of generate(), which servers read as the longest text.
+        if config.get("max_length") == spec.max_positions:
+            config["max_length"] = window
         for key in LENGTH_KEYS:
             if type(config.get(key)) is int and config[key] < window:
                 config[key] = window

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from megalard.errors import UserError, shown
+from megalard.errors import UserError, printable
 from megalard.quiet import quiet_transformers
 
 
@@ -46,7 +46,7 @@ def as_transformers_reads(config: dict, where: str) -> PretrainedConfig:
     ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{where}/config.json is refused by transformers ({shown(reason)[1:-1]}): correct it, "
-            "or download it again"
+            f"{where}/config.json is refused by transformers ({printable(reason, 300)}): correct "
+            "it, or download it again"
         ) from None
     return read

@@ -19,6 +19,7 @@ from megalard.model.decoder import Decoder
 from megalard.model.rope import rope_table
 from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks
 from megalard.parallel.mesh import Mesh, is_first_on_node
+from megalard.reporter import Reporter
 from megalard.training.plan import Plan, naming_stream
 
 
@@ -122,7 +123,13 @@ def open_tokens(
     else:
         with checked_on_all_ranks(mesh.world):
             if is_first_on_node():
-                build_store(paths, plan.tokenizer, directory, text_key=text_key)
+                build_store(
+                    paths,
+                    plan.tokenizer,
+                    directory,
+                    text_key=text_key,
+                    warn=Reporter(mesh.is_rank_0).warning,
+                )
     with checked_on_all_ranks(mesh.world):
         store = TokenStore.open(directory)
         store.check_tokenizer(plan.tokenizer)

@@ -15,7 +15,16 @@ def _flags(config: PretrainedConfig) -> dict[str, Any]:
 
 MISTRAL = Family("mistral", _flags, llama_rotary, read=frozenset({"sliding_window"}))
 
+
+def _ministral(config: PretrainedConfig) -> dict[str, Any]:
+    if config.sliding_window is None:
+        raise ValueError(
+            "it has layer_types and no sliding_window, which transformers does not run"
+        )
+    return windows_of(config)
+
+
 # transformers also reads a file of model_type mistral as Ministral if it has layer_types.
 MINISTRAL = Family(
-    "ministral", windows_of, llama_rotary, read=frozenset({"sliding_window", "layer_types"})
+    "ministral", _ministral, llama_rotary, read=frozenset({"sliding_window", "layer_types"})
 )
