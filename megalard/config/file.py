@@ -247,6 +247,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         items = value if isinstance(value, list) else [value]
         (item_hint,) = typing.get_args(hint)
         return [_convert(item_hint, item, key) for item in items]
+    if isinstance(value, bool) and {"yes", "no"} <= set(typing.get_args(hint)):
+        return "yes" if value else "no"  # YAML 1.1 reads the words yes and no as booleans
     expected = str if origin is typing.Literal else hint
     if expected is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         # YAML 1.1 reads 2e-5 as text.

@@ -6,7 +6,14 @@ The range of a single setting is stated at its field; see ``megalard.config.fiel
 from __future__ import annotations
 
 from megalard.config.fields import check_fields
-from megalard.config.schema import CheckpointConfig, Config, ModelConfig, RopeConfig, StreamConfig
+from megalard.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RopeConfig,
+    StreamConfig,
+)
 from megalard.errors import UserError
 
 
@@ -50,12 +57,20 @@ def _check_rope(rope: RopeConfig, model: ModelConfig) -> None:
     )
 
 
+def _check_data(prefix: str, data: DataConfig) -> None:
+    _require(
+        data.end_token is None or data.eos == "yes",
+        f"{prefix}data.end_token is given, so {prefix}data.eos must be yes, not {data.eos}",
+    )
+
+
 def _check_stream(name: str | None, stream: StreamConfig) -> None:
     """Check one stream; ``name`` is None for the stream of the sections objective and data."""
     prefix = "" if name is None else f"streams.{name}."
     _require(
         bool(stream.data.paths), f"{prefix}data.paths is not set: give text files or directories"
     )
+    _check_data(prefix, stream.data)
     _require(
         bool(stream.objective.active_terms()),
         f"the objective{'' if name is None else f' of stream {name}'} is empty: give relations, "

@@ -191,6 +191,13 @@ class DataConfig:
     positions: Literal["contiguous", "skip-gaussian", "skip-uniform"] = setting("contiguous")
     """The positions at which the student reads a block. The skip- types place the head and the tail
     of the block at the ends of the student's window and the middle somewhere between."""
+    bos: Literal["auto", "yes", "no"] = setting("auto")
+    """Whether every document begins with the BOS token; auto does what the tokenizer does."""
+    eos: Literal["auto", "yes", "no"] = setting("auto")
+    """Whether every document ends with the end token; auto does what the tokenizer does."""
+    end_token: str | None = setting(None)
+    """eos yes: the text of the end token, where it is not the tokenizer's EOS. The EOS of a chat
+    model may end a turn and not a document."""
     packing: bool = setting(True)
     """true fills blocks across documents, each of which attends to itself only; false puts one
     document into a block."""

@@ -86,7 +86,8 @@ def _files_in(directory: Path) -> tuple[list[Path], list[Path]]:
     def refuse(error: OSError) -> None:
         raise UserError(f"data directory {error.filename} cannot be read: {error.strerror}")
 
-    files, others = [], []
+    files: list[Path] = []
+    others: list[Path] = []
     entered = set()
     for parent, directories, names in os.walk(directory, onerror=refuse, followlinks=True):
         # A link to a directory that was entered before, such as to a parent, has no end.
@@ -223,18 +224,53 @@ def _text_of_line(line: str, text_key: str, where: str) -> str:
     return text
 
 
-def fingerprint(paths: Iterable[str | Path], text_key: str = "text") -> str:
-    """Return a sha256 of the path, size and modification time of every file, and of the key.
+class Text:
+    """The documents of some paths, and what identifies them.
+
+    Args:
+        paths: files and directories, as for ``list_files``.
+        text_key: the key of the text in a JSON line.
+
+    Attributes:
+        files: a sha256 of the path, size and modification time of every file, and of the key.
+        content: a sha256 of the documents in their order.
 
     Raises:
         UserError: as ``list_files``.
     """
-    digest = hashlib.sha256(json.dumps(text_key).encode())
-    for file in list_files(paths):
-        stat = file.stat()
-        entry = [os.fspath(file.resolve()), stat.st_size, stat.st_mtime_ns]
-        digest.update(json.dumps(entry).encode())
-    return digest.hexdigest()
+
+    def __init__(self, paths: Iterable[str | Path], text_key: str = "text"):
+        self.paths, self.text_key = list(paths), text_key
+        digest = hashlib.sha256(json.dumps(text_key).encode())
+        for file in list_files(self.paths):
+            stat = file.stat()
+            entry = [os.fspath(file.resolve()), stat.st_size, stat.st_mtime_ns]
+            digest.update(json.dumps(entry).encode())
+        self.files = digest.hexdigest()
+        self._content: str | None = None
+
+    def documents(self, advance: Callable[[int], object] | None = None) -> Iterator[str]:
+        """Yield the documents, as ``read_documents``; at the end ``content`` is known."""
+        digest = hashlib.sha256()
+        for document in read_documents(self.paths, self.text_key, advance):
+            data = document.encode()
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+            yield document
+        self._content = digest.hexdigest()
+
+    @property
+    def content(self) -> str:
+        """The identity of the documents; they are read if they have not been."""
+        if self._content is None:
+            for _ in self.documents():
+                pass
+        assert self._content is not None
+        return self._content
+
+    def is_known_as(self, content: str, files: str) -> bool:
+        """Whether recorded identities are of this text. It may have moved or been touched."""
+        return files == self.files or content == self.content
 
 
 def total_bytes(paths: Iterable[str | Path]) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megalard.errors import UserError, printable
+from megalard.errors import UserError, printable, shown
 from megalard.quiet import quiet_transformers
 
 # The files that a tokenizer is loaded from, any one of them.
@@ -27,7 +27,10 @@ class Tokenizer:
         encode_batch: converts a list of texts to a list of id lists. It adds no special token and
             truncates nothing. A special token that is spelled out in a text becomes its id.
         decode: converts ids to text and leaves special tokens out.
-        eos_id: the id that is written after each document.
+        starts_with, ends_with: the ids that the tokenizer puts before and after a text.
+        bos_id: the BOS id; None if the tokenizer has none.
+        eos_id: the EOS id, with which blocks are padded.
+        vocabulary: token to id.
         vocab_size: one more than the largest id that the tokenizer returns.
         fingerprint: a sha256, in hexadecimal, of everything that determines the ids.
         file_fingerprint: the sha256 of the defining file, by which earlier versions knew it.
@@ -36,14 +39,31 @@ class Tokenizer:
     directory: Path
     encode_batch: Callable[[list[str]], list[list[int]]]
     decode: Callable[[Sequence[int]], str]
+    starts_with: tuple[int, ...]
+    ends_with: tuple[int, ...]
+    bos_id: int | None
     eos_id: int
     vocab_size: int
+    vocabulary: dict[str, int] = field(repr=False)
     fingerprint: str
     file_fingerprint: str
 
     def is_known_as(self, fingerprint: str) -> bool:
         """Whether a recorded fingerprint is of this tokenizer."""
         return fingerprint in (self.fingerprint, self.file_fingerprint)
+
+    def id_of(self, token: str) -> int:
+        """Return the id of a token.
+
+        Raises:
+            UserError: the vocabulary does not have it.
+        """
+        if token not in self.vocabulary:
+            raise UserError(
+                f"the tokenizer in {self.directory} has no token {shown(token)}: choose one of "
+                "its vocabulary"
+            )
+        return self.vocabulary[token]
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
@@ -64,7 +84,8 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
             "copy the model's tokenizer there"
         )
     tokenizer = _load(model_dir)
-    vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    vocabulary = tokenizer.get_vocab()
+    vocab_size = max(vocabulary.values(), default=-1) + 1
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
         eos_id = _eos_of_config(model_dir)
@@ -73,12 +94,17 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
             f"the tokenizer in {model_dir} has no end token (eos id {eos_id} of {vocab_size} ids): "
             "name eos_token in tokenizer_config.json or eos_token_id in config.json"
         )
+    starts_with, ends_with = _around(tokenizer)
     return Tokenizer(
         directory=model_dir,
         encode_batch=_encoder(tokenizer),
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        starts_with=starts_with,
+        ends_with=ends_with,
+        bos_id=tokenizer.bos_token_id,
         eos_id=eos_id,
         vocab_size=vocab_size,
+        vocabulary=vocabulary,
         fingerprint=_fingerprint(tokenizer, model_dir),
         file_fingerprint=_file_fingerprint(model_dir),
     )
@@ -127,6 +153,16 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[l
         return [encoding.ids for encoding in encodings]
 
     return encode_batch
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that a tokenizer puts before and after a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return tuple(full[:start]), tuple(full[start + len(plain) :])
+    return (), ()
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> str:

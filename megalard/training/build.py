@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from megalard.checkpoint.build import load_decoder
-from megalard.config.schema import Config
+from megalard.config.schema import Config, DataConfig
 from megalard.data.blocks import Blocks, DocumentBlocks, PackedBlocks
+from megalard.data.boundaries import Boundaries, boundaries_of
 from megalard.data.loader import BatchLoader, StreamLoaders
 from megalard.data.token_store import META, TokenStore
 from megalard.data.token_store_writer import build_store
@@ -76,19 +77,27 @@ def load_models(
 
 
 def open_streams(
-    config: Config, folder: Path, plan: Plan, mesh: Mesh, read_only: bool = False
+    config: Config,
+    folder: Path,
+    plan: Plan,
+    mesh: Mesh,
+    read_only: bool = False,
+    is_resumed: bool = False,
 ) -> dict[str, TokenStore]:
     """Open the tokens of every stream. Streams of the same text share a store.
 
     Args:
         folder: where tokens are kept that have no ``cache``.
         read_only: write to ``folder`` alone, and use a cache only if it exists.
+        is_resumed: whether a run goes on, which keeps a store of an earlier version as it is.
 
     Raises:
         UserError: on every rank; see ``megalard.data``.
     """
-    stores, opened, streams = {}, {}, config.all_streams()
-    texts = {name: (*stream.data.paths, stream.data.text_key) for name, stream in streams.items()}
+    stores: dict[str, TokenStore] = {}
+    opened: dict[tuple, TokenStore] = {}
+    streams = config.all_streams()
+    texts = {name: _text_of(stream.data) for name, stream in streams.items()}
     for name, stream in streams.items():
         data = stream.data
         if (texts[name], data.cache) not in opened:
@@ -100,41 +109,68 @@ def open_streams(
                 cache = Path(data.cache) / (name if len(texts_in_cache) > 1 else "")
                 directory = directory if read_only and not cache.exists() else cache
             with naming_stream(name, config):
-                store = open_tokens(data.paths, directory, data.text_key, plan, mesh)
+                store = open_tokens(data.paths, directory, data, plan, mesh, is_resumed)
             opened[texts[name], data.cache] = store
         stores[name] = opened[texts[name], data.cache]
     return stores
 
 
+def _text_of(data: DataConfig) -> tuple:
+    """Return what determines the tokens of a stream."""
+    return (*data.paths, data.text_key, data.bos, data.eos, data.end_token)
+
+
 def open_tokens(
-    paths: list[str], directory: Path, text_key: str, plan: Plan, mesh: Mesh
+    paths: list[str],
+    directory: Path,
+    data: DataConfig,
+    plan: Plan,
+    mesh: Mesh,
+    is_resumed: bool = False,
 ) -> TokenStore:
     """Tokenize text into ``directory``, or open one prepared directory; a collective call.
 
     The first process of every node builds the store, and every rank maps it. If nodes share the
     directory, the first node to finish provides it and the others open it.
 
+    Args:
+        data: how the text is read.
+        is_resumed: as for ``open_streams``.
+
     Raises:
         UserError: on every rank; see ``megalard.data``.
     """
     prepared = Path(paths[0])
+    with checked_on_all_ranks(mesh.world):
+        boundaries = boundaries_of(plan.tokenizer, data.bos, data.eos, data.end_token)
     if len(paths) == 1 and (prepared / META).is_file():
         directory = prepared
     else:
         with checked_on_all_ranks(mesh.world):
+            if is_resumed and (directory / META).is_file():
+                boundaries = _boundaries_of_earlier_version(directory) or boundaries
             if is_first_on_node():
                 build_store(
                     paths,
                     plan.tokenizer,
                     directory,
-                    text_key=text_key,
+                    text_key=data.text_key,
+                    boundaries=boundaries,
                     warn=Reporter(mesh.is_rank_0).warning,
                 )
     with checked_on_all_ranks(mesh.world):
         store = TokenStore.open(directory)
         store.check_tokenizer(plan.tokenizer)
         store.check_vocabulary(plan.teacher.spec.vocab_size)
+        if not (is_resumed and store.version == 1):
+            store.check_boundaries(boundaries)
     return store
+
+
+def _boundaries_of_earlier_version(directory: Path) -> Boundaries | None:
+    """Return the special tokens of a store of version 1, with which a run goes on."""
+    store = TokenStore.open(directory)
+    return store.boundaries if store.version == 1 else None
 
 
 def make_loaders(

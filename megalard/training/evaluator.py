@@ -53,9 +53,7 @@ class Evaluator:
             if held_out is not None:
                 self._use_training_text(held_out, evaluation, plan)
             return
-        store = open_tokens(
-            evaluation.paths, output / "evaluation-tokens", config.data.text_key, plan, mesh
-        )
+        store = open_tokens(evaluation.paths, output / "evaluation-tokens", config.data, plan, mesh)
         lengths = evaluation.lengths or default_lengths(plan.native_window, plan.factor)
         with checked_on_all_ranks(mesh.world):
             check_lengths(lengths, mesh.tp.size, mesh.cp.size, "evaluation.lengths")

@@ -208,14 +208,15 @@ def _compare(saved: dict, current: dict, directory: Path) -> None:
     Raises:
         UserError: naming the first setting that differs.
     """
+    if (saved.get("streams") or {}).keys() != (current.get("streams") or {}).keys():
+        raise UserError(
+            f"run.output {directory} holds a run with the streams "
+            f"{', '.join(saved.get('streams') or ()) or 'none'}, not "
+            f"{', '.join(current.get('streams') or ()) or 'none'}: choose another directory, or "
+            "set them back to resume that run"
+        )
+    # Settings that the saved run does not have are newer than the run, which had their defaults.
     saved, current = _flat(in_present_spelling(saved)), _flat(current)
-    for key in sorted(saved.keys() ^ current.keys()):
-        if key.startswith("streams."):
-            raise UserError(
-                f"run.output {directory} holds a run with other streams (only one of the two runs "
-                f"has {key}): choose another directory, or set it back to resume that "
-                "run"
-            )
     for key in sorted(saved.keys() & current.keys()):
         # The keys of a stream are judged as the keys of that name in other sections.
         general = re.sub(r"^streams\.[^.]+\.(?=data\.)|^streams\.[^.]+\.(?=micro_)", "", key)

@@ -47,7 +47,8 @@ class Run:
         self.reporter, self.steps_done = Reporter(mesh.is_rank_0), 0
         with ExitStack() as opened:
             with emptied_on_error(output, mesh):
-                stores = open_streams(config, output.directory, plan, mesh)
+                is_resumed = output.checkpoint is not None
+                stores = open_streams(config, output.directory, plan, mesh, is_resumed=is_resumed)
                 self._stores, held_out = split_holdout(stores, config, plan, output)
                 self.loaders = opened.enter_context(make_loaders(config, self._stores, plan, mesh))
                 self.evaluator = Evaluator(config, plan, output.directory, mesh, held_out)
