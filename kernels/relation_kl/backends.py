@@ -19,7 +19,7 @@ from .triton import backend as triton
 
 
 class BackEnd(Protocol):
-    """What ``op`` needs of a back end.
+    """The names that a module must have to be a back end.
 
     A reason is one sentence that names the value at fault, without the final period.
 

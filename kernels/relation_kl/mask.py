@@ -39,31 +39,41 @@ class IntervalMask:
 
     def __post_init__(self):
         tensors = self._tensors()
-        if any(x.dtype != torch.int32 or x.ndim != 2 for x in tensors):
-            raise ValueError("mask intervals must be int32 tensors of two dimensions")
-        if len({x.device for x in tensors}) > 1:
-            raise ValueError("mask intervals must all be on one device")
+        for x in tensors:
+            if x.dtype != torch.int32 or x.ndim != 2:
+                raise ValueError(
+                    "mask intervals must be int32 tensors of two dimensions, "
+                    f"not {x.dtype} {list(x.shape)}"
+                )
+        devices = sorted({str(x.device) for x in tensors})
+        if len(devices) > 1:
+            raise ValueError(f"mask intervals must all be on one device, not on {devices}")
         if (
             self.col_lo_bn.shape != self.col_hi_bn.shape
             or self.row_lo_bm.shape != self.row_hi_bm.shape
             or self.b != self.row_lo_bm.shape[0]
         ):
-            raise ValueError("mask intervals must be [b, n], [b, n], [b, m], [b, m]")
+            shapes = ", ".join(str(list(x.shape)) for x in tensors)
+            raise ValueError(f"mask intervals must be [b, n], [b, n], [b, m], [b, m], not {shapes}")
 
     @property
     def b(self) -> int:
+        """The number of sequences."""
         return self.col_lo_bn.shape[0]
 
     @property
     def n(self) -> int:
+        """The number of rows per sequence."""
         return self.col_lo_bn.shape[1]
 
     @property
     def m(self) -> int:
+        """The number of columns per sequence."""
         return self.row_lo_bm.shape[1]
 
     @property
     def device(self) -> torch.device:
+        """The device of the intervals."""
         return self.col_lo_bn.device
 
     def to(self, device: torch.device | str) -> IntervalMask:
@@ -174,7 +184,7 @@ def places_mask(
         doc_start_bs, doc_end_bs: [b, s] of the entire sequence, as in ``document_mask``.
         row_place_n, col_place_m: int64 [n] and [m] on the device of the documents: the positions
             of the rows and columns in the sequence, ascending.
-        aligned: Whether ``row_place_n[i] == col_place_m[i]`` for every i below n and m. The caller
+        aligned: Whether ``row_place_n[i] == col_place_m[i]`` for every i < min(n, m). The caller
             knows this without reading the places back from the device.
         causal: As in ``document_mask``.
     """
@@ -227,7 +237,7 @@ def segment_bounds(segment_ids_bs: Tensor) -> tuple[Tensor, Tensor]:
     # Only the first token of each run keeps its id, so an id that occurs twice is two runs.
     opening_bs = torch.where(edge_bs[:, :-1] & valid_bs, segment_ids_bs, -1).sort(dim=1).values
     if ((opening_bs[:, 1:] == opening_bs[:, :-1]) & (opening_bs[:, 1:] >= 0)).any():
-        raise ValueError("each segment id must be one contiguous run within its row")
+        raise ValueError("each segment id must be one contiguous run within its sequence")
 
     start_bs = torch.where(edge_bs[:, :-1], position_s, 0).cummax(dim=1).values
     closing_bs = torch.where(edge_bs[:, 1:], position_s + 1, s)

@@ -69,7 +69,7 @@ def relation_forward(
 ) -> RelationStatistics:
     """Return (lse_s, lse_t, kl) of every row, each [b, Ha, n] fp32 in nats, without autograd.
 
-    The arguments and errors are those of ``relation_kl``.
+    The arguments and errors are the same as in ``relation_kl``.
     """
     op = check_operands(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t)
     return choose(op, backend, backward=False).forward(op, partial=False)
@@ -89,7 +89,7 @@ def relation_partials(
 ) -> Partials:
     """Return the mergeable sums of every row over the given columns only, without autograd.
 
-    The arguments and errors are those of ``relation_kl``.
+    The arguments and errors are the same as in ``relation_kl``.
     """
     op = check_operands(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t)
     return choose(op, backend, backward=False).forward(op, partial=True)
@@ -116,7 +116,7 @@ def relation_backward(
     With D_ij = w_i (P_s_ij - P_t_ij) it is scale_s D B_s for the rows and scale_s D^T A_s for the
     columns; a self relation gets their sum. Two calls with the same arguments give the same bits.
 
-    The arguments and errors not listed here are those of ``relation_kl``.
+    Arguments and errors that are not listed here are the same as in ``relation_kl``.
 
     Args:
         lse_s, lse_t: Log-sum-exps of the *complete* rows, [b, Ha, n] in nats, even if the given

@@ -65,7 +65,7 @@ def check_operands(
 ) -> Operands:
     """Check the arguments of a public operation and fill in the defaults.
 
-    The arguments are those of ``op.relation_kl``.
+    The arguments are the same as in ``op.relation_kl``.
 
     Raises:
         ValueError: The kernels would misread the arguments; the message is one sentence.

@@ -1,9 +1,9 @@
 """The statistics of the rows of a relation, and how partial sums of a row merge.
 
-S are the scores of the student and T those of the teacher, in nats (``op``). Any set of columns j
-of a row i is described by five numbers that merge exactly with those of another set (the online
-softmax of FlashAttention, arXiv 2205.14135, with one more sum for the KL). So the columns of a row
-may be spread over tiles, or over ranks:
+S are the student's scores and T are the teacher's, in nats (``op``). Five numbers describe any set
+of columns j of a row i, and the numbers of two sets merge exactly (the online softmax of
+FlashAttention, arXiv 2205.14135, with one more sum for the KL). So the columns of a row may be
+spread over tiles, or over ranks:
 
     m_s = max_j S_ij    l_s = sum_j exp(S_ij - m_s)    (m_t, l_t likewise from T)
     a   = sum_j exp(T_ij - m_t) (T_ij - S_ij)

@@ -1,4 +1,4 @@
-"""Compiles the Hopper kernels for sm_90 without a GPU, and checks what they use of the chip.
+"""Compiles the Hopper kernels for sm_90 without a GPU, and checks which units of it they use.
 
 It must run with TRITON_INTERPRET unset. Each form is launched through the host functions of the
 kernels, with CPU tensors, and every launch is replaced by compilation.

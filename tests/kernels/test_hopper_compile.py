@@ -1,8 +1,8 @@
 """The Hopper kernels compile without a GPU.
 
 This covers the device code of ``hopper.forward``, ``forward_tile`` and ``softmax``, and of
-``hopper.backward``, ``row_gradient``, ``column_reducer`` and ``column_buffer``. What it computes is
-tested on a GPU, in test_hopper_gpu.
+``hopper.backward``, ``row_gradient``, ``column_reducer`` and ``column_buffer``. Its results
+are tested on a GPU, in test_hopper_gpu.
 """
 
 import os
@@ -17,7 +17,7 @@ from megalard.kernels.relation_kl.hopper import backend
 
 @pytest.mark.skipif(backend.hopper_forward is None, reason=str(backend.UNAVAILABLE))
 def test_both_kernels_compile_for_hopper():
-    """In a process of its own, since this one may interpret, and for a target without a device."""
+    """Another process compiles, for a target without a device, because this one may interpret."""
     script = Path(__file__).with_name("compile_hopper.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(script.parents[2])

@@ -15,7 +15,7 @@ PROGRAMS_PER_MULTIPROCESSOR = {64: 2, 128: 1}
 
 
 def test_sizes_that_must_agree_do():
-    # A self relation reads its own columns from the tile with the index of the block.
+    # Tile i of a self relation must hold the rows of block i as columns.
     assert tiles.BACKWARD_BLOCK_ROWS.value == tiles.BACKWARD_TILE_COLUMNS.value
     # An accumulator of D^T X and a slab of the buffer are the columns of one step.
     assert column_buffer.SLAB_COLUMNS.value == tiles.STEP_COLUMNS.value
@@ -62,7 +62,7 @@ def test_the_product_of_a_hidden_pair_is_exact_to_scale_and_far_below_every_scor
         scaled = hidden * torch.tensor(scale, dtype=torch.float32)
         assert scaled.double() == hidden.double() * torch.tensor(scale).double()
         assert scaled.isfinite() and (scaled - scaled.neg()).isfinite()
-    # A sum over 128 products of 16-bit operands that fit fp16 stays above half of it.
+    # The products of fp16 vectors of the largest head_dim, 128, are larger than half of it.
     assert forward_tile.HIDDEN.value * 0.5 < -128 * 65504.0**2
 
 

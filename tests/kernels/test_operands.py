@@ -1,4 +1,4 @@
-"""The checks of the operands: what the kernels would misread is refused, in one sentence."""
+"""The checks of the operands refuse everything that the kernels would misread."""
 
 import pytest
 import torch

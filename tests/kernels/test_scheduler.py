@@ -1,6 +1,6 @@
-"""The order of work in the Hopper kernels, followed on the host through the kernels' own functions.
+"""The order of work in the Hopper kernels, followed on the host through the device functions.
 
-Device functions run as Python, with a language of integers and tensors in the place of Gluon's.
+They run as Python, with operations on integers and tensors in the place of Gluon's.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ def test_the_blocks_that_visit_a_tile_are_consecutive_and_visit_every_pair(mask,
             visible = (mask.col_lo_bn[i] < (j + 1) * BLOCK) & (mask.col_hi_bn[i] > j * BLOCK)
             visible &= mask.col_lo_bn[i] < mask.col_hi_bn[i]
             assert set((visible.nonzero()[:, 0] // BLOCK).tolist()) <= set(visitors)
-            if is_self:  # the block itself is the last to add to its own columns
+            if is_self:  # block j is the last to add to tile j, because the first visitor adds last
                 assert visitors[0] == j
 
 
 @all_masks
 @pytest.mark.parametrize("share", [1, 3])
 def test_the_turns_at_a_tile_count_up_from_0_later_blocks_first(mask, is_self, share):
-    """``share`` heads add to the same tile, each block's heads one after another."""
+    """``share`` heads add to the same tile, the heads of one block one after another."""
     (start, end), last_blocks = scheduler.backward_order(mask, is_self)
     for i, j in itertools.product(range(mask.b), range(last_blocks.shape[1])):
         visitors = [k for k in range(start.shape[1]) if start[i, k] <= j < end[i, k]]
@@ -122,7 +122,7 @@ def test_the_backward_visits_each_column_of_its_span_once_and_full_tiles_first(s
 
 @pytest.mark.parametrize("mask", [pytest.param(mask, id=name) for name, mask, _ in masks()])
 def test_each_block_of_the_forward_visits_the_tiles_that_its_rows_see(mask):
-    """Against every pair; each block occurs once, and those with the most tiles come first."""
+    """The expected tiles come from all pairs. Each block occurs once, the longest blocks first."""
     j = torch.arange(-(-mask.m // COLUMNS)) * COLUMNS
     for rows, i in itertools.product((128, 192), range(mask.b)):
         blocks = scheduler.forward_plan(mask, rows, COLUMNS)[i]
@@ -171,7 +171,7 @@ def random_intervals(kind: str, generator: torch.Generator) -> tuple[torch.Tenso
 def test_every_pair_is_added_once_and_every_row_meets_a_tile_while_maxima_run(
     warpgroups, kind, seed, on_host
 ):
-    """In the order of ``forward._consume``: exact steps, masked steps, then the full tiles."""
+    """The test follows ``forward._consume``: exact steps, masked steps, then the full tiles."""
     lo, hi = random_intervals(kind, torch.Generator().manual_seed(seed))
     n, none = len(lo), torch.zeros(1, 1, dtype=torch.int32)
     mask = IntervalMask(lo[None].int(), hi[None].int(), none, none)

@@ -16,7 +16,7 @@ pytestmark = ignore_masked_lanes
 
 @pytest.mark.parametrize("shared_kilobytes", [99, 163, 227])
 def test_tiles_fit_the_shared_memory_of_the_gpu(shared_kilobytes, monkeypatch):
-    """The sizes are those of consumer Ampere and Ada, of A100, and of H100 and later."""
+    """Consumer Ampere and Ada have 99 kB, A100 has 163 kB, H100 and later GPUs have 227 kB."""
     properties = SimpleNamespace(shared_memory_per_block_optin=shared_kilobytes << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     operand = SimpleNamespace(

@@ -66,7 +66,7 @@ def why_not(op: Operands, *, backward: bool, by_name: bool) -> str | None:
                 f"from address {x.data_ptr()}: it needs positive multiples of 16 bytes"
             )
     if backward and op.is_self and not op.mask.causal:
-        # A block adds to its own columns last, after the blocks of later rows.
+        # Block i must be the last one to add to tile i, see ``scheduler.backward_order``.
         return "the backward of the Hopper kernels needs a causal mask for a self relation"
     return None
 

@@ -1,41 +1,52 @@
 """Warp-specialized backward of the relation KL for Hopper (Gluon): each tile is visited once.
 
-The gradient is that of ``triton.backward``, with D = w (P_s - P_t). A program works for a block X
-of 128 rows and meets the columns Y that they see in steps of 64. Two row warpgroups of 64 rows each
+The equations are in ``triton.backward``, with D = w (P_s - P_t). A program works for a block X of
+128 rows and meets the columns Y that they see in steps of 64. Two row warpgroups of 64 rows each
 compute S, T and D, hand D over in shared memory, and accumulate D Y, the rows' gradient, in
 registers. A third warpgroup, the column reducer, multiplies D^T X, the columns' gradient, and adds
 it to an fp32 buffer in device memory. A producer warp copies the operands ahead. Per tile the
 tensor cores multiply four half-products; the symmetric sweep of ``triton.backward`` needs six.
 
-One program over time, which runs to the right. The drawing follows step k, which uses stage k % 3
-of Y and slot k % 2 of D. An arrow is a barrier: the partition at its tail arrives, the partition at
-its head waits; in brackets stands the number of arrivals that complete it.
+Time runs to the right. The drawing follows step k; a box is work, an arrow is a barrier:
 
-    producer      |Y k  |...........................................|Y k+3|
-    warp                |cols_s_ready [1 copy]                       ^cols_free [2]
-                        |cols_t_ready [1 copy]                       |
-                        v                                            |
-    row           ......|S = X Y^T|T = X Y^T|D     |D Y (issued)     |
-    warpgroup 0         |         |exp S    |exp T |store D |D Y done|S, T of step k+1 ...
-    row           ......|S = X Y^T|T = X Y^T|D     |D Y (issued)     |
-    warpgroup 1         |         |exp S    |exp T |store D |D Y done|S, T of step k+1 ...
-                                                   ^        |
-                        delta_free [1] of step k-2 |        |delta_ready [2]
-                                                   |        v
-    column        ...|D^T X of step k-2|add to buffer ......|D^T X of step k|add to buffer ...
-    reducer                                                 |pass the last tile on, and wait for
-                                                            |this tile's turn, if k is even
+    producer       [Y k ][Y k+1][Y k+2]                    [Y k+3]
+    warp                |                                  ^
+                        | cols_s_ready,                    | cols_free
+                        v cols_t_ready                     |
+    row warp-            [S k][T k  ][exp T, D][store D k] [S k+1][T k+1 ...
+    groups 0, 1               [exp S]          [D Y k    ]
+                                                         |
+                                                         | delta_ready
+                                                         v
+    column         [D^T X k-1][add k-1]                   [D^T X k][add k]
+    reducer                                               [turn   ]
+                                                                 |
+                                                                 | delta_free
+                                                                 v
+    row warpgroups                                                [store D k+2]
 
-At both ends of a program:
+Boxes one below the other run at the same time: the lower one on the ordinary units while the tensor
+cores multiply (for D Y and the store, the other way round). "turn" happens at even steps, where a
+tile begins: the reducer passes the last tile on and waits for its turn at the next one. Y has three
+stages and D has two slots, hence Y k+3 and D k+2.
 
-    producer warp --rows_ready [4 copies]--> both row warpgroups and the column reducer: X is there.
-    column reducer --columns_added [1]--> both row warpgroups, in a self relation: the columns'
-        gradient of the block's own rows is complete. They add it to the rows' gradient and write
-        the sum.
+    barrier        arrives                                  waits, before
+    rows_ready     copy engine: the block's rows are there  row warpgroups, before the first S;
+                                                            reducer, before the first D^T X
+    cols_s_ready   copy engine: the student's Y k is there  row warpgroups, before S k
+    cols_t_ready   copy engine: the teacher's Y k is there  row warpgroups, before T k
+    cols_free      both row warpgroups, after D Y k         producer, before the copy of Y k+3
+    delta_ready    both row warpgroups, after store D k     reducer, before D^T X k
+    delta_free     reducer, after D^T X k                   row warpgroups, before store D k+2
+    columns_added  reducer, after its last addition         row warpgroups, before they read tile i
+                                                            of the buffer (self relation, block i)
+
+In a self relation the columns of tile i are the rows of block i, and block i is the last one to add
+to them. So its row warpgroups add tile i to the rows' gradient, and no further launch is needed.
 
 The result is deterministic: the blocks that visit a tile add to it in a fixed order, later rows
-first, each waiting until a counter in device memory reaches its turn (as in FlashAttention's
-deterministic mode; ``column_reducer``). There is no deadlock: a block waits only for blocks of a
+first, each waiting until a counter in device memory reaches its turn (``column_reducer``), as in
+the deterministic mode of FlashAttention. There is no deadlock: a block waits only for blocks of a
 lower program id, which start no later.
 """
 
@@ -90,7 +101,7 @@ class Buffers(NamedTuple):
         rows_s, rows_t: [2, 1, 1, 64, d], the block's rows, by warpgroup.
         cols_s, cols_t: [stages, 1, 1, 64, d], a ring of the columns of a step.
         delta: [4, 64, 64], D of both row warpgroups in two slots: index slot * 2 + warpgroup. A
-            tile has two steps, so each slot always holds the same half of a tile.
+            tile has two steps, so a tile always begins in slot 0.
     """
 
     rows_s: gl.shared_memory_descriptor
@@ -101,16 +112,12 @@ class Buffers(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    """Barriers of a program, and who arrives at them.
+    """The barriers of a program; the table at the top says who arrives and who waits.
 
     Attributes:
-        rows_ready: The block's rows are in shared memory (the copy engine).
-        cols_s_ready, cols_t_ready: The student's / teacher's columns of a stage are (the copy
-            engine).
-        cols_free: A stage may be overwritten (both row warpgroups).
-        delta_ready: D of a slot is in shared memory (both row warpgroups).
-        delta_free: A slot may be overwritten (the column reducer).
-        columns_added: All columns' gradients of this block are added (the column reducer).
+        rows_ready, columns_added: One barrier.
+        cols_s_ready, cols_t_ready, cols_free: [stages, 1].
+        delta_ready, delta_free: [2, 1], one barrier per slot.
     """
 
     rows_ready: gl.shared_memory_descriptor

@@ -51,7 +51,7 @@ def from_slab(x, layout: gl.constexpr):
 
 @gluon.jit
 def slab_offsets(D: gl.constexpr):
-    """Return the offset of each element of a slab from the first one, [D / 8, 128, 4]."""
+    """Return the offset of each element of a slab from its start, [D / 8, 128, 4]."""
     layout: gl.constexpr = slab_layout(D)
     i = gl.arange(0, D // 8, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     j = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(2, layout)))

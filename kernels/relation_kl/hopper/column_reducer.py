@@ -94,7 +94,7 @@ def reduce_columns(buffers, barriers, place, span, gradient, turns, last_blocks,
                 seen = _read_turn(counter)
         part = warpgroup_mma_wait(0, deps=[part])
         mbarrier.arrive(barriers.delta_free.index(slot))
-        if turn == 0:  # the first block to have its turn meets uninitialized memory
+        if turn == 0:  # nothing was added yet, and the memory is not initialized
             gl.store(target, to_slab(part))
         else:
             gl.atomic_add(target, to_slab(part), sem="relaxed", scope="gpu")

@@ -3,24 +3,26 @@
 It computes the same sums as ``triton.forward``. A program works for a block of 64 rows per row
 warpgroup. A producer warp copies the column tiles ahead into a ring of shared-memory stages; which
 tiles, and in which order, is in ``scheduler``. Each row warpgroup multiplies S = X_s Y_s^T and
-T = X_t Y_t^T on the tensor cores. It takes the exponentials of S while T is multiplied, and those
-of T while the other warpgroups multiply (FlashAttention-3, arXiv 2407.08608, overlaps in the same
-two ways). The hardware decides whose turn it is: enforcing turns with barriers measured slower.
+T = X_t Y_t^T on the tensor cores. It takes the exponentials of S while its T is multiplied, and the
+exponentials of T while other warpgroups multiply (FlashAttention-3, arXiv 2407.08608, overlaps in
+the same two ways). The hardware decides which warpgroup multiplies when: enforcing turns with
+barriers measured slower.
 
-Time runs to the right; the drawing shows 2 row warpgroups and 3 stages. A number is a step, an
-arrow is a barrier that the upper or lower partition completes for the other:
+Time runs to the right. The drawing has two row warpgroups and three stages; a box is work on the
+tile of that step, an arrow is a barrier:
 
-    producer warp    |copy 0|copy 1|copy 2|.........|copy 3|............|copy 4|
-                         |cols_s_ready              ^cols_free          ^cols_free
-                         |cols_t_ready              |(both arrived)     |
-                         v                          |                   |
-    row warpgroup 0  ....|S 0|T 0, exp S 0|exp T 0  |S 1|T 1, exp S 1|exp T 1 ...
-    row warpgroup 1  .......|S 0|T 0, exp S 0|exp T 0 |S 1|T 1, exp S 1|exp T 1 ...
-                                             ^ cols_free: T 0 is multiplied, stage 0 is not needed
+    producer warp    [tile 0][tile 1][tile 2]   [tile 3]
+                            |                   ^
+                            | cols_s_ready,     | cols_free, after T 0 of both
+                            v cols_t_ready      |
+    row warpgroup 0          [S 0][T 0    ][exp T 0][S 1][T 1    ][exp T 1 ...
+                                  [exp S 0]              [exp S 1]
+    row warpgroup 1               [S 0][T 0    ][exp T 0][S 1][T 1    ][exp T 1 ...
+                                       [exp S 0]              [exp S 1]
 
-``rows_ready`` (not drawn) lets the row warpgroups start once the block's rows are copied.
-``attempt_done`` (not drawn) lets every partition learn whether the tiles are swept once more, see
-``_consume``.
+Two barriers are not drawn. The row warpgroups wait for ``rows_ready`` before their first product.
+All partitions wait for ``attempt_done`` after their last tile, to learn whether the tiles are swept
+once more (``_consume``).
 """
 
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ from .tiles import (
     tma_descriptor,
 )
 
-# The sums of a sweep with fixed shifts do not count from this number on, see ``_consume``.
+# A sweep with fixed shifts is invalid if one of its sums reaches this number, see ``_consume``.
 SUM_LIMIT: gl.constexpr = gl.constexpr(2.0**60)
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
@@ -60,8 +62,9 @@ class ProgramShape:
     Attributes:
         row_warpgroups: Number of row warpgroups, of 64 rows each.
         stages: Number of column tiles in shared memory.
-        launch_registers: Registers per thread at launch; the producer hands most of its own on.
-        row_registers: Registers per thread of a row warpgroup afterwards.
+        launch_registers: Registers per thread at launch.
+        row_registers: Registers per thread of a row warpgroup, after the producer gave most of its
+            registers away.
     """
 
     row_warpgroups: int
@@ -83,7 +86,7 @@ class Sizes(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What the row warpgroups of one program share.
+    """The values that all row warpgroups of one program need.
 
     Attributes:
         visible: ``Interval`` of pointers to [n]: the columns that each row of the sequence sees.

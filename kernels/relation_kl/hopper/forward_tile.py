@@ -20,8 +20,8 @@ class Buffers(NamedTuple):
     Attributes:
         rows_s, rows_t: [row_warpgroups, 1, 1, 64, d], the block's rows.
         cols_s, cols_t: [stages, 1, 1, TILE_COLUMNS, d], a ring of column tiles.
-        failed: int32 [2 * row_warpgroups, 128]: nonzero if a warpgroup's sums of an attempt do not
-            count; one row per attempt and warpgroup, one copy per thread.
+        failed: int32 [2 * row_warpgroups, 128], index attempt * row_warpgroups + warpgroup: nonzero
+            if the attempt of the warpgroup failed. All 128 numbers are equal.
     """
 
     rows_s: gl.shared_memory_descriptor
@@ -32,13 +32,14 @@ class Buffers(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    """Barriers of a program, and who arrives at them.
+    """The barriers of a program.
 
     Attributes:
-        rows_ready: The block's rows are in shared memory (the copy engine).
-        cols_s_ready, cols_t_ready: The student's / teacher's tile of a stage is (the copy engine).
-        cols_free: A stage may be overwritten (every row warpgroup).
-        attempt_done: An attempt's ``failed`` is written (every row warpgroup).
+        rows_ready: One barrier. The copy engine arrives when the block's rows are there.
+        cols_s_ready, cols_t_ready: [stages, 1]. The copy engine arrives when the student's or the
+            teacher's tile of a stage is there.
+        cols_free: [stages, 1]. Every row warpgroup arrives when it does not need a stage any more.
+        attempt_done: One barrier. Every row warpgroup arrives when its ``failed`` is written.
     """
 
     rows_ready: gl.shared_memory_descriptor
@@ -74,9 +75,9 @@ def add_tile(
         start: First column of the tile; used if MASKED.
         step: Number of tiles that the producer copied before this one.
         scale: ``Pair`` of factors of the products; they carry log2(e).
-        shift: ``Pair`` of [64, 4]: what the scores are reduced by before the exponential; used
-            without EXACT.
-        WARPGROUP: Index of the warpgroup among those of the block.
+        shift: ``Pair`` of [64, 4], which the scaled scores are reduced by before the exponential;
+            used without EXACT.
+        WARPGROUP: Index of the warpgroup in its block.
         STAGES: Number of tiles in shared memory.
         MASKED: Whether the tile may hold pairs that are not allowed.
         EXACT: Whether to keep running maxima. Without it the maxima, and so the shifts, stay.
@@ -136,7 +137,8 @@ def add_edge_tile(
 
     Args:
         visible: ``Interval`` that spans the columns of all rows of the warpgroup.
-        others: As in ``add_tile``.
+
+    The other arguments are the ones of ``add_tile``.
     """
     TILE_COLUMNS: gl.constexpr = buffers.cols_s.shape[3]
     if (start < visible.hi) & (start + TILE_COLUMNS > visible.lo):

@@ -31,7 +31,7 @@ from .tiles import (
 
 
 class Inputs(NamedTuple):
-    """Pointers to what the row warpgroups read besides the operands.
+    """Pointers to the tensors that the row warpgroups read in addition to the operands.
 
     Attributes:
         stats: ``RowStatistics`` of pointers to the head's first row.
@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What the row warpgroups of one program share.
+    """The values that both row warpgroups of one program need.
 
     Attributes:
         buffers, barriers: ``backward.Buffers`` and ``backward.Barriers``.
@@ -85,7 +85,7 @@ class Rows(NamedTuple):
     """One number per row of a warpgroup, [64].
 
     Attributes:
-        lse_s, lse_t: Log-sum-exps in units of log2, less by the gain of D.
+        lse_s, lse_t: Log-sum-exps in units of log2, reduced by LOG2_GAIN.
         weight: Weights; used if WEIGHTED.
         lo, hi: Interval of the columns that each row sees.
     """
@@ -136,8 +136,8 @@ def _add_step(
     t = issue_scores(buffers.rows_t.index(WARPGROUP), buffers.cols_t.index(stage), zero)
     s = warpgroup_mma_wait(1, deps=[s])
     p_s = gl.exp2(s * scale.s - gl.expand_dims(rows.lse_s, 1))
-    # This phase is long complete. Waiting again keeps the compiler from moving the exponentials
-    # above below the next wait, where they would no longer overlap with the product.
+    # This phase is complete already. Waiting for it once more keeps the compiler from moving these
+    # exponentials behind the next wait, where they would no longer overlap with the product.
     mbarrier.wait(barriers.cols_s_ready.index(stage), phase)
     t = warpgroup_mma_wait(0, deps=[t])
     delta = p_s - gl.exp2(t * scale.t - gl.expand_dims(rows.lse_t, 1))
@@ -211,7 +211,7 @@ def accumulate_rows(
         )  # fmt: skip
     grad = acc
 
-    if SELF:  # this block is the last one that adds to the gradient of its own columns
+    if SELF:  # no other block adds to these columns any more: this block is the last to do so
         mbarrier.wait(barriers.columns_added, 0)
         slab = program.columns + gl.cast(first_row, gl.int64) * D_S
         slab = gl.load(slab + slab_offsets(D_S), cache_modifier=".cg")

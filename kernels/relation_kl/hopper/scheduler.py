@@ -22,9 +22,9 @@ from .tiles import BACKWARD_BLOCK_ROWS, BACKWARD_TILE_COLUMNS, STEP_COLUMNS, STE
 
 
 def forward_plan(mask: IntervalMask, block_rows: int, tile_columns: int) -> Tensor:
-    """Return which tiles each block of the forward visits, blocks with the most tiles first.
+    """Return which tiles each block of the forward visits, with the longest blocks first.
 
-    The short blocks then start last and fill the gaps at the end of the launch.
+    The short blocks start last, so that no long block runs alone at the end of the launch.
 
     Args:
         mask: The mask of the relation.
@@ -60,8 +60,8 @@ def _forward_plan(mask: IntervalMask, block_rows: int, tile_columns: int) -> Ten
 def forward_tile(step, span):
     """Return the tile that a block of the forward visits at a step.
 
-    The edge tiles after the full ones come first, from the last to the first of them; then the edge
-    tiles before the full ones, from the last to the first; then the full tiles.
+    It visits the edge tiles after the full ones, then the edge tiles before the full ones, both in
+    descending order, and then the full tiles in ascending order.
     """
     after = span.end - span.full_end
     edges = after + span.full_start - span.start
@@ -71,22 +71,24 @@ def forward_tile(step, span):
 
 @gluon.jit
 def exact_steps(allowed, span, TILE_COLUMNS: gl.constexpr):
-    """Return which columns a warpgroup's rows see, and how many steps must keep running maxima.
+    """Return the columns that any row of a warpgroup sees, and the number of exact steps.
 
-    After these steps every row that sees any column has met a tile with one of them, and one more
-    tile has followed.
+    The exact steps come first and must keep running maxima. After them every row that sees a column
+    has met at least one tile with such a column, and one more tile has followed.
 
     Args:
         allowed: ``Interval`` of the columns that each row of the warpgroup sees.
         span: ``TileSpan`` of the block; it visits its tiles in the order of ``forward_tile``.
 
     Returns:
-        (``Interval`` that spans the columns of all rows, number of steps).
+        (``Interval`` that spans the columns of all rows, number of exact steps).
     """
     nonempty = allowed.lo < allowed.hi
     visible_start = gl.min(gl.where(nonempty, allowed.lo, BEYOND), 0)
     visible_end = gl.max(gl.where(nonempty, allowed.hi, 0), 0)
-    # The row whose last column comes first meets its last tile after all other rows met theirs.
+    # Edge tiles are visited in descending order, so each row meets the tile of its last column
+    # before its other tiles. The row for which this tile is the lowest is the last to meet one. If
+    # that tile is not an edge, the first full tile, after all edges, is met in any case.
     lowest = (gl.min(gl.where(nonempty, allowed.hi, BEYOND), 0) - 1) // TILE_COLUMNS
     edges = span.end - span.start - (span.full_end - span.full_start)
     in_edges = (lowest >= span.full_end) | (span.full_start == span.full_end)
@@ -97,10 +99,10 @@ def exact_steps(allowed, span, TILE_COLUMNS: gl.constexpr):
 def backward_order(mask: IntervalMask, is_self: bool) -> tuple[Tensor, Tensor]:
     """Return which tiles each block of the backward visits, and the last block to visit each tile.
 
-    Blocks visit the tiles that any of their rows sees, and a few more, so that neither end of the
-    spans decreases from block to block. Hence the blocks that visit a tile are consecutive. In a
-    self relation, which must be causal, every block also visits its own columns, and no earlier
-    block does; so it is the last one to add to them.
+    A block visits the tiles that any of its rows sees, and a few more, so that neither the start
+    nor the end of the spans decreases from block to block. Hence the blocks that visit a tile are
+    consecutive. In a self relation, which must be causal, block i also visits tile i, which holds
+    its rows as columns. No earlier block does, so block i is the last one to add to tile i.
 
     Args:
         mask: The mask of the relation.
@@ -136,8 +138,8 @@ def _backward_order(mask: IntervalMask, is_self: bool) -> tuple[Tensor, Tensor]:
 def backward_tile(index, span):
     """Return the index-th tile that a block of the backward visits.
 
-    The full tiles come first, then the edge tiles before them, then those after them, each in
-    ascending order.
+    It visits the full tiles, then the edge tiles before them, then the edge tiles after them, all
+    in ascending order.
     """
     full = span.full_end - span.full_start
     edge = span.start + index - full
@@ -154,7 +156,9 @@ def backward_step_start(step, span):
 
 @gluon.jit
 def backward_turn(last_block, block, row_head, share):
-    """Return how many additions to a tile come before those of a block: later blocks go first.
+    """Return how many additions to a tile precede the addition of a block and head.
+
+    Later blocks add first; the heads of one block add in ascending order.
 
     Args:
         last_block: The last block that visits the tile.

@@ -17,8 +17,8 @@ from triton.experimental.gluon import language as gl
 class LaneSums(NamedTuple):
     """The sums of each row over the columns that each lane has met, [64, 4] fp32 each.
 
-    m_s and m_t are maxima of the unscaled products, or near them; a is in units of log2. Their
-    meaning is that of ``triton.forward.RunningSums``.
+    The meaning is the same as in ``triton.forward.RunningSums``, but m_s and m_t may lie below the
+    maxima (``forward._consume``).
     """
 
     m_s: gl.tensor

@@ -1,7 +1,7 @@
 """Tile sizes of the Hopper kernels, and the device code that their forward and backward share.
 
-The terms block, tile, full, edge and allowed are those of ``triton.tiles``; here a block is always
-rows and a tile is always columns. In addition:
+``triton.tiles`` defines block, tile, full, edge and allowed. Here a block is always rows, and a
+tile is always columns. In addition:
 
 * A *warpgroup* is four warps of 128 threads in total. It multiplies matrices together (the
   instruction ``wgmma``); its accumulators have 64 rows.
@@ -27,8 +27,8 @@ from ..triton.tiles import BEYOND, Interval, TileSpan
 WARPGROUP_ROWS: gl.constexpr = gl.constexpr(64)
 # Columns that a warpgroup multiplies at once, in both kernels. This is a tile of the forward.
 STEP_COLUMNS: gl.constexpr = gl.constexpr(64)
-# The backward's block is two warpgroups of rows. Its tile is as long as its block, so that block i
-# of a self relation has tile i as its own columns. A tile takes two steps.
+# A block of the backward has two warpgroups of rows. A tile of the backward is as long as a block,
+# so that tile i of a self relation holds the rows of block i as columns. A tile takes two steps.
 BACKWARD_BLOCK_ROWS: gl.constexpr = gl.constexpr(2 * WARPGROUP_ROWS.value)
 BACKWARD_TILE_COLUMNS: gl.constexpr = gl.constexpr(BACKWARD_BLOCK_ROWS.value)
 STEPS_PER_TILE: gl.constexpr = gl.constexpr(BACKWARD_TILE_COLUMNS.value // STEP_COLUMNS.value)

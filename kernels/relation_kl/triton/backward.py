@@ -5,10 +5,10 @@ of sum_i w_i KL_i is scale_s D Y for the rows X and scale_s D^T X for the column
 gets the sum of both, and D needs X X^T only, which is symmetric. So a program can compute the
 entire gradient of its block of vectors x in one sweep over the other vectors y, in two roles:
 
-* *row role*: x are rows i, y are the columns j that they see. The gradient is sum_j D_ij y_j, with
-  the log-sum-exps of the rows x.
-* *column role*: x are columns j, y are the rows i that see them. The gradient is sum_i D_ij y_i,
-  with the log-sum-exps of the rows y.
+* *row role*: x are rows i, y are the columns j that they see. The gradient is
+  scale_s sum_j D_ij y_j, with the log-sum-exps of the rows x.
+* *column role*: x are columns j, y are the rows i that see them. The gradient is
+  scale_s sum_i D_ij y_i, with the log-sum-exps of the rows y.
 
 In a self relation a block has both roles, and a tile that counts in both is multiplied once. The
 other terms are in ``triton.tiles``.
@@ -46,8 +46,8 @@ FP16_LOG2_GAIN = 14
 class RowStatistics(NamedTuple):
     """Log-sum-exps and weight of rows: pointers to fp32 (lse in nats), or loaded tensors.
 
-    The loaded log-sum-exps are in units of log2 and less by the gain of D, so that
-    2^(S - lse) carries that gain.
+    The loaded log-sum-exps are in units of log2 and reduced by LOG2_GAIN, so that 2^(S - lse) is P
+    times 2^LOG2_GAIN.
     """
 
     lse_s: tl.tensor

@@ -50,8 +50,8 @@ BACKWARD_TILES = {
     (4, 128): (32, 32, 8, 2),
     (4, 256): (32, 32, 8, 1),
 }
-# Both passes take these tiles on GPUs with less shared memory per program than the tables above
-# need (consumer Ampere and Ada have 99 kB). Compiled for sm_89, none of them needs more than 66 kB.
+# Forward and backward take these tiles on GPUs with less shared memory per program than the entries
+# above need (consumer Ampere and Ada have 99 kB). Compiled for sm_89, each takes at most 66 kB.
 SMALL_TILES = {
     (2, 64): (64, 64, 4, 2),
     (2, 128): (64, 32, 4, 2),
@@ -82,7 +82,7 @@ class Interval(NamedTuple):
 
 
 class TileSpan(NamedTuple):
-    """The tiles [start, end) that a block visits; those in [full_start, full_end) are full.
+    """The tiles [start, end) that a block visits; the tiles [full_start, full_end) are full.
 
     A block without full tiles has full_start = full_end = end.
     """
@@ -158,11 +158,11 @@ def padded_dim(d):
 
 @triton.jit
 def block_of_program(blocks, heads, section, HEAVY_LAST: tl.constexpr):
-    """Return (block, head) of this program: section by section, and inside one heavy blocks first.
+    """Return (block, head) of this program.
 
-    In a causal relation the last blocks of rows see the most columns, and the first blocks of
-    columns are seen by the most rows. Starting with them lets the short blocks fill the gaps at
-    the end.
+    Programs go through the heads section by section, and inside a section from heavy blocks to
+    light ones, so that no heavy block runs alone at the end. In a causal relation the last blocks
+    of rows see the most columns, and the first blocks of columns are seen by the most rows.
 
     Args:
         blocks: Number of blocks per head.
