@@ -13,6 +13,10 @@ Terms of the kernels in this folder and in ``hopper/``:
 
 The suffixes ``_s`` and ``_t`` stand for student and teacher. Exponentials and logarithms on the
 device have base 2, so scores carry a factor log2(e) there.
+
+Kernels pass values on in named tuples, with two limits of Triton. Assigning a tuple to a name turns
+compile-time constants in it into run-time values, so constants stay separate arguments. And the
+compilation cache does not see how a tuple is defined: empty it after reordering fields.
 """
 
 from typing import Any, NamedTuple
