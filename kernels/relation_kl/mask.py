@@ -78,7 +78,8 @@ class IntervalMask:
 
     def to(self, device: torch.device | str) -> IntervalMask:
         """Return the same mask on another device."""
-        return IntervalMask(*(x.to(device) for x in self._tensors()), causal=self.causal)
+        col_lo, col_hi, row_lo, row_hi = (x.to(device) for x in self._tensors())
+        return IntervalMask(col_lo, col_hi, row_lo, row_hi, causal=self.causal)
 
     def cached(self, make: Callable, *arguments) -> object:
         """Return ``make(self, *arguments)``, computed once: one mask serves many layers."""
@@ -99,12 +100,11 @@ def split_into_blocks(x_bn: Tensor, size: int, past_the_end: int) -> Tensor:
 
 def full_mask(b: int, n: int, m: int, device: torch.device | str = "cpu") -> IntervalMask:
     """Return the mask in which each of n rows sees all m columns."""
-    return IntervalMask(
-        *(
-            torch.full((b, size), value, dtype=torch.int32, device=device)
-            for size, value in ((n, 0), (n, m), (m, 0), (m, n))
-        )
-    )
+
+    def constant(size: int, value: int) -> Tensor:
+        return torch.full((b, size), value, dtype=torch.int32, device=device)
+
+    return IntervalMask(constant(n, 0), constant(n, m), constant(m, 0), constant(m, n))
 
 
 def causal_mask(b: int, n: int, device: torch.device | str = "cpu") -> IntervalMask:
@@ -189,7 +189,9 @@ def places_mask(
         causal: As in ``document_mask``.
     """
 
-    def visible(place: Tensor, other_place: Tensor, others_are_earlier: bool):
+    def visible(
+        place: Tensor, other_place: Tensor, others_are_earlier: bool
+    ) -> tuple[Tensor, Tensor]:
         """Return lo and hi of the others that each place sees, or is seen by."""
         start, end = doc_start_bs[:, place], doc_end_bs[:, place]
         nonempty = (start <= place) & (place < end)
@@ -202,13 +204,11 @@ def places_mask(
             for x in (start, end)
         )
         nonempty = nonempty & (lo < hi)
-        return ((x * nonempty).to(torch.int32) for x in (lo, hi))
+        return (lo * nonempty).to(torch.int32), (hi * nonempty).to(torch.int32)
 
-    return IntervalMask(
-        *visible(row_place_n, col_place_m, others_are_earlier=True),
-        *visible(col_place_m, row_place_n, others_are_earlier=False),
-        causal=causal and aligned,
-    )
+    col_lo, col_hi = visible(row_place_n, col_place_m, others_are_earlier=True)
+    row_lo, row_hi = visible(col_place_m, row_place_n, others_are_earlier=False)
+    return IntervalMask(col_lo, col_hi, row_lo, row_hi, causal=causal and aligned)
 
 
 def segment_mask(segment_ids_bs: Tensor, causal: bool = True) -> IntervalMask:

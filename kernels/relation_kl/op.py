@@ -11,6 +11,8 @@ arXiv 2205.14135). A row that sees no column has KL_i = 0.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,8 @@ def relation_forward(
     The arguments and errors are the same as in ``relation_kl``.
     """
     op = check_operands(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t)
-    return choose(op, backend, backward=False).forward(op, partial=False)
+    statistics = choose(op, backend, backward=False).forward(op, partial=False)
+    return cast(RelationStatistics, statistics)
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ def relation_partials(
     The arguments and errors are the same as in ``relation_kl``.
     """
     op = check_operands(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t)
-    return choose(op, backend, backward=False).forward(op, partial=True)
+    return cast(Partials, choose(op, backend, backward=False).forward(op, partial=True))
 
 
 @torch.no_grad()
@@ -147,9 +150,9 @@ def relation_backward(
             ) from None
     out_dtype = out_dtype or rows_s.dtype
     chosen = choose(op, backend, backward=True)
-    grads = chosen.backward(op, lse_s, lse_t, row_weight, out_dtype)
-    grads = tuple(None if grad is None else grad.to(out_dtype) for grad in grads)
-    return grads[0] if op.is_self else grads
+    of_rows, of_columns = chosen.backward(op, lse_s, lse_t, row_weight, out_dtype)
+    of_rows = of_rows.to(out_dtype)
+    return of_rows if of_columns is None else (of_rows, of_columns.to(out_dtype))
 
 
 class _RelationKL(torch.autograd.Function):

@@ -5,8 +5,8 @@ import pytest
 from data_helpers import EOS, make_byte_tokenizer
 
 from megalard.data import token_file
-from megalard.data.token_store_writer import build_store, write_store
 from megalard.data.token_store import TokenStore
+from megalard.data.token_store_writer import build_store, write_store
 from megalard.errors import UserError
 
 
