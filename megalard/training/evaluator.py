@@ -15,8 +15,8 @@ from megalard.evaluation.suite import Suite, run_suite
 from megalard.model.decoder import Decoder
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import Mesh
-from megalard.training.build import open_tokens
 from megalard.training.plan import Plan
+from megalard.training.streams import open_tokens
 
 
 class Evaluator:
@@ -85,6 +85,17 @@ class Evaluator:
         if self.is_active:
             self._measure("teacher", teacher, None)
             self._measure("scaled", student, teacher)
+
+    def between(self, name: str, teacher: Decoder | None, student: Decoder, tokens: int) -> None:
+        """Measure the student between two stages; a collective call.
+
+        Args:
+            name: how the tables call it.
+            teacher: None if it is not in memory, so that nothing is compared with it.
+            tokens: the number of tokens so far.
+        """
+        if self.is_active:
+            self._measure(name, student, teacher, tokens)
 
     def after(self, teacher: Decoder, student: Decoder, tokens: int) -> None:
         """Measure the restored student; rank 0 prints the table and writes JSON and PNG.
