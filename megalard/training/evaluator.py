@@ -53,7 +53,8 @@ class Evaluator:
             if held_out is not None:
                 self._use_training_text(held_out, evaluation, plan)
             return
-        store = open_tokens(evaluation.paths, output / "evaluation-tokens", config.data, plan, mesh)
+        directory = output / "evaluation-tokens"
+        store = open_tokens(evaluation.paths, directory, config.data, plan, mesh, is_resumed)
         lengths = evaluation.lengths or default_lengths(plan.native_window, plan.factor)
         with checked_on_all_ranks(mesh.world):
             check_lengths(lengths, mesh.tp.size, mesh.cp.size, "evaluation.lengths")
