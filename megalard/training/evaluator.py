@@ -25,6 +25,7 @@ class Evaluator:
     Args:
         held_out: a part of the training text that was taken aside, int64 [tokens]; it is used if
             the configuration names no held-out text.
+        is_resumed: as for ``open_streams``.
 
     Attributes:
         entries: what has been measured so far.
@@ -41,6 +42,7 @@ class Evaluator:
         output: Path,
         mesh: Mesh,
         held_out: np.ndarray | None = None,
+        is_resumed: bool = False,
     ):
         self.output, self.mesh = output, mesh
         self.dtype = getattr(torch, config.model.compute_dtype)
