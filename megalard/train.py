@@ -1,4 +1,4 @@
-"""The training job, from top to bottom: ``torchrun ... -m megalard.train --config FILE``."""
+"""The training job from top to bottom, one call per line."""
 
 from __future__ import annotations
 
