@@ -1,0 +1,1 @@
+"""Benchmarks: each prints its own measurement and the measurement of its reference."""
