@@ -1,1 +1,1 @@
-"""The parts of ``tools/study/restoration.py``."""
+"""The restoration study: a small model, every method, several seeds."""
