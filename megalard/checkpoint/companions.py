@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 from collections.abc import Sequence
@@ -53,6 +54,12 @@ class Companion:
             shutil.copyfile(self.source, target)
         else:
             target.write_text(self.content, encoding="utf-8")
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file or folder next to the weights may be a companion."""
+    patterns = (GENERATION_CONFIG, *(pattern.partition("/")[0] for pattern in TOKENIZER_FILES))
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def tokenizer_companions(directory: Path) -> tuple[Companion, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megalard.checkpoint.companions import Companion
+from megalard.checkpoint.companions import Companion, is_companion
 from megalard.checkpoint.weights import Weights, no_tensor, tensor_bytes
 from megalard.checkpoint.write_options import WriteOptions, split_by_size
 from megalard.errors import UserError, shown
@@ -206,7 +206,7 @@ def write_huggingface(
         UserError: on every rank, if any rank cannot write. What was there before is unchanged.
     """
     directory = Path(directory)
-    folder = AtomicFolder(directory, replace)
+    folder = AtomicFolder(directory, replace, _is_written_by_us)
     files = plan_files(weights, options.file_bytes)
     count = len(files)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -237,6 +237,12 @@ def write_huggingface(
         if axis.rank == 0:
             folder.abandon()
         raise
+
+
+def _is_written_by_us(name: str) -> bool:
+    """Whether an entry of an exported directory is one that ``write_huggingface`` writes."""
+    is_weights = name.startswith("model") and ".safetensors" in name
+    return is_weights or name == "config.json" or is_companion(name)
 
 
 @contextmanager

@@ -212,6 +212,12 @@ def check_lora(directory: Path, trained: dict) -> None:
     Raises:
         UserError: the run trained weights.
     """
+    changed = [name for name in trained["tensors"] if not name.endswith(("lora_A", "lora_B"))]
+    if trained["mode"] == "lora" and changed:
+        raise UserError(
+            f"an earlier stage of the run of {directory} changed weights, such as {changed[0]}, "
+            "which an adapter does not hold: export it as a Hugging Face model"
+        )
     if trained["mode"] != "lora":
         raise UserError(
             f"{directory} trained weights (trainable.mode {trained['mode']}), not LoRA "

@@ -80,7 +80,7 @@ def are_equal(weights: Weights, name: str, other: str) -> bool:
 
 
 def trained_parts(name: str, trained: Iterable[str]) -> list[str]:
-    """Return the trained tensors that make up a weight: itself, or LoRA's A and B, or none."""
+    """Return the trained tensors of a weight: itself, LoRA's A and B, all three, or none."""
     stem = name.removesuffix("weight")
     return [part for part in (name, f"{stem}lora_A", f"{stem}lora_B") if part in trained]
 
@@ -211,12 +211,14 @@ class MergedWeights:
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
         """Return the tensor, or the slice of a layout, in the base's dtype."""
-        parts = trained_parts(name, self._trained_names)
+        parts, dtype = trained_parts(name, self._trained_names), self.base.dtype(name)
         if not parts:
             return self.base.read(name, layout)
         if parts == [name]:
-            return self.trained.read(name, layout).to(self.base.dtype(name))
+            return self.trained.read(name, layout).to(dtype)
         # The full tensor is merged and then cut, because a product of slices may round differently.
-        lora_a, lora_b = (self.trained.read(part) for part in parts)
-        merged = merge_lora(name, self.base.read(name), lora_a, lora_b, self.scale)
+        # Where an earlier stage changed the weight itself, the pair is added to that.
+        lora_a, lora_b = (self.trained.read(part) for part in parts[-2:])
+        original = self.trained.read(name) if name in parts else self.base.read(name)
+        merged = merge_lora(name, original, lora_a, lora_b, self.scale).to(dtype)
         return merged if layout is None else layout.cut(merged).contiguous()

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megalard.config.fields import without_none
+from megalard.config.objective import RELATIONS
 from megalard.config.recipes import find_config
 from megalard.config.rules import validate
-from megalard.config.schema import RELATIONS, Config
+from megalard.config.schema import Config
 from megalard.config.yaml_text import parse_file, parse_value
 from megalard.errors import UserError, shown
 
@@ -21,6 +22,9 @@ RENAMED = {"objective.attention_context": "objective.attention_output"}
 
 # A stream takes these from the section optimizer unless it gives its own.
 STREAM_BATCHES = ("global_batch", "micro_batch")
+
+# A stage takes what it leaves out of these from the section of the same name.
+STAGE_SECTIONS = ("trainable", "data", "optimizer")
 
 
 def load_config(path: str | None, overrides: list[str]) -> Config:
@@ -46,6 +50,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         keys.append(present)
     for key in keys:
         _check_shared_values(tree, key)
+    _complete_stages(tree)
     _complete_streams(tree)
     config = _build(Config, tree, "")
     validate(config)
@@ -135,7 +140,7 @@ def _warn(old: str, present: str) -> None:
 
 
 def _check_shared_values(tree: dict, override: str | None) -> None:
-    """Refuse a value of ``data`` or ``optimizer`` that every stream replaces by its own.
+    """Refuse a shared value that every stream, or every stage, replaces by its own.
 
     Args:
         tree: the configuration so far.
@@ -144,25 +149,39 @@ def _check_shared_values(tree: dict, override: str | None) -> None:
     Raises:
         UserError: naming the key that has no effect.
     """
-    streams = tree.get("streams")
-    if not isinstance(streams, dict) or not streams:
+    for group in ("streams", "stages"):
+        entries = tree.get(group)
+        if not isinstance(entries, dict):
+            continue
+        entries = [entry for entry in entries.values() if isinstance(entry, dict)]
+        for key, in_entry in _shared_keys(tree, group):
+            if override in (None, key) and entries and all(_has(e, in_entry) for e in entries):
+                raise UserError(
+                    f"{key} is given, but every {group[:-1]} gives its own: set "
+                    f"{group}.NAME.{'.'.join(in_entry)} instead"
+                )
+
+
+def _shared_keys(tree: dict, group: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the keys that streams or stages take from other sections, with their place in them."""
+    if group == "stages":
+        for section in STAGE_SECTIONS:
+            for path in _leaves(tree.get(section)):
+                yield ".".join((section, *path)), (section, *path)
         return
-    streams = [stream for stream in streams.values() if isinstance(stream, dict)]
-    for key, in_stream in _shared_keys(tree):
-        if override in (None, key) and streams and all(_has(s, in_stream) for s in streams):
-            raise UserError(
-                f"{key} is given, but every stream gives its own: set "
-                f"streams.NAME.{'.'.join(in_stream)} instead"
-            )
-
-
-def _shared_keys(tree: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the keys that streams take from other sections, with their place in a stream."""
     for section, names in (("optimizer", STREAM_BATCHES), ("data", None)):
         values = tree.get(section)
         for name in values if isinstance(values, dict) else ():
             if names is None or name in names:
                 yield f"{section}.{name}", (name,) if names else (section, name)
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            yield from ((str(key), *path) for path in _leaves(value))
+        else:
+            yield (str(key),)
 
 
 def _has(tree: dict, path: tuple[str, ...]) -> bool:
@@ -197,6 +216,31 @@ def _complete_streams(tree: dict) -> None:
         str(name): _merged(shared, stream or {}) if isinstance(stream, dict | None) else stream
         for name, stream in streams.items()
     }
+
+
+def _complete_stages(tree: dict) -> None:
+    """Give each stage the values that it takes from other sections, in place."""
+    stages = tree.get("stages")
+    if stages is None:
+        tree.pop("stages", None)
+    if not isinstance(stages, dict) or not stages:
+        return
+    shared = {section: tree.get(section) or {} for section in STAGE_SECTIONS}
+    complete = {}
+    for name, stage in stages.items():
+        if not isinstance(stage, dict | None):
+            complete[name] = stage
+            continue
+        merged = _merged(shared, stage or {})
+        if merged.get("objective"):
+            merged["objective"] = _merged(
+                {"relations": dict.fromkeys(RELATIONS, 0.0)}, merged["objective"]
+            )
+        elif not merged.get("streams"):
+            merged |= {key: tree[key] for key in ("objective", "streams") if tree.get(key)}
+        _complete_streams(merged)
+        complete[str(name)] = merged
+    tree["stages"] = complete
 
 
 def _merged(base: dict, over: dict) -> dict:

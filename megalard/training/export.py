@@ -97,29 +97,31 @@ class _MergedTensors:
     def drain(self) -> None:
         """Join the gathers that remain."""
         for name in list(self.pending):
-            if trained_parts(name, self.student.trained):
+            if trained_parts(name, self.student.changed):
                 self._gather(name)
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
         """Return the merged tensor in the source's dtype, on the CPU."""
         assert layout is None, "the student is exported as full tensors"
         self.pending.remove(name)
-        parts = trained_parts(name, self.student.trained)
+        parts = trained_parts(name, self.student.changed)
         if not parts:
             return self.source.read(name)
-        full = self._gather(name)
-        if name in full:
-            return full[name].to("cpu", self.source.dtype(name))
-        projection = self.student.decoder.get_submodule(name.removesuffix(".weight"))
-        scale = cast(Projection, projection).lora_scale
-        lora_a, lora_b = (full[part] for part in parts)
-        return merge_lora(name, self.source.read(name), lora_a, lora_b, scale).cpu()
+        full, dtype = self._gather(name), self.source.dtype(name)
+        original = full[name] if name in full else self.source.read(name)
+        if parts != [name]:
+            projection = self.student.decoder.get_submodule(name.removesuffix(".weight"))
+            scale = cast(Projection, projection).lora_scale
+            lora_a, lora_b = (full[part] for part in parts[-2:])
+            original = merge_lora(name, original, lora_a, lora_b, scale)
+        return original.to("cpu", dtype)
 
     def _gather(self, name: str) -> dict[str, torch.Tensor]:
-        layouts, trained = self.student.decoder.layouts, self.student.trained
+        decoder, changed = self.student.decoder, self.student.changed
+        device = decoder.model.embed_tokens.weight.device
         return {
-            part: gather_full(trained[part].detach(), layouts[part], self.axis)
-            for part in trained_parts(name, trained)
+            part: gather_full(changed[part].detach().to(device), decoder.layouts[part], self.axis)
+            for part in trained_parts(name, changed)
         }
 
 

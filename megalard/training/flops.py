@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from megalard.config.schema import RELATIONS, Config, StreamConfig, TrainableConfig
+from megalard.config.objective import RELATIONS
+from megalard.config.schema import Config, StreamConfig, TrainableConfig
 from megalard.distill.objective import reaches_of
 from megalard.distill.reach import LayerDepth, deepest
 from megalard.model.spec import ModelSpec

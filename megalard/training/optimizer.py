@@ -53,11 +53,13 @@ def learning_rate(step: int, config: OptimizerConfig) -> float:
     """Return the learning rate of a step, counted from 0.
 
     A linear warm-up starts above zero and reaches the peak at its last step. A cosine follows and
-    ends at ``min_ratio`` of the peak at the last step of the run.
+    ends at ``min_ratio`` of the peak at the last step of the run. With ``start_at_zero`` every step
+    has the rate of the step before it, and the first has zero.
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+    place = step if config.start_at_zero else step + 1
+    if config.warmup_steps and place <= config.warmup_steps:
+        return config.learning_rate * place / config.warmup_steps
     decay_steps = max(1, config.steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps + 1) / decay_steps)
+    progress = min(1.0, (place - config.warmup_steps) / decay_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * (config.min_ratio + (1 - config.min_ratio) * cosine)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 from secrets import token_hex
@@ -47,6 +50,9 @@ _MAY_CHANGE = (
     "rope.table",
 )
 
+_FINISHED = "finished.json"
+_HOLDER = "running.json"
+
 
 @dataclass(frozen=True)
 class Output:
@@ -57,11 +63,13 @@ class Output:
         is_new: whether the directory was empty, so that bad input may empty it again.
         checkpoint: the newest complete checkpoint, from which the run resumes; None if there is
             none.
+        is_finished: whether this very run has finished, so that nothing is left to do.
     """
 
     directory: Path
     is_new: bool = True
     checkpoint: Path | None = None
+    is_finished: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -138,7 +146,9 @@ def _lock(output: Output, config: Config) -> IO[bytes]:
     note = output.directory / "run.json"
     try:
         output.directory.mkdir(parents=True, exist_ok=True)
-        file = hold_lock(note, f"to run.output {output.directory}")
+        holder = _describe_holder(output.directory)
+        file = hold_lock(note, f"to run.output {output.directory}{holder}")
+        _note_holder(output.directory)
         if note.stat().st_size == 0:
             note.write_text(json.dumps(to_dict(config), indent=2) + "\n")
         elif output.is_new:
@@ -152,6 +162,26 @@ def _lock(output: Output, config: Config) -> IO[bytes]:
             f"cannot write to run.output {output.directory}: {error.strerror}"
         ) from None
     return file
+
+
+def _note_holder(directory: Path) -> None:
+    """Note which process runs here, for the error of a second start."""
+    holder = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now().isoformat(" ", "seconds"),
+    }
+    (directory / _HOLDER).write_text(json.dumps(holder) + "\n")
+
+
+def _describe_holder(directory: Path) -> str:
+    """Return in words which process ran here last; empty if that is not known."""
+    try:
+        holder = read_json(directory / _HOLDER)
+        place = f"process {holder['process']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f" ({place})"
 
 
 def _look(config: Config, directory: Path) -> Output:
@@ -171,23 +201,36 @@ def _look(config: Config, directory: Path) -> Output:
                 f"{output.checkpoints}"
             )
         _compare(manifest.training["config"], to_dict(config), directory)
-        return Output(directory, False, path)
+        return Output(directory, False, path, _is_finished(directory, config))
     # A run that was stopped before its first checkpoint begins again.
     note = directory / "run.json"
     not_empty = UserError(f"run.output {directory} is not empty: choose another directory")
     if not note.is_file():
         raise not_empty
-    if (directory / "student").exists() or any(directory.glob("step-*")):
-        raise UserError(
-            f"run.output {directory} holds a run that has exported its student and has no "
-            "checkpoint to resume from: choose another directory"
-        )
     try:
         if note.stat().st_size:  # a run that is killed at once leaves the file empty
             _compare(read_json(note), to_dict(config), directory)
     except (OSError, ValueError, AttributeError):
         raise not_empty from None
-    return output
+    return replace(output, is_finished=_is_finished(directory, config))
+
+
+def mark_finished(output: Output, config: Config) -> None:
+    """Note in the output directory that this run has finished."""
+    path = output.directory / _FINISHED
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    partial.replace(path)
+
+
+def _is_finished(directory: Path, config: Config) -> bool:
+    """Whether a run with these very settings has finished, and its student is there."""
+    try:
+        finished = in_present_spelling(read_json(directory / _FINISHED))
+    except (OSError, ValueError, AttributeError):
+        return False
+    has_student = (directory / "student" / "config.json").is_file()
+    return has_student and finished == json.loads(json.dumps(to_dict(config)))
 
 
 @contextmanager
@@ -208,18 +251,20 @@ def _compare(saved: dict, current: dict, directory: Path) -> None:
     Raises:
         UserError: naming the first setting that differs.
     """
-    if (saved.get("streams") or {}).keys() != (current.get("streams") or {}).keys():
-        raise UserError(
-            f"run.output {directory} holds a run with the streams "
-            f"{', '.join(saved.get('streams') or ()) or 'none'}, not "
-            f"{', '.join(current.get('streams') or ()) or 'none'}: choose another directory, or "
-            "set them back to resume that run"
-        )
+    for group in ("streams", "stages"):
+        names, now = (list((tree.get(group) or {}).keys()) for tree in (saved, current))
+        if names != now:
+            raise UserError(
+                f"run.output {directory} holds a run with other {group} "
+                f"({', '.join(names) or 'none'}, not {', '.join(now) or 'none'}): choose another "
+                "directory, or set them back to resume that run"
+            )
     # Settings that the saved run does not have are newer than the run, which had their defaults.
     saved, current = _flat(in_present_spelling(saved)), _flat(current)
     for key in sorted(saved.keys() & current.keys()):
-        # The keys of a stream are judged as the keys of that name in other sections.
-        general = re.sub(r"^streams\.[^.]+\.(?=data\.)|^streams\.[^.]+\.(?=micro_)", "", key)
+        # The keys of stages and streams are judged as the keys of that name in other sections.
+        general = re.sub(r"^stages\.[^.]+\.", "", key)
+        general = re.sub(r"^streams\.[^.]+\.(?=data\.|micro_)", "", general)
         if saved[key] != current[key] and not general.startswith(_MAY_CHANGE):
             raise UserError(
                 f"run.output {directory} holds a run with {key} {shown(saved[key])}, not "

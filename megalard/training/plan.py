@@ -75,13 +75,14 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
             window = window_of(source.spec, native_window)
             student_config = export_config(source.spec, window=window)
         else:
-            student_config = scaled_config(source.spec, config.rope, native_window)
+            student_config = scaled_config(source.spec, config.rope, native_window, teacher.spec)
         student = spec_from_config(student_config, str(source.directory))
         check_divisible(student, mesh.tp.size)
         rope_table(student)
-        for name, stream in config.all_streams().items():
-            with naming_stream(name, config):
-                _check_stream(stream, native_window, student, mesh)
+        for stage, stage_config in config.all_stages().items():
+            for name, stream in stage_config.all_streams().items():
+                with naming_stream(name, stage_config, stage):
+                    _check_stream(stream, native_window, student, mesh)
         directory = config.model.tokenizer
         tokenizer = load_tokenizer(directory) if directory else teacher.tokenizer
     return Plan(teacher, source, student, student_config, native_window, tokenizer)
@@ -99,14 +100,22 @@ def _native_window(config: Config, teacher: StoredModel) -> int:
 
 
 @contextmanager
-def naming_stream(stream: str, config: Config) -> Iterator[None]:
-    """Name the stream in an error of the block, if there are several streams."""
+def naming_stream(stream: str, config: Config, stage: str = "main") -> Iterator[None]:
+    """Name stage and stream in an error of the block, if there are several of them.
+
+    Args:
+        stream: its name.
+        config: the configuration of the stage.
+        stage: the name of the stage; ``main`` in a run without stages.
+    """
     try:
         yield
     except UserError as error:
-        if not config.streams:
+        names = [f"stage {stage}"] if stage != "main" else []
+        names += [f"stream {stream}"] if config.streams else []
+        if not names:
             raise
-        raise type(error)(f"stream {stream}: {error}") from None
+        raise type(error)(f"{', '.join(names)}: {error}") from None
 
 
 def _check_stream(stream: StreamConfig, native_window: int, student: ModelSpec, mesh: Mesh) -> None:

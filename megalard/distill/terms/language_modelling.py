@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megalard.config.schema import ObjectiveConfig
+from megalard.config.objective import ObjectiveConfig
 from megalard.data.batch import Batch
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.chunks import sum_of_chunks

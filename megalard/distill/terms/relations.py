@@ -14,7 +14,7 @@ from functools import reduce
 import torch
 from torch.profiler import record_function
 
-from megalard.config.schema import RELATIONS, ObjectiveConfig
+from megalard.config.objective import RELATIONS, ObjectiveConfig
 from megalard.distill.forward_gradient import with_forward_gradient
 from megalard.distill.lockstep import Pair
 from megalard.distill.reach import LayerDepth, Reach

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megalard.config.schema import RELATIONS
+from megalard.config.objective import RELATIONS
 from megalard.kernels.relation_kl import (
     IntervalMask,
     Partials,

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from megalard.config.schema import ObjectiveConfig
+from megalard.config.objective import ObjectiveConfig
 from megalard.data.batch import Batch
 from megalard.distill.lockstep import Pair
 from megalard.distill.reach import Reach

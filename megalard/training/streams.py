@@ -1,89 +1,34 @@
-"""Build the parts of a run from its plan: models, tokens and loaders."""
+"""Open the text of a run: the tokens of every stream, and the loaders of a stage."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from megalard.checkpoint.build import load_decoder
 from megalard.config.schema import Config, DataConfig
 from megalard.data.blocks import Blocks, DocumentBlocks, PackedBlocks
 from megalard.data.boundaries import Boundaries, boundaries_of
 from megalard.data.loader import BatchLoader, StreamLoaders
 from megalard.data.token_store import META, TokenStore
 from megalard.data.token_store_writer import build_store
-from megalard.distill.objective import is_reached
-from megalard.distill.student import Student, build_student
-from megalard.model.decoder import Decoder
-from megalard.model.rope import rope_table
-from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks
+from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import Mesh, is_first_on_node
 from megalard.reporter import Reporter
 from megalard.training.plan import Plan, naming_stream
+from megalard.training.stages import Stage
 
-
-def load_models(
-    config: Config, plan: Plan, mesh: Mesh, keep_teacher: bool
-) -> tuple[Decoder | None, Student]:
-    """Load the frozen teacher and the student; a collective call.
-
-    Checksums that the models record (as sharded checkpoints do) are compared meanwhile.
-
-    Args:
-        keep_teacher: whether the teacher is returned although no stream compares with it.
-
-    Returns:
-        The teacher, or None if it is not needed, and the student.
-
-    Raises:
-        UserError: on every rank, if a tensor is missing or has another shape, or a file is damaged.
-    """
-    dtype = getattr(torch, config.model.compute_dtype)
-    streams = config.all_streams()
-    teacher_model, source = plan.teacher, plan.source
-    has_own_weights = source is not teacher_model
-
-    def check() -> None:
-        teacher_model.check_sums(mesh.world)
-        if has_own_weights:
-            source.check_sums(mesh.world)
-
-    with checked_meanwhile(check, mesh.world) as wait_for_checksums:
-        with checked_on_all_ranks(mesh.world):
-            teacher = load_decoder(
-                teacher_model.spec,
-                rope_table(teacher_model.spec),
-                mesh.tp,
-                teacher_model.weights,
-                mesh.device,
-                dtype,
-            )
-            student = build_student(
-                teacher,
-                plan.student,
-                rope_table(plan.student),
-                mesh.tp,
-                config.trainable,
-                partial(is_reached, streams=streams, num_layers=plan.student.num_layers),
-                config.run.seed,
-                weights=source.weights if has_own_weights else None,
-                masters=source.weights,
-            )
-        wait_for_checksums()
-    is_needed = keep_teacher or any(s.objective.needs_teacher for s in streams.values())
-    return teacher if is_needed else None, student
+Stores = dict[str, dict[str, TokenStore]]
+"""The tokens of each stream, by stage and stream."""
 
 
 def open_streams(
-    config: Config,
+    stages: Sequence[Stage],
     folder: Path,
     plan: Plan,
     mesh: Mesh,
     read_only: bool = False,
     is_resumed: bool = False,
-) -> dict[str, TokenStore]:
+) -> Stores:
     """Open the tokens of every stream. Streams of the same text share a store.
 
     Args:
@@ -94,24 +39,28 @@ def open_streams(
     Raises:
         UserError: on every rank; see ``megalard.data``.
     """
-    stores: dict[str, TokenStore] = {}
+    stores: Stores = {}
     opened: dict[tuple, TokenStore] = {}
-    streams = config.all_streams()
-    texts = {name: _text_of(stream.data) for name, stream in streams.items()}
-    for name, stream in streams.items():
-        data = stream.data
-        if (texts[name], data.cache) not in opened:
-            directory = folder / (f"tokens-{name}" if config.streams else "tokens")
+    streams = [
+        (stage, name, stream.data)
+        for stage in stages
+        for name, stream in stage.config.all_streams().items()
+    ]
+    for stage, name, data in streams:
+        key = (_text_of(data), data.cache)
+        if key not in opened:
+            parts = [
+                *([stage.name] if len(stages) > 1 else []),
+                *([name] if stage.config.streams else []),
+            ]
+            directory = folder / "-".join(["tokens", *parts])
             if data.cache:
-                texts_in_cache = {
-                    texts[n] for n, s in streams.items() if s.data.cache == data.cache
-                }
-                cache = Path(data.cache) / (name if len(texts_in_cache) > 1 else "")
+                texts = {_text_of(other) for _, _, other in streams if other.cache == data.cache}
+                cache = Path(data.cache) / ("-".join(parts) if len(texts) > 1 else "")
                 directory = directory if read_only and not cache.exists() else cache
-            with naming_stream(name, config):
-                store = open_tokens(data.paths, directory, data, plan, mesh, is_resumed)
-            opened[texts[name], data.cache] = store
-        stores[name] = opened[texts[name], data.cache]
+            with naming_stream(name, stage.config, stage.name):
+                opened[key] = open_tokens(data.paths, directory, data, plan, mesh, is_resumed)
+        stores.setdefault(stage.name, {})[name] = opened[key]
     return stores
 
 
@@ -173,19 +122,18 @@ def _boundaries_of_earlier_version(directory: Path) -> Boundaries | None:
     return store.boundaries if store.version == 1 else None
 
 
-def make_loaders(
-    config: Config, stores: dict[str, TokenStore], plan: Plan, mesh: Mesh
-) -> StreamLoaders:
-    """Return the loaders of this rank's micro-batches, one per stream.
+def make_loaders(stage: Stage, stores: Stores, plan: Plan, mesh: Mesh) -> StreamLoaders:
+    """Return the loaders of this rank's micro-batches, one per stream of a stage.
 
     Raises:
         UserError: on every rank; see ``BatchLoader``.
     """
     loaders = {}
     with checked_on_all_ranks(mesh.world):
-        for name in config.all_streams():
-            with naming_stream(name, config):
-                loaders[name] = _make_loader(config, name, stores[name], plan, mesh)
+        for name in stage.config.all_streams():
+            with naming_stream(name, stage.config, stage.name):
+                store = stores[stage.name][name]
+                loaders[name] = _make_loader(stage.config, name, store, plan, mesh)
     return StreamLoaders(loaders)
 
 
@@ -193,8 +141,12 @@ def _make_loader(
     config: Config, name: str, store: TokenStore, plan: Plan, mesh: Mesh
 ) -> BatchLoader:
     stream = config.all_streams()[name]
-    kind = PackedBlocks if stream.data.packing else DocumentBlocks
-    blocks: Blocks = kind(store, stream.data.context_length)
+    length = stream.data.context_length
+    blocks: Blocks
+    if stream.data.packing:
+        blocks = PackedBlocks(store, length)
+    else:
+        blocks = DocumentBlocks(store, length, min_tokens=length if stream.data.drop_tails else 2)
     return BatchLoader(
         blocks,
         seed=config.stream_seed(name),
