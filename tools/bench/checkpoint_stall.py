@@ -142,7 +142,8 @@ def measure_saves(
     distiller: Distiller = run.distiller
     mesh, is_background = distiller.mesh, kind == "background"
     settings = replace(distiller.config.checkpoint, asynchronous=is_background, keep_last=1)
-    saver = Saver(folder, distiller, run.origins, run.sections, (), settings, axis)
+    saver = Saver(folder, distiller.config.steps, run.origins, (), settings, axis)
+    saver.begin_stage(distiller, run.sections)
     with saver:
         saver.save(run.number)  # the first save allocates the memory that later saves use again
         saver.wait()

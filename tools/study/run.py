@@ -13,10 +13,12 @@ from megalard.errors import UserError
 from megalard.evaluation.measure import Measurement
 from megalard.evaluation.suite import Suite, run_suite
 from megalard.model.decoder import Decoder
-from megalard.training.build import load_models, make_loaders, open_streams
+from megalard.training.models import load_models
 from megalard.training.monitor import peak_memory_bytes
 from megalard.training.plan import make_plan
+from megalard.training.stages import needs_teacher, stages_of
 from megalard.training.step import Distiller
+from megalard.training.streams import make_loaders, open_streams
 from tools.study.folder import Study
 from tools.study.lengths import EDGES, NATIVE_WINDOW, SHORT_LENGTHS, STUDENT_WINDOW
 from tools.study.methods import METHODS
@@ -134,15 +136,18 @@ def execute(study: Study, run: Run) -> dict:
             f"the teacher {plan.teacher.directory} reads {plan.native_window} positions, and the "
             f"study is laid out for {NATIVE_WINDOW}: pretrain another teacher"
         )
+    (stage,) = stages_of(config)
+    loaded, student = load_models(stage, plan, mesh)
     # A timed run does without a teacher that its method does not need, for the sake of its memory.
-    teacher, student = load_models(config, plan, mesh, keep_teacher=run.kind != "timing")
-    model = teacher if run.method == "teacher" else student.decoder
+    teacher = loaded if run.kind != "timing" or needs_teacher([stage]) else None
+    model = loaded if run.method == "teacher" else student.decoder
+    del loaded
     models = Models(study, model, teacher, getattr(torch, config.model.compute_dtype))
     result: dict = {**asdict(run), "key": run.key, "tokens_per_step": per_step, "curve": []}
     if steps:
-        stores = open_streams(config, study.folder, plan, mesh)
+        stores = open_streams([stage], study.folder, plan, mesh)
         distiller = Distiller(teacher, student, config, mesh)
-        with make_loaders(config, stores, plan, mesh) as loaders:
+        with make_loaders(stage, stores, plan, mesh) as loaders:
             result |= _train(study, run, models, distiller, loaders, steps)
     if run.kind == "search":
         lengths = (*SHORT_LENGTHS, STUDENT_WINDOW)

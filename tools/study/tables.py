@@ -71,10 +71,9 @@ def short_table(comparison: Comparison) -> str:
     for rope, method, label in _rows(comparison):
         if method is None:
             scaled = comparison.scaled(rope)
-            first, second, third, fourth, *others = (number(scaled, rope) for number, _ in columns)
-            # By definition the scaled student has restored nothing.
-            cells = [f"{first:.0f}", f"{second:.4f}", f"{third:.0f}", f"{fourth:.4f}"]
-            rows.append([label, "0", "", *cells, *(f"{value:.4f}" for value in others)])
+            cells = [f"{number(scaled, rope):.4f}" for number, _ in columns]
+            cells[0] = cells[2] = "0"  # by definition it has restored nothing of the gap
+            rows.append([label, "0", "", *cells])
             continue
         cells = [_cell(comparison, method, rope, number, digits) for number, digits in columns]
         rate = comparison.runs(method, rope)[0]["rate"]
