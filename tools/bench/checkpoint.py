@@ -72,11 +72,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measure and report; with --stall a collective call of all ranks."""
-    from tools.bench import checkpoint_files, checkpoint_stall
     from tools.bench.results import write_json
 
-    kind = checkpoint_stall if options.stall else checkpoint_files
-    report = kind.measure(options)
+    if options.stall:
+        from tools.bench.checkpoint_stall import measure
+    else:
+        from tools.bench.checkpoint_files import measure
+    report = measure(options)
     if report is not None and options.json:
         environment, results, facts = report
         write_json(options.json, environment, options, results, **facts)

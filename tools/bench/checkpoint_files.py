@@ -1,4 +1,8 @@
-"""Import, export, save and load of a model with random weights, next to cp."""
+"""Import, export, save and load of a model with random weights, next to cp.
+
+This module does not import torch. The peak memory that Linux reports of a process is at least the
+memory of the process that started it.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from megalard.errors import UserError
 from tools.bench.results import Table, describe_environment, print_environment
@@ -45,7 +47,7 @@ def measure(options: argparse.Namespace) -> tuple[dict, list[dict], dict]:
     Raises:
         UserError: the directory cannot be written, or a process fails.
     """
-    environment = describe_environment(torch.device("cpu"))
+    environment = describe_environment()
     print_environment(environment)
     with scratch_directory(options.scratch) as folder:
         are_cold = drop_caches()

@@ -6,10 +6,12 @@ import argparse
 import json
 from importlib import metadata
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megalard import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Table:
@@ -33,11 +35,19 @@ class Table:
         print("  ".join(texts).rstrip(), flush=True)
 
 
-def describe_environment(device: torch.device) -> dict[str, str]:
-    """Return the name of the device and the versions of the libraries that results depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    facts = {"device": name, "megalard": __version__, "torch": torch.__version__}
-    for library in ("triton", "transformers"):
+def describe_environment(device: torch.device | None = None) -> dict[str, str]:
+    """Return the name of the device and the versions of the libraries that results depend on.
+
+    Args:
+        device: the CPU when not given, for benchmarks that do not import torch.
+    """
+    name = "cpu"
+    if device is not None and device.type == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name(device)
+    facts = {"device": name, "megalard": __version__}
+    for library in ("torch", "triton", "transformers"):
         try:
             facts[library] = metadata.version(library)
         except metadata.PackageNotFoundError:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -21,6 +19,7 @@ from tools.study.documents import (
     find_files,
     read_documents,
 )
+from tools.study.workers import parallel_map
 
 # Shares of the bytes of a domain, as ``split_of`` divides its files.
 _SHARES = {"train": 0.88, "validation": 0.04, "test": 0.08}
@@ -64,8 +63,7 @@ def _candidates(
     files: dict[str, list[tuple[Path, str]]], domain_bytes: int, workers: int
 ) -> Iterator[Document]:
     """Yield the documents of the first files of each domain, more than are wanted."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
+    with parallel_map(workers) as map_in_parallel:
         for domain, ordered in files.items():
             chosen, size = [], 0
             for file in ordered:
@@ -74,7 +72,8 @@ def _candidates(
                 chosen.append(file)
                 size += min((file[0] / file[1]).stat().st_size, LARGEST_BYTES)
             read = partial(read_documents, domain)
-            for documents in pool.map(read, chosen, chunksize=max(1, len(chosen) // (8 * workers))):
+            chunksize = max(1, len(chosen) // (8 * workers))
+            for documents in map_in_parallel(read, chosen, chunksize=chunksize):
                 yield from documents
 
 

@@ -21,6 +21,7 @@ from tools.quickstart.byte_bpe import save_tokenizer, train_tokenizer
 from tools.study.collection import Corpus, collect
 from tools.study.documents import SPLITS, Document, default_roots
 from tools.study.synthetic_text import generate
+from tools.study.workers import parallel_map
 
 Report = Callable[[str], object]
 
@@ -178,21 +179,22 @@ def write_synthetic(
     share = options.synthetic / (1 - options.synthetic)
     train_tokens = round(share * sum(len(store.tokens) for store in trains))
     wanted = {"train": train_tokens, "validation": _SYNTHETIC_TOKENS, "test": _SYNTHETIC_TOKENS}
-    stores = {}
-    for number, (split, tokens) in enumerate(wanted.items()):
-        if tokens == 0:
-            continue
-        documents = generate(
-            options.output / "tokenizer",
-            [store.path for store in trains],
-            len(wanted) * options.seed + number,
-            options.native_window,
-            tokens,
-            options.workers,
-        )
-        identity = f"{SYNTHETIC} {split}, seed {options.seed}, window {options.native_window}"
-        folder = options.output / SYNTHETIC / split
-        stores[split] = write_tokens(documents, tokenizer, folder, identity)
+    stores, window = {}, options.native_window
+    with parallel_map(options.workers) as map_in_parallel:
+        for number, (split, tokens) in enumerate(wanted.items()):
+            if tokens == 0:
+                continue
+            documents = generate(
+                options.output / "tokenizer",
+                [store.path for store in trains],
+                len(wanted) * options.seed + number,
+                window,
+                tokens,
+                map_in_parallel,
+            )
+            identity = f"{SYNTHETIC} {split}, seed {options.seed}, window {window}"
+            folder = options.output / SYNTHETIC / split
+            stores[split] = write_tokens(documents, tokenizer, folder, identity)
     return stores
 
 

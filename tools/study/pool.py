@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +37,8 @@ def run_all(
     Args:
         title: the title of the progress bar.
         folder, domain, device, shrink: as for ``Study``.
-        workers: the number of processes, which take the GPUs in turn.
+        workers: the number of processes, which take the GPUs in turn; with 1 the runs are done in
+            this process.
         seconds: no run is started after this time.
 
     Raises:
@@ -49,23 +52,22 @@ def run_all(
     missing = sorted((run for run in runs if run.key not in done), key=_order)
     start, failures = time.monotonic(), 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    context = multiprocessing.get_context("spawn")
-    arguments = ((folder, domain, device, shrink), context.Value("i", 0))
+    work = partial(_execute_before, start + seconds)
     with (
         Progress(*columns, TimeElapsedColumn()) as bar,
         open(folder / RESULTS, "a", buffering=1) as file,
-        ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool,
+        _outcomes(work, missing, (folder, domain, device, shrink), workers) as outcomes,
     ):
         task = bar.add_task(title, total=len(missing))
-        futures = {pool.submit(_execute, run, start + seconds): run for run in missing}
-        for future in as_completed(futures):
-            bar.advance(task)
+        for run, outcome in outcomes:
             try:
-                result = future.result()
+                result = outcome()
             except Exception as error:
                 failures += 1
-                bar.console.print(f"{futures[future].key} failed: {error!r}", markup=False)
+                bar.console.print(f"{run.key} failed: {error!r}", markup=False, highlight=False)
                 continue
+            finally:
+                bar.advance(task)
             if result is not None:
                 file.write(json.dumps(result) + "\n")
                 elapsed = time.monotonic() - start
@@ -86,21 +88,48 @@ def _order(run: Run) -> tuple[int, bool]:
     return run.seed, not is_long
 
 
+@contextmanager
+def _outcomes(
+    work: Callable[[Run], dict | None], runs: Sequence[Run], study: tuple, workers: int
+) -> Iterator[Iterator[tuple[Run, Callable[[], dict | None]]]]:
+    """Yield runs in the order in which they end, each with a function that returns its result.
+
+    Args:
+        work: does a run.
+        study: the arguments of ``Study``.
+        workers: the number of processes; with 1 the runs are done in this process.
+    """
+    if workers == 1:
+        _open_study(study)
+        yield ((run, partial(work, run)) for run in runs)
+        return
+    context = multiprocessing.get_context("spawn")
+    arguments = (study, context.Value("i", 0))
+    with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
+        futures = {pool.submit(work, run): run for run in runs}
+        yield ((futures[future], future.result) for future in as_completed(futures))
+
+
 _study: Study
 
 
-def _start_worker(arguments: tuple, started) -> None:
-    """Prepare a worker. ``started`` counts the workers, which take the GPUs in turn."""
+def _open_study(arguments: tuple) -> None:
     global _study
+    _study = Study(*arguments)
+
+
+def _start_worker(study: tuple, started) -> None:
+    """Prepare a worker. ``started`` counts the workers, which take the GPUs in turn."""
     with started.get_lock():
         number = started.value
         started.value += 1
     if torch.cuda.device_count() > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
-    _study = Study(*arguments)
+    _open_study(study)
 
 
-def _execute(run: Run, deadline: float) -> dict | None:
+def _execute_before(deadline: float, run: Run) -> dict | None:
+    """Do a run, unless it is too late to start one."""
     return execute(_study, run) if time.monotonic() < deadline else None
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -21,31 +19,33 @@ _SEED_STEP = 1_000_003
 
 
 def generate(
-    tokenizer: Path, stores: list[Path], seed: int, window: int, tokens: int, workers: int
+    tokenizer: Path,
+    stores: list[Path],
+    seed: int,
+    window: int,
+    tokens: int,
+    map_in_parallel: Callable = map,
 ) -> Iterator[np.ndarray]:
     """Yield documents of ``window / 8`` to ``window`` tokens, uint32, ``tokens`` of them in all.
 
-    They depend on the tokenizer, the stores, the seed and the window, and not on the number of
-    workers.
+    They depend on the tokenizer, the stores, the seed and the window alone.
 
     Args:
         tokenizer: the directory of the tokenizer.
         stores: token stores; every other document hides its statements in their text.
+        map_in_parallel: as ``tools.study.workers.parallel_map`` yields it.
 
     Raises:
         UserError: a task does not fit into the window.
     """
     chunks = -(-tokens // _CHUNK_TOKENS)
-    # Not forked from a process in which threads of the tokenizer have run.
-    context = multiprocessing.get_context("spawn")
     work = partial(_make_chunk, tokenizer, stores, window)
-    with ProcessPoolExecutor(min(workers, chunks), context) as pool:
-        for documents in pool.map(work, range(seed * _SEED_STEP, seed * _SEED_STEP + chunks)):
-            for document in documents:
-                if tokens <= 0:
-                    return
-                yield document
-                tokens -= len(document) + 1
+    for documents in map_in_parallel(work, range(seed * _SEED_STEP, seed * _SEED_STEP + chunks)):
+        for document in documents:
+            if tokens <= 0:
+                return
+            yield document
+            tokens -= len(document) + 1
 
 
 def _make_chunk(tokenizer: Path, stores: list[Path], window: int, seed: int) -> list[np.ndarray]:
