@@ -1,1 +1,1 @@
-"""Scripts around the package, each run from the root of the repository as a module."""
+"""Scripts around the package. Each is run as a module from the root of the repository."""

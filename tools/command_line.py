@@ -1,7 +1,8 @@
-"""What the command lines of the tools share: one parser, and one name and help text per flag.
+"""The parser and the flags that the command lines of the tools share.
 
-Nothing here imports torch, so that ``--help`` is fast. A tool imports what it measures with after
-its arguments were parsed, and runs under ``megalard.cli.run``, which prints errors.
+A flag has the same name and help text in every tool. Nothing here imports torch, so that ``--help``
+is fast: a tool imports torch after it has parsed its arguments. Every tool runs under
+``megalard.cli.run``, which prints errors.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ CHECKPOINTING = {"no": [False], "yes": [True], "both": [False, True]}
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of a description, and adds the default of a flag to its help text."""
+    """A formatter that keeps the lines of a description and adds defaults to help texts."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
@@ -85,8 +86,8 @@ def _new_file(text: str) -> Path:
     return path
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--device``."""
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Declare ``--device`` in a parser or in a group of its arguments."""
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -154,7 +155,7 @@ def add_output(parser: argparse.ArgumentParser, content: str, required: bool = T
     """Declare ``--output``.
 
     Args:
-        content: what is written there, for the help text.
+        content: the help text, which names the content of the directory.
     """
     parser.add_argument("--output", type=Path, required=required, metavar="DIR", help=content)
 
@@ -163,7 +164,7 @@ def add_seed(parser: argparse.ArgumentParser, of: str) -> None:
     """Declare ``--seed``.
 
     Args:
-        of: what is random, for the help text.
+        of: the random things, for the help text.
     """
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help=f"seed of {of}")
 
@@ -172,7 +173,7 @@ def add_workers(parser: argparse.ArgumentParser, default: int, of: str) -> None:
     """Declare ``--workers``.
 
     Args:
-        of: what the processes do, for the help text.
+        of: the work of the processes, for the help text.
     """
     parser.add_argument(
         "--workers", type=at_least(1), default=default, metavar="N", help=f"processes that {of}"

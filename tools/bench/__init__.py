@@ -1,1 +1,1 @@
-"""Benchmarks: each prints its own measurement and the measurement of its reference."""
+"""Benchmarks. Each prints its measurement and the measurement of its reference in the same run."""

@@ -1,10 +1,10 @@
-"""Measure checkpoints against cp on a disk, or what a save costs the steps of a run.
+"""Measure checkpoints against cp on a disk, or the cost of a save to the steps of a run.
 
     python -m tools.bench.checkpoint --scratch /a/disk --json checkpoint.json
     torchrun --nproc-per-node 4 -m tools.bench.checkpoint --stall --scratch /a/disk
 
 Without --stall: ``megalard convert import`` and ``export`` of a model with random weights, and save
-and load of its sharded state, each once and in a process of its own. The reference is a recursive
+and load of its sharded state, each once and in a separate process. The reference is a recursive
 ``cp`` of the same model. Caches are dropped before each where the system allows it (root on Linux).
 Everything that megalard writes ends with fsync. cp does not, so it is listed with and without a
 sync. The peak memory is the largest resident size of the process. For save and load the size of the

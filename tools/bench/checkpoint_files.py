@@ -25,12 +25,12 @@ _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 @dataclass(frozen=True)
 class Work:
-    """What one process did.
+    """The measurements of one process.
 
     Attributes:
-        seconds: from its start to its end.
+        seconds: the time from its start to its end.
         peak_bytes: its largest resident size.
-        output: what it printed.
+        output: the text that it printed.
     """
 
     seconds: float
@@ -102,7 +102,7 @@ class _Scratch(tempfile.TemporaryDirectory):
 
 
 def worker(command: str, options: argparse.Namespace, directory: Path) -> list[str]:
-    """Return the command line of a piece of work in a process of its own."""
+    """Return the command line of a process of ``tools.bench.checkpoint_worker``."""
     module = [sys.executable, "-m", "tools.bench.checkpoint_worker"]
     return [*module, command, "--shape", options.shape, "--directory", str(directory)]
 
@@ -121,8 +121,7 @@ def run_process(command: list[str]) -> Work:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(
-            f"{' '.join(command)} ended with status {process.returncode}: its message above says "
-            "what to change"
+            f"{' '.join(command)} ended with status {process.returncode}: follow the message above"
         )
     return Work(time.perf_counter() - start, usage.ru_maxrss * 1024, output)
 
@@ -144,10 +143,10 @@ def are_same(a: Path, b: Path) -> bool:
 
 
 class Report:
-    """Prints results as they come.
+    """A table of the results, printed as they come.
 
     Attributes:
-        results: what was added.
+        results: the results as JSON takes them.
 
     Args:
         size: bytes of the model.

@@ -1,4 +1,4 @@
-"""What a save costs the steps of a run, in the foreground and in the background."""
+"""The cost of a save to the steps of a run, in the foreground and in the background."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def shared_scratch(parent: Path, mesh: Mesh) -> Iterator[Path]:
     with checked_on_all_ranks(mesh.world):
         if mesh.is_rank_0:
             directory = scratch_directory(parent)
-    path = from_rank_0(directory and directory.name, mesh.world)
+    path = from_rank_0(None if directory is None else directory.name, mesh.world)
     try:
         yield Path(path)
         if mesh.world.size > 1:
@@ -149,7 +149,7 @@ def measure_saves(
         saver.wait()
         start = time.perf_counter()
         saver.save(run.number + 1)
-        held = time.perf_counter() - start
+        held_seconds = time.perf_counter() - start
         after: list[float] = []
         written = time.perf_counter()
         is_writing = torch.ones(1, device=mesh.device)
@@ -158,22 +158,22 @@ def measure_saves(
             all_reduce(is_writing.fill_(saver.is_writing()), mesh.world, dist.ReduceOp.MAX)
             if is_writing:
                 written = time.perf_counter()
-    slowed = max(0.0, sum(after) - plain * len(after))
+    slowed_seconds = max(0.0, sum(after) - plain * len(after))
     return {
         "save": kind,
-        "held_seconds": held,
+        "held_seconds": held_seconds,
         "steps_after": len(after),
-        "slowed_seconds": slowed,
+        "slowed_seconds": slowed_seconds,
         "written_after_seconds": written - start,
-        "share_of_step": (held + slowed) / (_INTERVAL_STEPS * plain),
+        "share_of_step": (held_seconds + slowed_seconds) / (_INTERVAL_STEPS * plain),
     }
 
 
 class Report:
-    """Prints results as they come; on rank 0 alone.
+    """A table of the results, which rank 0 prints as they come.
 
     Attributes:
-        results: what was added.
+        results: the results as JSON takes them.
     """
 
     def __init__(

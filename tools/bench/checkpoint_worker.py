@@ -1,4 +1,4 @@
-"""One piece of work of ``tools.bench.checkpoint``, in a process whose time and memory it measures.
+"""Do one piece of work of ``tools.bench.checkpoint``, which measures the time and memory of it.
 
     python -m tools.bench.checkpoint_worker save --shape tiny --directory DIR
 
@@ -23,10 +23,14 @@ _WINDOW = 4096
 def main(arguments: list[str] | None = None) -> int:
     """Do the work; return the exit status."""
     parser = command_line.make_parser("tools.bench.checkpoint_worker", __doc__)
-    parser.add_argument("work", choices=("make", "save", "load"), help="what to do")
+    parser.add_argument("work", choices=("make", "save", "load"), help="the work to do")
     add_shape(parser)
     parser.add_argument(
-        "--directory", type=Path, required=True, metavar="DIR", help="what to write or to read"
+        "--directory",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the directory to write or to read",
     )
     options = parser.parse_args(arguments)
     return cli.run(lambda: run(options.work, options.shape, options.directory))

@@ -29,10 +29,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from megalard import cli
 from megalard.errors import UserError
 from tools import command_line
+
+if TYPE_CHECKING:
+    from megalard.parallel.mesh import Mesh
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.traffic:
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError("--traffic starts its own processes: run it without torchrun")
+            raise UserError("--traffic starts eight processes by itself: run it without torchrun")
         environment, results = {"device": "cpu"}, context_traffic.report(max(options.lengths))
     else:
         from megalard.parallel.mesh import build_mesh
@@ -93,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
         write_json(options.json, environment, options, results)
 
 
-def measure(options: argparse.Namespace, mesh, kind) -> list[dict]:
+def measure(options: argparse.Namespace, mesh: Mesh, kind: ModuleType) -> list[dict]:
     """Measure every length on every number of ranks.
 
     Args:

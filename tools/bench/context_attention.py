@@ -53,7 +53,7 @@ def _one_document(shard: SequenceShard):
 
 
 class ArrivedTensor:
-    """Stands in for ``PendingCollective``: random numbers that are there at once."""
+    """A stand-in for ``PendingCollective`` that returns random numbers at once."""
 
     def __init__(self, x: torch.Tensor, tokens: int):
         self._result = _random((tokens, *x.shape[1:]), x.dtype, x.device)
@@ -80,7 +80,7 @@ def no_transfers() -> AbstractContextManager:
 def measure(
     options: argparse.Namespace, length: int, axis: Axis, device: torch.device
 ) -> dict[str, float]:
-    """Compare and time all of them; a collective call over the axis.
+    """Compare and time all ways; a collective call over the axis.
 
     Returns:
         Seconds, and on a GPU the peak bytes of the fullest rank beyond q, k and v.
@@ -89,7 +89,7 @@ def measure(
     shape = (1, shard.local_length, options.heads, options.head_dim)
     dtype = getattr(torch, options.dtype)
     *qkv, upstream = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
-    # The order in memory is that of the output of a projection.
+    # In memory the tensors are ordered as the output of a projection.
     qkv = [x.transpose(1, 2).requires_grad_() for x in qkv]
 
     def step(attention: Attention) -> list[torch.Tensor]:
@@ -131,7 +131,7 @@ def _peak_bytes(work: Callable[[], object], axis: Axis, device: torch.device) ->
 
 
 class Report:
-    """Prints results as they come; on rank 0 alone."""
+    """A table of the results, which rank 0 prints as they come."""
 
     def __init__(self, is_rank_0: bool):
         self._table = None

@@ -72,7 +72,7 @@ def by_schedule_without_transfers(relation: Relation) -> list[torch.Tensor]:
 
 
 class NoExchange:
-    """Stands in for ``Exchange``: receives at once what it was given to send."""
+    """A stand-in for ``Exchange`` that at once receives the tensors that it was given to send."""
 
     sent_bytes = 0
 
@@ -84,9 +84,9 @@ class NoExchange:
 
 
 def by_all_gather(relation: Relation) -> list[torch.Tensor]:
-    """Return what ``by_schedule`` returns.
+    """Return the same sum and gradient as ``by_schedule``.
 
-    Every rank gathers all vectors, computes the rows of its own pieces, and reduce-scatters the
+    Every rank gathers all vectors, computes the rows of its pieces, and reduce-scatters the
     gradients of all vectors.
     """
     shard = relation.plan.shard
@@ -118,7 +118,7 @@ def by_all_gather(relation: Relation) -> list[torch.Tensor]:
 def measure(
     options: argparse.Namespace, length: int, axis: Axis, device: torch.device
 ) -> dict[str, float]:
-    """Compare and time the three; a collective call over the axis."""
+    """Compare and time all three ways; a collective call over the axis."""
     relation = make_relation(
         length, options.heads, options.head_dim, axis, device, getattr(torch, options.dtype)
     )
@@ -134,7 +134,7 @@ def measure(
 
 
 class Report:
-    """Prints results as they come; on rank 0 alone."""
+    """A table of the results, which rank 0 prints as they come."""
 
     def __init__(self, is_rank_0: bool):
         self._one_rank: dict[int, float] = {}

@@ -32,9 +32,9 @@ COUNTED_RANKS = range(2, 9)
 
 
 def relation_bytes(ranks: int, length: int) -> tuple[float, float]:
-    """Return what a rank sends for the relations: by the schedule, and by gathering.
+    """Return the bytes that a rank sends for the relations: by the schedule, and by gathering.
 
-    An all-reduce by a ring sends 2 (P - 1) / P of what it is given. Gathering needs none, because
+    An all-reduce by a ring sends 2 (P - 1) / P of its bytes. Gathering needs no all-reduce, because
     every rank then sees whole rows, but it gathers the chunks of both models and reduce-scatters
     the gradients.
     """
@@ -45,7 +45,7 @@ def relation_bytes(ranks: int, length: int) -> tuple[float, float]:
 
 
 def attention_bytes(ranks: int, length: int) -> tuple[float, float]:
-    """Return what a rank sends for attention: by gathering K and V, and by a ring.
+    """Return the bytes that a rank sends for attention: by gathering K and V, and by a ring.
 
     Both move K and V of teacher and student forward, and the student's once more under activation
     checkpointing. In the backward pass gathering reduce-scatters their gradients. A ring moves K
@@ -64,10 +64,10 @@ def report(length: int) -> list[dict]:
                 f"rank {rank} of {ranks} sent {counted}, and the formula says {expected}"
             )
     print(
-        f"on {COUNTED_RANKS[0]} to {COUNTED_RANKS[-1]} ranks, every rank's counters are what the "
-        "formula says\n\n"
+        f"on {COUNTED_RANKS[0]} to {COUNTED_RANKS[-1]} ranks, the counters of every rank equal the "
+        "formula\n\n"
         f"LLaMA2-7B, {length:,} tokens, bf16: GiB that a rank sends per layer, and ms at 50 GB/s;\n"
-        "chunks: what a rank fetches by the schedule, and by gathering\n"
+        "chunks: the chunks that a rank fetches by the schedule, of those fetched by gathering\n"
     )
     names = ("relations_schedule", "relations_gathering", "attention_gathering", "attention_ring")
     table = Table("ranks", "chunks", *((name.replace("_", ", "), 16) for name in names))
@@ -83,7 +83,7 @@ def report(length: int) -> list[dict]:
 
 
 def count() -> dict[int, list[tuple[Traffic, Traffic]]]:
-    """Return what every rank's counters say and what the formula says, by number of ranks.
+    """Return the counters of every rank and the results of the formula, by number of ranks.
 
     The ranks are processes on this machine. They are forked from a server that has imported torch,
     so that not every one of them imports it.
@@ -104,9 +104,10 @@ def _free_port() -> int:
 
 
 def _run_rank(rank: int, port: int, results) -> None:
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": COUNTED_RANKS[-1]}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in variables.items()}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": COUNTED_RANKS[-1]}
+    numbers["MASTER_PORT"] = port
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.set_num_threads(1)
     mesh, pairs = build_mesh("cpu", 1), {}
     for ranks in COUNTED_RANKS:
@@ -122,7 +123,7 @@ def _run_rank(rank: int, port: int, results) -> None:
 
 
 def count_small_step(axis: Axis) -> tuple[Traffic, Traffic]:
-    """Return the counters of a small step of the relations, and what the formula says of it."""
+    """Return the counters of a small step of the relations, and the result of the formula."""
     heads, head_dim, length = 2, 8, 16 * axis.size
     shard = SequenceShard(length, axis)
     tokens = torch.zeros(length, dtype=torch.int64).numpy()

@@ -10,14 +10,14 @@ Speed: bf16, causal, one sequence. Three operations are timed on the same shapes
 
   relation          with the kernels that the trainer chooses on this device
   Triton relation   with the Triton kernels, which run on every GPU
-  attention         the reference, with cuDNN on a GPU and with torch's own kernels on a CPU
+  attention         the reference, with cuDNN on a GPU and with torch's kernels on a CPU
 
 Packed documents are one call of the relation, and one call of attention per document. Times are
 medians and ranges of several runs.
 
 Rates count half-products over the allowed pairs, each of 2 d FLOP per pair and head. The relation
 has 2 of them forward (the scores of student and teacher) and 4 backward (both scores again, D X and
-Dᵀ X; what a kernel computes once more is not counted). Attention has 2 forward (Q Kᵀ and P V) and 5
+Dᵀ X; repeated products inside a kernel do not count). Attention has 2 forward (Q Kᵀ and P V) and 5
 backward. The column "of product" is the rate relative to a square matrix product of the same run,
 and "of attention" is the rate relative to the rate of attention.
 """

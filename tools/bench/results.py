@@ -56,7 +56,7 @@ def describe_environment(device: torch.device | None = None) -> dict[str, str]:
 
 
 def print_environment(facts: dict[str, str]) -> None:
-    """Print what ``describe_environment`` returned, on one line."""
+    """Print an environment on one line."""
     libraries = ", ".join(
         f"{name} {version}" for name, version in facts.items() if name != "device"
     )

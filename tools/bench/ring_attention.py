@@ -69,7 +69,7 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _pass_on(tensors: list[torch.Tensor], axis: Axis) -> Exchange:
-    """Start to send tensors to the next rank of the ring and to receive the previous rank's."""
+    """Start to exchange tensors: this rank's go to the next rank, the previous rank's arrive."""
     return Exchange(tensors, (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size, axis)
 
 
@@ -80,7 +80,7 @@ def _chunks_in_turn(
     chunk = [k.contiguous(), v.contiguous()]
     for step in range(axis.size):
         following = _pass_on(chunk, axis) if step + 1 < axis.size else None
-        yield (axis.rank - step) % axis.size, *chunk
+        yield (axis.rank - step) % axis.size, chunk[0], chunk[1]
         if following is not None:
             chunk = following.wait()
 

@@ -6,15 +6,15 @@
 A step is the forward and backward pass of one micro-batch per data-parallel rank, and the update:
 the sums over ranks, clipping, and the optimizer. One row per block length, without and with
 activation checkpointing, has the median and the range of both parts, tokens per second of the
-complete step, and the peak memory. All numbers are those of rank 0.
+complete step, and the peak memory. All numbers were measured on rank 0.
 
 The reference is a product of two square matrices of the same dtype, measured in the same run: 8192
 rows on a GPU, 512 on a CPU. The column "of product" is the rate of the forward and backward pass
 relative to the rate of that product. It counts the operations that ``megalard.training.flops``
 counts: the linear layers, causal attention, the relations and LoRA's products, each as often as the
-loss and the trained weights need them. Weights that are not trained have no weight gradients, and
-what is computed twice under activation checkpointing counts once. Everything else, such as norms,
-softmax and RoPE, counts as nothing.
+loss and the trained weights need them. Weights that are not trained have no weight gradients.
+Activation checkpointing computes some products twice, and they count once. Everything else, such as
+norms, softmax and RoPE, does not count.
 
 Under each row are the parts of one more step, which torch.profiler traces. For the shape that the
 paper trains, LLaMA2-7B, a row also has the time that the paper's 4.25M tokens would take at this
@@ -26,10 +26,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from typing import TYPE_CHECKING
 
 from megalard import cli
 from tools import command_line
 from tools.bench.shapes import add_shape
+
+if TYPE_CHECKING:
+    from megalard.parallel.mesh import Mesh
+    from tools.bench.timing import MatrixProduct
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,9 +136,15 @@ def run(options: argparse.Namespace) -> None:
 
 
 class StepReport:
-    """Prints the head of the benchmark, and each result when it is known; on rank 0 alone."""
+    """The report of the benchmark, which rank 0 prints as results come."""
 
-    def __init__(self, options: argparse.Namespace, mesh, product, environment: dict[str, str]):
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        mesh: Mesh,
+        product: MatrixProduct,
+        environment: dict[str, str],
+    ):
         from tools.bench.results import Table, print_environment
 
         self._options = options
@@ -142,7 +153,7 @@ class StepReport:
         print_environment(environment)
         print(f"reference: {product}")
         print(
-            f"{options.shape}, {options.micro_batch} blocks per micro-batch, LoRA rank "
+            f"{options.shape}, blocks per micro-batch: {options.micro_batch}, LoRA rank: "
             f"{options.lora_rank}, {options.dtype}, dp {mesh.dp.size} x cp {mesh.cp.size} x "
             f"tp {mesh.tp.size}{', saved tensors in host memory' if options.offload else ''}\n"
         )
@@ -160,7 +171,7 @@ class StepReport:
 
     def add(self, result: dict) -> None:
         """Print one result."""
-        from tools.bench.step_trace import StepTrace
+        from tools.bench.step_trace import StepTrace, print_trace
 
         passes, memory = result["forward_backward_seconds"], result["peak_gib"]
         self._table.row(
@@ -180,19 +191,6 @@ class StepReport:
                 f"    the paper's {result['recipe_tokens'] / 1e6:.2f}M tokens would take "
                 f"{result['recipe_minutes']:.1f} minutes, with an update after every micro-batch"
             )
-
-
-def print_trace(trace) -> None:
-    """Print where the time of the traced step went."""
-    parts = "  ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in trace.parts.items())
-    print(f"    traced step, ms: {parts}")
-    if trace.busy is not None:
-        print(
-            f"    the GPU is busy for {trace.busy:.1%} of {trace.span * 1e3:.1f} ms; "
-            f"its longest pause is {trace.gap * 1e6:.0f} us"
-        )
-    for name, seconds, calls in trace.kernels:
-        print(f"    {seconds * 1e3:9.3f} ms {calls:6d} x {name[:90]}")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def time_steps(
 
 
 def memory_gib(device: torch.device) -> dict[str, float | None]:
-    """Return the peak of the GPU's memory and what is allocated now; None on a CPU."""
+    """Return the peak of the GPU's memory and its present use; None on a CPU."""
     if device.type != "cuda":
         return {"peak_gib": None, "between_steps_gib": None}
     return {

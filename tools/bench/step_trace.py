@@ -84,7 +84,7 @@ def read_trace(events: Iterable[dict]) -> StepTrace:
     parts = dict.fromkeys((*PARTS, OTHER), 0.0)
     times_of_kernel: dict[str, list[float]] = defaultdict(list)
     for event in on_gpu:
-        # Autograd launches from a thread of its own, while "backward" is open in the main thread.
+        # Autograd launches from another thread, while "backward" is open in the main thread.
         launched = launch_times.get(event["args"].get("correlation"), -1.0)
         covering = (name for start, end, name in labels if start <= launched < end)
         parts[next(covering, OTHER)] += event["dur"] / 1e6
@@ -120,3 +120,16 @@ def _occupation(intervals: Iterable[tuple[float, float]]) -> tuple[float, float,
         busy += max(0.0, end - max(start, covered_until))
         covered_until = max(covered_until, end)
     return busy, gap, covered_until - start_of_all
+
+
+def print_trace(trace: StepTrace) -> None:
+    """Print where the time of the traced step went."""
+    parts = "  ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in trace.parts.items())
+    print(f"    traced step, ms: {parts}")
+    if trace.busy is not None:
+        print(
+            f"    the GPU is busy for {trace.busy:.1%} of {trace.span * 1e3:.1f} ms; "
+            f"its longest pause is {trace.gap * 1e6:.0f} us"
+        )
+    for name, seconds, calls in trace.kernels:
+        print(f"    {seconds * 1e3:9.3f} ms {calls:6d} x {name[:90]}")

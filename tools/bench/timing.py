@@ -1,4 +1,4 @@
-"""Time on GPUs by CUDA events, on CPUs by the clock, and over ranks by the slowest of them."""
+"""Measure time: on GPUs by CUDA events, on CPUs by the clock, over ranks by the slowest rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megalard.parallel.collectives import all_gather_tokens
 from megalard.parallel.mesh import SINGLE, Axis
 
 _WARM_UP = 3
-# About a millisecond: longer than the host takes to launch what is timed.
+# About a millisecond, which is longer than the host takes to launch the timed work.
 _BUSY_CYCLES = 2_000_000
 
 
@@ -33,7 +33,7 @@ class Seconds:
 
 
 class Stopwatch:
-    """Marks places in a stream of work and returns the time between two of them.
+    """A watch that marks places in a stream of work and returns the time between two marks.
 
     On a GPU the marks are CUDA events, so that taking one does not wait for the GPU.
     """

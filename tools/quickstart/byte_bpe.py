@@ -19,8 +19,8 @@ def train_tokenizer(
 
     Args:
         window: noted as the tokenizer's ``model_max_length``.
-        single_digits: give every digit an id of its own, as Llama's tokenizers do, so that all
-            numbers are spelled alike.
+        single_digits: give every digit its id, as Llama's tokenizers do, so that all numbers are
+            spelled alike.
     """
     bpe = Tokenizer(models.BPE())
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

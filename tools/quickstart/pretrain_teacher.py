@@ -7,8 +7,8 @@ The teacher is a Llama of 0.8M parameters with a native window of 256 tokens and
 ``tools.quickstart.stdlib_text``, which takes half an hour on two CPU cores. The defaults, with the
 library of Python 3.11, made the teacher in launch/quickstart_teacher.
 
-At the end the held-out loss is printed by length, natively and with positions divided by 8. The
-second is what the quickstart restores.
+At the end the held-out loss is printed by length, natively and with positions divided by 8, the
+scaling from which the quickstart restores.
 """
 
 from __future__ import annotations

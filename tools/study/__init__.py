@@ -1,1 +1,1 @@
-"""The restoration study: a small model, every method, several seeds."""
+"""The restoration study: every method restores the same small model, with several seeds."""

@@ -23,7 +23,7 @@ from tools.study.workers import parallel_map
 
 # Shares of the bytes of a domain, as ``split_of`` divides its files.
 _SHARES = {"train": 0.88, "validation": 0.04, "test": 0.08}
-# The largest share of a document, by characters, that earlier documents of its own split may have,
+# The largest share of a document, by characters, that earlier documents of the same split may have,
 # and the largest share that documents of other splits may have.
 _MOST_SEEN, _MOST_SHARED = 0.5, 0.1
 # Bytes that are read for each byte that is wanted, because some documents are copies.
@@ -42,7 +42,7 @@ def collect(
     """Return documents of at most ``domain_bytes`` per domain, in the shares of the splits.
 
     Args:
-        report: called with a line about what was done.
+        report: called with a line about each finished part.
     """
     files = find_files(roots)
     report(", ".join(f"{len(paths)} {domain}" for domain, paths in files.items()) + " files")

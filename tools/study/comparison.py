@@ -18,7 +18,7 @@ SHARES = (0.90, 0.95, 0.983)
 IN, OUT = "in the training domain", "out of it"
 
 Measured = dict
-"""What was measured of one model: ``domains`` and, where methods are compared, ``tasks``."""
+"""The measurements of one model: ``domains`` and, where methods are compared, ``tasks``."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class Comparison:
 
     @property
     def teacher(self) -> Measured:
-        """What was measured of the teacher."""
+        """The measurements of the teacher."""
         return _of_teacher(self._baselines)
 
     def scaled(self, rope: str) -> Measured:
-        """Return what was measured of the scaled student."""
+        """Return the measurements of the scaled student."""
         return self._baselines["scaled", rope]
 
     def runs(self, method: str, rope: str) -> list[dict]:
@@ -97,7 +97,7 @@ class Comparison:
         return [r for r in self._finals if (r["method"], r["rope"]) == (method, rope)]
 
     def over_seeds(self, method: str, rope: str, number: Callable[[Measured], float]) -> Spread:
-        """Return a number of what was measured where methods are compared, over all seeds."""
+        """Return a number of the measurements where methods are compared, over all seeds."""
         return Spread.of(number(run["compared"]) for run in self.runs(method, rope))
 
     def domains(self, where: str) -> list[str]:

@@ -17,7 +17,7 @@ have more than half of it, or documents of another split more than a tenth; the 
   OUTPUT/tokenizer/                        a byte-level BPE, trained on train text of all domains
   OUTPUT/DOMAIN/{train,validation,test}/   token stores, for data.paths and evaluation.paths
   OUTPUT/mixed/train/                      all train documents, shuffled, with the synthetic ones
-  OUTPUT/corpus.json                       what is in them
+  OUTPUT/corpus.json                       their sizes and checksums
 
 Every document ends with the end token, so runs on these stores need data.eos yes. A domain of which
 this machine has too little text is left out, with a warning. The same files, options and versions
@@ -117,7 +117,7 @@ def _vocab_size(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Build the corpus and print what is in it."""
+    """Build the corpus and print its sizes."""
     from tools.study.corpus_stores import build
 
     start = time.perf_counter()
@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def print_table(content: dict) -> None:
-    """Print what ``corpus.json`` says."""
+    """Print the content of ``corpus.json`` as a table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -33,10 +33,10 @@ SYNTHETIC = "synthetic"
 
 
 class GivenDocuments:
-    """Documents that are at hand, as the text of a token store; see ``megalard.data.sources.Text``.
+    """Documents in memory, as the text of a token store; see ``megalard.data.sources.Text``.
 
     Attributes:
-        content, files: what identifies the documents.
+        content, files: the identity of the documents.
     """
 
     def __init__(self, documents: Iterable, identity: str):
@@ -57,7 +57,7 @@ def build(options: argparse.Namespace, report: Report) -> dict:
 
     Args:
         options: the options of ``tools.study.corpus``.
-        report: called with a line about what was done.
+        report: called with a line about each finished part.
 
     Raises:
         UserError: the output directory is not empty or cannot be written, or there is not enough
@@ -218,7 +218,7 @@ def describe(store: TokenStore) -> dict:
 
 
 def describe_sources(documents: list[Document]) -> dict:
-    """Return what the entry of a store also says of text from files."""
+    """Return the further entries of a store whose text comes from files."""
     sources = "\n".join(document.source for document in documents)
     return {
         "bytes": sum(document.size for document in documents),

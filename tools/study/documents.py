@@ -1,6 +1,6 @@
-"""Documents of text from the files of a machine: found, sorted into domains, and cleaned.
+"""Documents of text from the files of a machine, sorted into domains and cleaned.
 
-``tools.study.corpus`` says what the domains are.
+``tools.study.corpus`` lists the domains.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def find_files(roots: list[Path]) -> dict[str, list[tuple[Path, str]]]:
 
 
 def read_text(path: Path) -> str | None:
-    """Return the text of a file; None if it is too small or too large, binary, or not prose-like.
+    """Return the text of a file; None if it is too small, too large or not text.
 
-    Minified code and tables of numbers are left out too.
+    Minified code and tables of numbers do not count as text.
     """
     try:
         raw = path.read_bytes()

@@ -77,7 +77,7 @@ class Study:
         A baseline, which trains nothing, has the recipe of LinearARD.
         """
         is_gpu = self.mesh.device.type == "cuda"
-        settings = {
+        settings: dict[str, object] = {
             "model.teacher": self.folder / "teacher",
             "model.compute_dtype": "bfloat16" if is_gpu else "float32",
             "rope.type": run.rope,

@@ -1,4 +1,4 @@
-"""Hashes of the passages of a text, by which copies of text are found in other documents."""
+"""Hashes of the passages of a text, by which copies of text in other documents are recognized."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ test files that nothing was trained on or chosen by. The stages, in order:
 
 A stage that was stopped goes on where it was, with the same command: results are appended to
 STUDY/results.jsonl as they come, and a run that has a result there is not repeated.
-docs/restoration.md says what came out.
+docs/restoration.md has the results.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = command_line.make_parser("tools.study.restoration", __doc__)
     at_least = command_line.at_least
-    parser.add_argument("stage", choices=list(STAGES), help="what to do; see above")
+    parser.add_argument("stage", choices=list(STAGES), help="the stage to run; see above")
     parser.add_argument(
         "folder", type=Path, metavar="STUDY", help="directory of the study, which holds corpus/"
     )
@@ -48,7 +48,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--domain", default="python", help="the domain of text that restores the student"
     )
     parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="which to run"
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        default=list(METHODS),
+        help="the methods to run",
     )
     parser.add_argument(
         "--ropes", nargs="+", choices=ROPES, default=ROPES, help="types of RoPE to scale by"

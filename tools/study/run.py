@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from megalard.data.loader import StreamLoaders
 from megalard.errors import UserError
 from megalard.evaluation.measure import Measurement
-from megalard.evaluation.suite import Suite, run_suite
+from megalard.evaluation.suite import Results, Suite, run_suite
 from megalard.model.decoder import Decoder
 from megalard.training.models import load_models
 from megalard.training.monitor import peak_memory_bytes
@@ -29,7 +30,7 @@ _TIMED_STEPS, _WARM_UP_STEPS = 15, 5
 
 @dataclass(frozen=True)
 class Run:
-    """What is done in one run.
+    """The description of one run.
 
     Attributes:
         kind: ``search`` tries a learning rate, ``final`` is compared, ``timing`` measures time and
@@ -55,7 +56,7 @@ class Run:
         """Return the number of training tokens.
 
         Args:
-            shrink: what every number of tokens is divided by.
+            shrink: the divisor of every number of tokens.
         """
         if self.kind == "timing":
             return _TIMED_STEPS * tokens_per_step
@@ -66,7 +67,7 @@ class Run:
 
 
 class Models:
-    """The models of a run, and what is measured of them.
+    """The models of a run, and their measurements.
 
     Args:
         study: the text and the samples.
@@ -116,7 +117,7 @@ class Models:
         domains = self.by_length(study.domains, "test", SHORT_LENGTHS, study.sizes.milestone)
         return {"tokens": tokens, "domains": domains}
 
-    def _run(self, suite: Suite):
+    def _run(self, suite: Suite) -> Results:
         study = self.study
         return run_suite(self.model, suite, study.mesh, self.dtype, self.teacher, NATIVE_WINDOW)
 
@@ -159,7 +160,12 @@ def execute(study: Study, run: Run) -> dict:
 
 
 def _train(
-    study: Study, run: Run, models: Models, distiller: Distiller, loaders, steps: int
+    study: Study,
+    run: Run,
+    models: Models,
+    distiller: Distiller,
+    loaders: StreamLoaders,
+    steps: int,
 ) -> dict:
     """Take all steps, and measure after those that complete a milestone."""
     device, per_step = study.mesh.device, distiller.config.tokens_per_step

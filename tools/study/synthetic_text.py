@@ -63,7 +63,7 @@ def _make_chunk(tokenizer: Path, stores: list[Path], window: int, seed: int) -> 
 
 @cache
 def _prepare(tokenizer: Path, stores: tuple[Path, ...]) -> tuple[Tokenizer, list[Filler]]:
-    """Return what a worker needs for all of its chunks."""
+    """Return the tokenizer and the fillers that a worker needs for all of its chunks."""
     encoder, share = load_tokenizer(tokenizer), _FILLER_TOKENS // len(stores)
     opened = [TokenStore.open(path) for path in stores]
     text = np.concatenate([store.read(0, min(share, len(store.tokens))) for store in opened])
