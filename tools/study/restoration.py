@@ -45,17 +45,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "folder", type=Path, metavar="STUDY", help="directory of the study, which holds corpus/"
     )
     parser.add_argument(
-        "--domain", default="python", help="the domain of text that restores the student"
+        "--domain",
+        default="python",
+        metavar="NAME",
+        help="the domain of text that restores the student",
     )
     parser.add_argument(
         "--methods",
         nargs="+",
         choices=list(METHODS),
         default=list(METHODS),
+        metavar="METHOD",
         help="the methods to run",
     )
     parser.add_argument(
-        "--ropes", nargs="+", choices=ROPES, default=ROPES, help="types of RoPE to scale by"
+        "--ropes",
+        nargs="+",
+        choices=ROPES,
+        default=ROPES,
+        metavar="TYPE",
+        help="types of RoPE to scale by",
     )
     parser.add_argument(
         "--seeds", type=at_least(1), default=3, metavar="N", help="final: seeds of each run"
@@ -77,9 +86,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds",
         type=at_least(0, float),
-        default=math.inf,
         metavar="S",
-        help="start no run after this time",
+        help="start no run after this time (default: no limit)",
     )
     command_line.add_workers(parser, 1, "run at the same time and take the GPUs in turn")
     command_line.add_device(parser)
@@ -161,7 +169,7 @@ def _run_all(options: argparse.Namespace, runs: list, workers: int) -> None:
         options.device,
         options.shrink,
         workers,
-        options.seconds,
+        math.inf if options.seconds is None else options.seconds,
     )
 
 
