@@ -1,7 +1,8 @@
 """Put the kernels of the repository's top-level ``kernels/`` into the package ``megalard.kernels``.
 
-Everything else about the package is in pyproject.toml. There must be no ``kernels/__init__.py``: a
-top-level package ``kernels`` would shadow the PyPI package of that name, which transformers imports.
+Everything else about the package is in pyproject.toml. There must be no ``kernels/__init__.py``:
+a top-level package ``kernels`` would shadow the PyPI package of that name, which transformers
+imports.
 """
 
 from setuptools import find_packages, setup

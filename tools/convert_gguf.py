@@ -2,9 +2,9 @@
 
   python -m tools.convert_gguf MODEL.gguf MODEL_DIR
 
-The weights are stored in fp32: after quantization a finer grid costs nothing, and small changes by
-LoRA would vanish in bf16. GGUF keeps the name of the pre-tokenizer but not the pre-tokenizer itself;
-where the name is known, it is put back. Needs the package gguf.
+The weights are stored in fp32: after quantization a finer grid costs nothing, and small changes
+by LoRA would vanish in bf16. GGUF keeps the name of the pre-tokenizer but not the pre-tokenizer
+itself; where the name is known, it is put back. Needs the package gguf.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _read(file: Path) -> tuple[Any, Any]:
 
 
 def _restore_pre_tokenizer(backend: Any, name: str) -> None:
-    """Put the pre-tokenizer back that GGUF knows by name, where it differs from plain byte level."""
+    """Restore the pre-tokenizer that GGUF knows by name, where it is not plain byte level."""
     from tokenizers import pre_tokenizers
 
     if name == "smollm":

@@ -106,7 +106,8 @@ def _with_prefix(stored: str, layouts: dict[str, Layout], spec: ModelSpec) -> st
     def is_known(name: str) -> bool:
         head, _, kind = name.rpartition(".")
         module = name if kind in ("weight", "bias") else f"{head}.weight"
-        return module in layouts or _fused_parts(name, spec) is not None
+        parts = _fused_parts(name, spec)
+        return module in layouts or (parts is not None and parts[0] in layouts)
 
     if not is_known(stored):
         for name in (_PREFIX + stored, stored.removeprefix(_PREFIX)):

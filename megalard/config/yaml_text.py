@@ -13,6 +13,7 @@ from megalard.files.reading import read_text
 _FILE_BYTES = 2**20
 # Nodes of one file after its aliases are expanded, and how deep they may be nested.
 _NODES, _DEPTH = 20_000, 32
+_DIGITS = 100  # of one whole number
 
 _PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "merge")
 
@@ -30,6 +31,11 @@ class _PlainLoader(yaml.SafeLoader):
             keys.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _DIGITS:
+            raise yaml.YAMLError(f"a whole number has more than {_DIGITS} digits")
+        return super().construct_yaml_int(node)
+
 
 # Dates and binary data have no place in a configuration; as text they are checked like other text.
 _PlainLoader.yaml_implicit_resolvers = {
@@ -40,7 +46,7 @@ _PlainLoader.yaml_constructors = {
     tag: constructor
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag.rpartition(":")[2] in _PLAIN_TAGS
-}
+} | {"tag:yaml.org,2002:int": _PlainLoader.construct_yaml_int}
 
 
 def parse_file(path: str) -> dict:
@@ -76,6 +82,7 @@ _ERRORS = (yaml.YAMLError, ValueError, KeyError, IndexError, TypeError, Recursio
 def _parse(text: str) -> Any:
     if len(text) > _FILE_BYTES:
         raise yaml.YAMLError(f"it has more than {_FILE_BYTES} characters")
+    _check_depth(text)
     loader = _PlainLoader(text)
     try:
         root = loader.get_single_node()
@@ -87,12 +94,24 @@ def _parse(text: str) -> Any:
         loader.dispose()
 
 
+def _check_depth(text: str) -> None:
+    """Refuse text that is nested too deep, before anything that recurses reads it."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_PlainLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {_DEPTH} deep")
+
+
 def _check_size(root: yaml.Node) -> None:
-    """Refuse a document that is nested too deep or that its aliases make too large."""
+    """Refuse a document that is nested too deep or too large, counting what its aliases repeat."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, depth: int) -> int:
-        if depth > _DEPTH:
+        if depth > _DEPTH:  # an alias may hold the node that it is in
             raise yaml.YAMLError(f"it is nested more than {_DEPTH} deep")
         if id(node) not in sizes:
             children: list[yaml.Node] = []

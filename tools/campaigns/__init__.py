@@ -1,0 +1,1 @@
+"""Campaigns that try the program with inputs that nobody wrote by hand."""
