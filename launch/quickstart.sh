@@ -21,7 +21,7 @@ cd "$root"
 ranks=$("$python" -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 export OMP_NUM_THREADS=1
 
-"$python" -m tools.quickstart.stdlib_text "$output/text"
+"$python" -m tools.quickstart.stdlib_text --output "$output/text"
 restore() {
     local name=$1
     shift

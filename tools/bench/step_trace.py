@@ -1,7 +1,7 @@
-"""Where the time of one step goes: what torch.profiler saw, part by part.
+"""Where the time of one step goes, by torch.profiler.
 
-The parts are the ranges that the trainer labels (`torch.profiler.record_function`), so any trace of
-it can be read this way. On a GPU a part's time is that of the kernels and copies launched in it.
+The parts of a step are the ranges that the trainer labels with ``torch.profiler.record_function``.
+On a GPU, the time of a part is the time of the kernels and copies that were launched in it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 @dataclass(frozen=True)
 class StepTrace:
-    """Seconds, of one step on one rank.
+    """The times of one step on one rank, in seconds.
 
     Attributes:
-        parts: by label; what no label covers is ``other``.
-        span: from the first kernel to the end of the last.
-        busy: the share of the span in which a kernel or copy runs; None without a GPU.
-        gap: the longest time in it in which none does; None without a GPU.
-        kernels: (name, seconds, calls), the longest first.
+        parts: label to time; ``other`` is the time that no label covers.
+        span: from the start of the first kernel to the end of the last kernel.
+        busy: the share of the span in which a kernel or a copy runs; None without a GPU.
+        gap: the longest time within the span in which none runs; None without a GPU.
+        kernels: (name, seconds, calls) of each kernel, the longest first.
     """
 
     parts: dict[str, float]
@@ -41,13 +41,15 @@ class StepTrace:
 
 
 def trace_step(step: Callable[[], object], device: torch.device) -> StepTrace:
-    """Run ``step`` twice under the profiler, whose own start the first pays for.
+    """Run ``step`` twice under the profiler and return the trace of the second run.
+
+    The first run pays for the start of the profiler.
 
     Raises:
         RuntimeError: the profiler sees no work on the GPU.
     """
-    plan = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
-    with torch.profiler.profile(schedule=plan, acc_events=True) as profile:
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
+    with torch.profiler.profile(schedule=schedule, acc_events=True) as profile:
         for _ in range(2):
             step()
             if device.type == "cuda":
@@ -63,7 +65,7 @@ def trace_step(step: Callable[[], object], device: torch.device) -> StepTrace:
 
 
 def read_trace(events: Iterable[dict]) -> StepTrace:
-    """The same of the events of a Chrome trace, whose times are microseconds."""
+    """Return the trace that the events of a Chrome trace describe; their times are microseconds."""
     events = [event for event in events if event.get("ph") == "X"]
     labels = [
         (event["ts"], event["ts"] + event["dur"], event["name"])
@@ -72,34 +74,34 @@ def read_trace(events: Iterable[dict]) -> StepTrace:
     ]
     on_gpu = [event for event in events if event["cat"] in _ON_GPU]
     if not on_gpu:
-        return _of_labels(labels)
+        return _trace_of_labels(labels)
 
-    launched = {
+    launch_times = {
         event["args"]["correlation"]: event["ts"]
         for event in events
         if event["cat"] in _LAUNCHES and "correlation" in event.get("args", {})
     }
     parts = dict.fromkeys((*PARTS, OTHER), 0.0)
-    kernels: dict[str, list[float]] = defaultdict(list)
+    times_of_kernel: dict[str, list[float]] = defaultdict(list)
     for event in on_gpu:
-        # Autograd launches from a thread of its own, while "backward" is open in the main one.
-        when = launched.get(event["args"].get("correlation"), -1.0)
-        covering = (name for start, end, name in labels if start <= when < end)
+        # Autograd launches from another thread, while "backward" is open in the main thread.
+        launched = launch_times.get(event["args"].get("correlation"), -1.0)
+        covering = (name for start, end, name in labels if start <= launched < end)
         parts[next(covering, OTHER)] += event["dur"] / 1e6
-        kernels[event["name"]].append(event["dur"] / 1e6)
+        times_of_kernel[event["name"]].append(event["dur"] / 1e6)
     busy, gap, span = _occupation((e["ts"], e["ts"] + e["dur"]) for e in on_gpu)
-    longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))
+    longest_first = sorted(times_of_kernel.items(), key=lambda item: -sum(item[1]))
     return StepTrace(
         parts,
         span / 1e6,
         busy / span,
         gap / 1e6,
-        [(name, sum(times), len(times)) for name, times in longest],
+        [(name, sum(times), len(times)) for name, times in longest_first],
     )
 
 
-def _of_labels(labels: list[tuple[float, float, str]]) -> StepTrace:
-    """Without a GPU a part takes as long as its ranges."""
+def _trace_of_labels(labels: list[tuple[float, float, str]]) -> StepTrace:
+    """Return the trace of a CPU, where a part takes as long as its ranges."""
     span = max(end for _, end, _ in labels) - min(start for start, _, _ in labels)
     parts = dict.fromkeys(PARTS, 0.0)
     for start, end, name in labels:
@@ -108,13 +110,26 @@ def _of_labels(labels: list[tuple[float, float, str]]) -> StepTrace:
 
 
 def _occupation(intervals: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
-    """(length of the union of the intervals, its longest gap, from its start to its end)."""
+    """Return the length of the union of intervals, its longest gap, and its extent."""
     busy = gap = 0.0
-    first = until = None
+    start_of_all = covered_until = None
     for start, end in sorted(intervals):
-        if until is None:
-            first = until = start
-        gap = max(gap, start - until)
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return busy, gap, until - first
+        if covered_until is None:
+            start_of_all = covered_until = start
+        gap = max(gap, start - covered_until)
+        busy += max(0.0, end - max(start, covered_until))
+        covered_until = max(covered_until, end)
+    return busy, gap, covered_until - start_of_all
+
+
+def print_trace(trace: StepTrace) -> None:
+    """Print where the time of the traced step went."""
+    parts = "  ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in trace.parts.items())
+    print(f"    traced step, ms: {parts}")
+    if trace.busy is not None:
+        print(
+            f"    the GPU is busy for {trace.busy:.1%} of {trace.span * 1e3:.1f} ms; "
+            f"its longest pause is {trace.gap * 1e6:.0f} us"
+        )
+    for name, seconds, calls in trace.kernels:
+        print(f"    {seconds * 1e3:9.3f} ms {calls:6d} x {name[:90]}")

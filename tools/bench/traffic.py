@@ -10,11 +10,14 @@ def expected_traffic(ranks: int, chunk_bytes: int, row_bytes: int) -> Traffic:
     """Return what one rank sends for one layer of teacher and student of the same width.
 
     Args:
-        chunk_bytes: bytes of the student's vectors in one chunk, over all operands.
-        row_bytes: bytes of one fp32 number for every row of the whole blocks and every head, summed
-            over the relations.
+        ranks: the number of cp ranks.
+        chunk_bytes: the bytes of the student's vectors in one chunk, over all operands.
+        row_bytes: the bytes of one fp32 number for each row of the block and each head, summed over
+            the relations.
     """
     if ranks == 1:
         return Traffic()
     fetches = len(difference_cover(ranks)) - 1
+    # Student and teacher are fetched. The gradients of the student are sent back. Five numbers per
+    # row are all-reduced: two maxima and three sums.
     return Traffic(2 * fetches * chunk_bytes, fetches * chunk_bytes, 5 * row_bytes)

@@ -1,4 +1,4 @@
-"""Training a byte-level BPE tokenizer and saving it as a Hugging Face folder; used by two tools."""
+"""Train a byte-level BPE tokenizer, and save it as Hugging Face files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ END_OF_DOCUMENT = "<|endoftext|>"
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, context_length: int, single_digits: bool = False
+    texts: Iterable[str], vocab_size: int, window: int, single_digits: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``vocab_size`` pieces whose piece 0 is the end-of-document token.
+    """Return a byte-level BPE of ``vocab_size`` ids, of which id 0 is the end token.
 
     Args:
-        context_length: noted as the tokenizer's ``model_max_length``.
-        single_digits: give every digit a piece of its own, as Llama's tokenizers do, so that any
-            number is spelt alike.
+        window: noted as the tokenizer's ``model_max_length``.
+        single_digits: give every digit its id, as Llama's tokenizers do, so that all numbers are
+            spelled alike.
     """
     bpe = Tokenizer(models.BPE())
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,15 +39,14 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=END_OF_DOCUMENT,
-        model_max_length=context_length,
+        model_max_length=window,
         clean_up_tokenization_spaces=False,
     )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes ``tokenizer.json`` and ``tokenizer_config.json`` that transformers 4 and 5 read."""
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``, as transformers 4 and 5 read them."""
     tokenizer.save_pretrained(folder)
-    # transformers 4 knows no other class
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the only class transformers 4 knows
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,12 +1,14 @@
-"""Text for the quickstart: the running Python's own standard library, split three ways.
+"""Write the text of the quickstart: the standard library of the running Python, in three splits.
 
-    python tools/quickstart/stdlib_text.py runs/stdlib
+    python -m tools.quickstart.stdlib_text --output runs/stdlib
 
-writes ``train.jsonl``, ``validation.jsonl`` and ``heldout.jsonl``, one JSON object a line:
-``{"text": the file's content, "source": its path relative to the standard library}``. Nothing is
-downloaded. A file's split depends on its relative path alone, so the held-out files of one machine
-are held out on every other; their content follows the Python version.
+The files train.jsonl, validation.jsonl and heldout.jsonl have one JSON object per line:
+{"text": the content of a file, "source": its path relative to the standard library}. Nothing is
+downloaded. The split of a file depends on its relative path alone, so the held-out files of one
+machine are held out on every other. Their content depends on the version of Python.
 """
+
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -15,11 +17,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
-SPLITS = ("train", "validation", "heldout")
-HELDOUT_PERCENT = 8
-VALIDATION_PERCENT = 4
+from megalard import cli
+from megalard.errors import UserError
+from megalard.files.writing import cannot_write
+from tools import command_line
 
-# Tests, other people's packages, and files that are tables or build records, not prose or code.
+SPLITS = ("train", "validation", "heldout")
+_HELDOUT_PERCENT = 8
+_VALIDATION_PERCENT = 4
+
+# Tests, packages of others, and files that are tables or build records, neither prose nor code.
 SKIPPED_FOLDERS = {
     "__pycache__",
     "dist-packages",
@@ -31,37 +38,40 @@ SKIPPED_FOLDERS = {
     "test",
     "tests",
 }
-SKIPPED_FILES = {"html/entities.py", "stringprep.py"}
-SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
+_SKIPPED_FILES = {"html/entities.py", "stringprep.py"}
+_SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 
 def split_of(relative_path: str) -> str:
-    """The split of a file, from the sha256 of its path with forward slashes."""
+    """Return the split of a file, by the sha256 of its path with forward slashes."""
     digest = hashlib.sha256(relative_path.encode()).digest()
     percent = int.from_bytes(digest[:8], "big") % 100
-    if percent < HELDOUT_PERCENT:
+    if percent < _HELDOUT_PERCENT:
         return "heldout"
-    if percent < HELDOUT_PERCENT + VALIDATION_PERCENT:
+    if percent < _HELDOUT_PERCENT + _VALIDATION_PERCENT:
         return "validation"
     return "train"
 
 
 def is_wanted(relative: Path) -> bool:
-    """Whether a path below the standard library holds text worth learning from."""
-    if relative.as_posix() in SKIPPED_FILES or SKIPPED_FOLDERS.intersection(relative.parts[:-1]):
+    """Whether a path below the standard library holds text that is worth learning from."""
+    if relative.as_posix() in _SKIPPED_FILES or SKIPPED_FOLDERS.intersection(relative.parts[:-1]):
         return False
-    return not any(part.startswith(SKIPPED_PREFIXES) for part in relative.parts)
+    return not any(part.startswith(_SKIPPED_PREFIXES) for part in relative.parts)
 
 
-def collect(root: Path | None = None) -> dict[str, list[dict[str, str]]]:
-    """Reads the ``.py`` files below ``root`` in sorted order.
+def collect_splits(root: Path | None = None) -> dict[str, list[dict[str, str]]]:
+    """Read the ``.py`` files below a directory in sorted order.
 
     Args:
-        root: the folder to read; the running Python's standard library if None.
+        root: the directory to read; the standard library of the running Python when not given.
 
     Returns:
-        ``{"train": [...], "validation": [...], "heldout": [...]}`` of ``{"text", "source"}``.
-        Empty files, files that are not UTF-8 and repeated contents are left out.
+        Split to documents, each with ``text`` and ``source``. Empty files, files that are not UTF-8
+        and repeated contents are left out.
+
+    Raises:
+        UserError: a split has no document.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     splits: dict[str, list[dict[str, str]]] = {name: [] for name in SPLITS}
@@ -81,37 +91,38 @@ def collect(root: Path | None = None) -> dict[str, list[dict[str, str]]]:
         if text.strip():
             source = relative.as_posix()
             splits[split_of(source)].append({"text": text, "source": source})
+    if not all(splits.values()):
+        raise UserError(
+            f"{root} has too few .py files to make three splits: use a Python that has its "
+            "standard library as source files"
+        )
     return splits
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=Path, metavar="OUTPUT_DIR", help="where the files go")
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    """Write the text; return the exit status."""
+    parser = command_line.make_parser("tools.quickstart.stdlib_text", __doc__)
+    command_line.add_output(parser, "where the three files are written")
+    options: argparse.Namespace = parser.parse_args(arguments)
+    return cli.run(lambda: write(collect_splits(), options.output))
 
-    splits = collect()
-    if not all(splits.values()):
-        root = sysconfig.get_paths()["stdlib"]
-        print(
-            f"megalard: error: {root} holds too few .py files to make three splits; "
-            "run with a Python that has its standard library as source files",
-            file=sys.stderr,
-        )
-        return 1
+
+def write(splits: dict[str, list[dict[str, str]]], output: Path) -> None:
+    """Write one file per split, and print how much is in it.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         for name, documents in splits.items():
-            with open(args.output / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            with open(output / f"{name}.jsonl", "w", encoding="utf-8") as file:
                 for document in documents:
                     file.write(json.dumps(document, ensure_ascii=False) + "\n")
             size = sum(len(document["text"]) for document in documents)
-            print(f"{name:>10}: {len(documents):4d} files, {size / 1e6:.2f} M characters")
+            print(f"{name:>10}: {len(documents):4d} files, {size / 1e6:.2f}M characters")
     except OSError as error:
-        print(f"megalard: error: cannot write to {args.output}: {error}", file=sys.stderr)
-        return 1
-    return 0
+        raise cannot_write(output, error) from None
 
 
 if __name__ == "__main__":

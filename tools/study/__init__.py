@@ -1,1 +1,1 @@
-"""The parts of ``tools/study/restoration.py``."""
+"""The restoration study: every method restores the same small model, with several seeds."""

@@ -1,0 +1,1 @@
+"""The text and the teacher of the quickstart."""

@@ -1,0 +1,198 @@
+"""One run of the study: a method restores a scaled student, which is measured several times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from megalard.data.loader import StreamLoaders
+from megalard.errors import UserError
+from megalard.evaluation.measure import Measurement
+from megalard.evaluation.suite import Results, Suite, run_suite
+from megalard.model.decoder import Decoder
+from megalard.training.models import load_models
+from megalard.training.monitor import peak_memory_bytes
+from megalard.training.plan import make_plan
+from megalard.training.stages import needs_teacher, stages_of
+from megalard.training.step import Distiller
+from megalard.training.streams import make_loaders, open_streams
+from tools.study.folder import Study
+from tools.study.lengths import EDGES, NATIVE_WINDOW, SHORT_LENGTHS, STUDENT_WINDOW
+from tools.study.methods import METHODS
+
+# Steps of a timed run; the first ones are left out of the median.
+_TIMED_STEPS, _WARM_UP_STEPS = 15, 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """The description of one run.
+
+    Attributes:
+        kind: ``search`` tries a learning rate, ``final`` is compared, ``timing`` measures time and
+            memory, and ``baseline`` trains nothing.
+        method: a name in ``METHODS``; for a baseline ``teacher`` or ``scaled``.
+        rope: ``rope.type`` of the student.
+        rate: the learning rate.
+        seed: the seed of the run.
+    """
+
+    kind: str
+    method: str
+    rope: str
+    rate: float = 0.0
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """The name of the run in the file of results."""
+        return f"{self.kind}/{self.method}/{self.rope}/{self.rate:g}/{self.seed}"
+
+    def tokens(self, shrink: int, tokens_per_step: int) -> int:
+        """Return the number of training tokens.
+
+        Args:
+            shrink: the divisor of every number of tokens.
+        """
+        if self.kind == "timing":
+            return _TIMED_STEPS * tokens_per_step
+        method = METHODS.get(self.method)
+        if method is None or self.kind == "baseline":
+            return 0
+        return (method.search_tokens if self.kind == "search" else method.tokens) // shrink
+
+
+class Models:
+    """The models of a run, and their measurements.
+
+    Args:
+        study: the text and the samples.
+        model: the model that is measured.
+        teacher: the model that it is compared with; None in a run that measures nothing.
+        dtype: dtype of the activations.
+    """
+
+    def __init__(self, study: Study, model: Decoder, teacher: Decoder | None, dtype: torch.dtype):
+        self.study, self.model, self.teacher, self.dtype = study, model, teacher, dtype
+
+    def by_length(
+        self, domains: Sequence[str], split: str, lengths: Sequence[int], tokens: int
+    ) -> dict[str, dict]:
+        """Return the means over the text of each domain, by length, as JSON takes them."""
+        results = {}
+        for domain in domains:
+            suite = Suite(self.study.windows(domain, split, lengths, tokens))
+            results[domain] = _as_json(self._run(suite).by_length)
+        return results
+
+    def everything(self) -> dict:
+        """Return all that methods are compared by: short text, long text and tasks."""
+        study, domains = self.study, {}
+        for domain in study.domains:
+            text = study.windows(domain, "test", SHORT_LENGTHS, study.sizes.short)
+            short = self._run(Suite(text))
+            text = study.windows(domain, "test", (STUDENT_WINDOW,), study.sizes.long)
+            long = run_suite(self.model, Suite(text), study.mesh, self.dtype, edges=EDGES)
+            domains[domain] = {
+                **_as_json(short.by_length),
+                **_as_json(long.by_length),
+                "by_position": [asdict(measurement) for measurement in long.by_position],
+            }
+        tasks = run_suite(self.model, study.tasks, study.mesh, self.dtype).tasks
+        return {
+            "domains": domains,
+            "tasks": {
+                task: {str(length): asdict(result) for length, result in by_length.items()}
+                for task, by_length in tasks.items()
+            },
+        }
+
+    def milestone(self, tokens: int) -> dict:
+        """Return a point of a curve: short text after ``tokens`` training tokens."""
+        study = self.study
+        domains = self.by_length(study.domains, "test", SHORT_LENGTHS, study.sizes.milestone)
+        return {"tokens": tokens, "domains": domains}
+
+    def _run(self, suite: Suite) -> Results:
+        study = self.study
+        return run_suite(self.model, suite, study.mesh, self.dtype, self.teacher, NATIVE_WINDOW)
+
+
+def execute(study: Study, run: Run) -> dict:
+    """Train and measure; return the result as JSON takes it.
+
+    Raises:
+        UserError: the teacher or the corpus does not fit the study.
+    """
+    per_step = study.config(run).tokens_per_step
+    steps = run.tokens(study.shrink, per_step) // per_step
+    config, mesh = study.config(run, max(1, steps)), study.mesh
+    plan = make_plan(config, mesh)
+    if plan.native_window != NATIVE_WINDOW:
+        raise UserError(
+            f"the teacher {plan.teacher.directory} reads {plan.native_window} positions, and the "
+            f"study is laid out for {NATIVE_WINDOW}: pretrain another teacher"
+        )
+    (stage,) = stages_of(config)
+    loaded, student = load_models(stage, plan, mesh)
+    # A timed run does without a teacher that its method does not need, for the sake of its memory.
+    teacher = loaded if run.kind != "timing" or needs_teacher([stage]) else None
+    model = loaded if run.method == "teacher" else student.decoder
+    del loaded
+    models = Models(study, model, teacher, getattr(torch, config.model.compute_dtype))
+    result: dict = {**asdict(run), "key": run.key, "tokens_per_step": per_step, "curve": []}
+    if steps:
+        stores = open_streams([stage], study.folder, plan, mesh)
+        distiller = Distiller(teacher, student, config, mesh)
+        with make_loaders(stage, stores, plan, mesh) as loaders:
+            result |= _train(study, run, models, distiller, loaders, steps)
+    if run.kind == "search":
+        lengths = (*SHORT_LENGTHS, STUDENT_WINDOW)
+        text = ([study.domain], "validation", lengths, study.sizes.validation)
+        result["validation"] = models.by_length(*text)
+    elif run.kind == "baseline":
+        result |= {"curve": [models.milestone(0)], "compared": models.everything()}
+    return result
+
+
+def _train(
+    study: Study,
+    run: Run,
+    models: Models,
+    distiller: Distiller,
+    loaders: StreamLoaders,
+    steps: int,
+) -> dict:
+    """Take all steps, and measure after those that complete a milestone."""
+    device, per_step = study.mesh.device, distiller.config.tokens_per_step
+    milestones: dict[int, int] = {}
+    if run.kind == "final":
+        # Rounded down: no method is measured after more tokens than its milestone says.
+        marks = METHODS[run.method].milestones()
+        milestones = {int(tokens / study.shrink / per_step): tokens for tokens in marks}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    result: dict = {"curve": []}
+    for number in range(steps):
+        start = time.perf_counter()
+        step = distiller.step(loaders.step(number, device), number)
+        times.append(time.perf_counter() - start)
+        if number + 1 in milestones:
+            result["curve"].append(models.milestone((number + 1) * per_step))
+            if milestones[number + 1] == METHODS[run.method].compared_at:
+                result["compared"] = models.everything()
+    return result | {
+        "loss": step.loss,
+        "parts": step.parts,
+        "seconds_per_step": float(np.median(times[_WARM_UP_STEPS:] or times)),
+        "peak_memory": peak_memory_bytes(device),
+    }
+
+
+def _as_json(by_length: dict[int, Measurement]) -> dict[str, dict]:
+    return {str(length): asdict(measurement) for length, measurement in by_length.items()}
