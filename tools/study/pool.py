@@ -11,24 +11,36 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megalard.errors import UserError
-from tools.study.folder import Study
-from tools.study.methods import METHODS
 from tools.study.results import RESULTS, read_results, validation_loss
-from tools.study.run import Run, execute
+
+
+class AnyRun(Protocol):
+    """The description of a run.
+
+    Attributes:
+        key: its name in the file of results.
+        order: runs are started in this order.
+    """
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def order(self) -> tuple: ...
 
 
 def run_all(
     title: str,
-    runs: Sequence[Run],
+    runs: Sequence[AnyRun],
     folder: Path,
-    domain: str,
-    device: str,
-    shrink: int,
+    open_study: Callable[[], object],
+    execute: Callable[[Any, Any], dict],
     workers: int,
     seconds: float,
 ) -> None:
@@ -36,27 +48,25 @@ def run_all(
 
     Args:
         title: the title of the progress bar.
-        folder, domain, device, shrink: as for ``Study``.
+        folder: the directory of the study.
+        open_study: opens what ``execute`` works with; every process calls it once.
+        execute: does a run of the study, and returns its result as JSON takes it.
         workers: the number of processes, which take the GPUs in turn; with 1 the runs are done in
             this process.
         seconds: no run is started after this time.
 
     Raises:
-        UserError: there is no teacher or no such text, or runs failed.
+        UserError: runs failed.
     """
-    if not (folder / "teacher" / "config.json").exists():
-        raise UserError(f"{folder} has no teacher: run the stage pretrain first")
-    if not (folder / "corpus" / domain / "train").is_dir():
-        raise UserError(f"{folder / 'corpus'} has no text of --domain {domain}: check its spelling")
     done = {result["key"] for result in read_results(folder)}
-    missing = sorted((run for run in runs if run.key not in done), key=_order)
+    missing = sorted((run for run in runs if run.key not in done), key=lambda run: run.order)
     start, failures = time.monotonic(), 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    work = partial(_execute_before, start + seconds)
+    work = partial(_execute_before, execute, start + seconds)
     with (
         Progress(*columns, TimeElapsedColumn()) as bar,
         open(folder / RESULTS, "a", buffering=1) as file,
-        _outcomes(work, missing, (folder, domain, device, shrink), workers) as outcomes,
+        _outcomes(work, missing, open_study, workers) as outcomes,
     ):
         task = bar.add_task(title, total=len(missing))
         for run, outcome in outcomes:
@@ -79,56 +89,52 @@ def run_all(
         )
 
 
-def _order(run: Run) -> tuple[int, bool]:
-    """Return a key that sorts runs by seed, and the longest runs of a seed first.
-
-    If time runs out, all methods then lack the same seeds. No long run is left alone at the end.
-    """
-    is_long = run.method in METHODS and METHODS[run.method].is_long
-    return run.seed, not is_long
-
-
 @contextmanager
 def _outcomes(
-    work: Callable[[Run], dict | None], runs: Sequence[Run], study: tuple, workers: int
-) -> Iterator[Iterator[tuple[Run, Callable[[], dict | None]]]]:
+    work: Callable[[AnyRun], dict | None],
+    runs: Sequence[AnyRun],
+    open_study: Callable[[], object],
+    workers: int,
+) -> Iterator[Iterator[tuple[AnyRun, Callable[[], dict | None]]]]:
     """Yield runs in the order in which they end, each with a function that returns its result.
 
     Args:
         work: does a run.
-        study: the arguments of ``Study``.
+        open_study: as for ``run_all``.
         workers: the number of processes; with 1 the runs are done in this process.
     """
     if workers == 1:
-        _open_study(study)
+        _open(open_study)
         yield ((run, partial(work, run)) for run in runs)
         return
     context = multiprocessing.get_context("spawn")
-    arguments = (study, context.Value("i", 0))
+    arguments = (open_study, context.Value("i", 0))
     with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
         futures = {pool.submit(work, run): run for run in runs}
         yield ((futures[future], future.result) for future in as_completed(futures))
 
 
-_study: Study
+_study: object
 
 
-def _open_study(arguments: tuple) -> None:
+def _open(open_study: Callable[[], object]) -> None:
     global _study
-    _study = Study(*arguments)
+    _study = open_study()
 
 
-def _start_worker(study: tuple, started) -> None:
+def _start_worker(open_study: Callable[[], object], started) -> None:
     """Prepare a worker. ``started`` counts the workers, which take the GPUs in turn."""
     with started.get_lock():
         number = started.value
         started.value += 1
     if torch.cuda.device_count() > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
-    _open_study(study)
+    _open(open_study)
 
 
-def _execute_before(deadline: float, run: Run) -> dict | None:
+def _execute_before(
+    execute: Callable[[Any, Any], dict], deadline: float, run: AnyRun
+) -> dict | None:
     """Do a run, unless it is too late to start one."""
     return execute(_study, run) if time.monotonic() < deadline else None
 

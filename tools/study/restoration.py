@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 
 from megalard import cli
+from megalard.errors import UserError
 from tools import command_line
 from tools.study.lengths import ROPES
 from tools.study.methods import METHODS
@@ -159,18 +160,34 @@ def report(options: argparse.Namespace) -> None:
 
 
 def _run_all(options: argparse.Namespace, runs: list, workers: int) -> None:
-    from tools.study.pool import run_all
+    from functools import partial
 
+    from tools.study.folder import Study
+    from tools.study.pool import run_all
+    from tools.study.run import execute
+
+    check_folder(options.folder, options.domain)
     run_all(
         options.stage,
         runs,
         options.folder,
-        options.domain,
-        options.device,
-        options.shrink,
+        partial(Study, options.folder, options.domain, options.device, options.shrink),
+        execute,
         workers,
         math.inf if options.seconds is None else options.seconds,
     )
+
+
+def check_folder(folder: Path, domain: str) -> None:
+    """Refuse a study that lacks its teacher or the text that restores.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    if not (folder / "teacher" / "config.json").exists():
+        raise UserError(f"{folder} has no teacher: run the stage pretrain first")
+    if not (folder / "corpus" / domain / "train").is_dir():
+        raise UserError(f"{folder / 'corpus'} has no text of --domain {domain}: check its spelling")
 
 
 STAGES = {

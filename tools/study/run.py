@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 
-from megalard.data.loader import StreamLoaders
 from megalard.errors import UserError
 from megalard.evaluation.measure import Measurement
 from megalard.evaluation.suite import Results, Suite, run_suite
 from megalard.model.decoder import Decoder
-from megalard.training.models import load_models
-from megalard.training.monitor import peak_memory_bytes
-from megalard.training.plan import make_plan
-from megalard.training.stages import needs_teacher, stages_of
-from megalard.training.step import Distiller
-from megalard.training.streams import make_loaders, open_streams
 from tools.study.folder import Study
 from tools.study.lengths import EDGES, NATIVE_WINDOW, SHORT_LENGTHS, STUDENT_WINDOW
 from tools.study.methods import METHODS
+from tools.study.training import Training
 
 # Steps of a timed run; the first ones are left out of the median.
 _TIMED_STEPS, _WARM_UP_STEPS = 15, 5
@@ -52,6 +44,16 @@ class Run:
         """The name of the run in the file of results."""
         return f"{self.kind}/{self.method}/{self.rope}/{self.rate:g}/{self.seed}"
 
+    @property
+    def order(self) -> tuple[int, bool]:
+        """A key that sorts runs by seed, and the longest runs of a seed first.
+
+        If time runs out, all methods then lack the same seeds. No long run is left alone at the
+        end.
+        """
+        is_long = self.method in METHODS and METHODS[self.method].is_long
+        return self.seed, not is_long
+
     def tokens(self, shrink: int, tokens_per_step: int) -> int:
         """Return the number of training tokens.
 
@@ -71,13 +73,18 @@ class Models:
 
     Args:
         study: the text and the samples.
-        model: the model that is measured.
-        teacher: the model that it is compared with; None in a run that measures nothing.
-        dtype: dtype of the activations.
+        training: has the teacher and the student.
+        measures_teacher: whether the teacher is measured in place of the student.
     """
 
-    def __init__(self, study: Study, model: Decoder, teacher: Decoder | None, dtype: torch.dtype):
-        self.study, self.model, self.teacher, self.dtype = study, model, teacher, dtype
+    def __init__(self, study: Study, training: Training, measures_teacher: bool):
+        self.study, self._training, self._measures_teacher = study, training, measures_teacher
+
+    @property
+    def model(self) -> Decoder:
+        """The model that is measured."""
+        training = self._training
+        return training.teacher if self._measures_teacher else training.model
 
     def by_length(
         self, domains: Sequence[str], split: str, lengths: Sequence[int], tokens: int
@@ -96,13 +103,13 @@ class Models:
             text = study.windows(domain, "test", SHORT_LENGTHS, study.sizes.short)
             short = self._run(Suite(text))
             text = study.windows(domain, "test", (STUDENT_WINDOW,), study.sizes.long)
-            long = run_suite(self.model, Suite(text), study.mesh, self.dtype, edges=EDGES)
+            long = run_suite(self.model, Suite(text), study.mesh, self._training.dtype, edges=EDGES)
             domains[domain] = {
                 **_as_json(short.by_length),
                 **_as_json(long.by_length),
                 "by_position": [asdict(measurement) for measurement in long.by_position],
             }
-        tasks = run_suite(self.model, study.tasks, study.mesh, self.dtype).tasks
+        tasks = run_suite(self.model, study.tasks, study.mesh, self._training.dtype).tasks
         return {
             "domains": domains,
             "tasks": {
@@ -118,8 +125,10 @@ class Models:
         return {"tokens": tokens, "domains": domains}
 
     def _run(self, suite: Suite) -> Results:
-        study = self.study
-        return run_suite(self.model, suite, study.mesh, self.dtype, self.teacher, NATIVE_WINDOW)
+        training = self._training
+        return run_suite(
+            self.model, suite, training.mesh, training.dtype, training.teacher, NATIVE_WINDOW
+        )
 
 
 def execute(study: Study, run: Run) -> dict:
@@ -130,26 +139,19 @@ def execute(study: Study, run: Run) -> dict:
     """
     per_step = study.config(run).tokens_per_step
     steps = run.tokens(study.shrink, per_step) // per_step
-    config, mesh = study.config(run, max(1, steps)), study.mesh
-    plan = make_plan(config, mesh)
-    if plan.native_window != NATIVE_WINDOW:
-        raise UserError(
-            f"the teacher {plan.teacher.directory} reads {plan.native_window} positions, and the "
-            f"study is laid out for {NATIVE_WINDOW}: pretrain another teacher"
-        )
-    (stage,) = stages_of(config)
-    loaded, student = load_models(stage, plan, mesh)
     # A timed run does without a teacher that its method does not need, for the sake of its memory.
-    teacher = loaded if run.kind != "timing" or needs_teacher([stage]) else None
-    model = loaded if run.method == "teacher" else student.decoder
-    del loaded
-    models = Models(study, model, teacher, getattr(torch, config.model.compute_dtype))
+    keeps_teacher = run.kind != "timing"
+    config = study.config(run, max(1, steps))
+    training = Training(config, study.folder, study.mesh, keeps_teacher)
+    if training.plan.native_window != NATIVE_WINDOW:
+        raise UserError(
+            f"the teacher {training.plan.teacher.directory} reads {training.plan.native_window} "
+            f"positions, and the study is laid out for {NATIVE_WINDOW}: pretrain another teacher"
+        )
+    models = Models(study, training, measures_teacher=run.method == "teacher")
     result: dict = {**asdict(run), "key": run.key, "tokens_per_step": per_step, "curve": []}
     if steps:
-        stores = open_streams([stage], study.folder, plan, mesh)
-        distiller = Distiller(teacher, student, config, mesh)
-        with make_loaders(stage, stores, plan, mesh) as loaders:
-            result |= _train(study, run, models, distiller, loaders, steps)
+        result |= _train(study, run, models, training, per_step)
     if run.kind == "search":
         lengths = (*SHORT_LENGTHS, STUDENT_WINDOW)
         text = ([study.domain], "validation", lengths, study.sizes.validation)
@@ -159,38 +161,25 @@ def execute(study: Study, run: Run) -> dict:
     return result
 
 
-def _train(
-    study: Study,
-    run: Run,
-    models: Models,
-    distiller: Distiller,
-    loaders: StreamLoaders,
-    steps: int,
-) -> dict:
+def _train(study: Study, run: Run, models: Models, training: Training, per_step: int) -> dict:
     """Take all steps, and measure after those that complete a milestone."""
-    device, per_step = study.mesh.device, distiller.config.tokens_per_step
     milestones: dict[int, int] = {}
     if run.kind == "final":
         # Rounded down: no method is measured after more tokens than its milestone says.
         marks = METHODS[run.method].milestones()
         milestones = {int(tokens / study.shrink / per_step): tokens for tokens in marks}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
     result: dict = {"curve": []}
-    for number in range(steps):
-        start = time.perf_counter()
-        step = distiller.step(loaders.step(number, device), number)
-        times.append(time.perf_counter() - start)
+    for number, (tokens, step, seconds) in enumerate(training.steps()):
+        times.append(seconds)
+        result |= {"loss": step.loss, "parts": step.parts}
         if number + 1 in milestones:
-            result["curve"].append(models.milestone((number + 1) * per_step))
+            result["curve"].append(models.milestone(tokens))
             if milestones[number + 1] == METHODS[run.method].compared_at:
                 result["compared"] = models.everything()
     return result | {
-        "loss": step.loss,
-        "parts": step.parts,
         "seconds_per_step": float(np.median(times[_WARM_UP_STEPS:] or times)),
-        "peak_memory": peak_memory_bytes(device),
+        "peak_memory": training.peak_memory(),
     }
 
 
