@@ -34,27 +34,32 @@ FAMILIES = {
 
 
 def make_model(family: str, folder: Path, seed: int = 0, **overrides) -> Path:
-    """Write a random model whose weights are large enough for every path to matter."""
+    """Write a random model whose weights are large enough for every operation to matter."""
     kind, extra = FAMILIES[family]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(kind(**{**_BASE, **extra, **overrides}))
     for name, parameter in model.named_parameters():
-        centre = 1.0 if "norm" in name else 0.0
-        torch.nn.init.normal_(parameter, centre, 0.2)
+        center = 1.0 if "norm" in name else 0.0
+        torch.nn.init.normal_(parameter, center, 0.2)
     model.save_pretrained(folder)
     return folder
 
 
 def copy_with_config(source: Path, folder: Path, config: dict) -> Path:
-    """The same weights under another config.json."""
+    """Write the weights of a model under another ``config.json``."""
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
+def change_config(model: Path, **changes) -> None:
+    """Change entries of a model's ``config.json``."""
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def scale_rope(model: Path) -> None:
-    """Make a model one whose RoPE is scaled already, by 2."""
-    config = json.loads((model / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-    (model / "config.json").write_text(json.dumps(config))
+    """Scale a model's RoPE by 2."""
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    change_config(model, rope_parameters=rope)

@@ -84,14 +84,14 @@ def test_every_rank_reads_only_its_slices(tp, model, reads):
                 assert torch.equal(value, whole[name])
                 continue
             # an uneven vocabulary may cost one row more
-            assert value.numel() <= math.ceil(whole[name].numel() * layout.holders / tp) + 32
+            assert value.numel() <= math.ceil(whole[name].numel() * layout.replicas / tp) + 32
             stop = layout.start + layout.length
             index = torch.arange(layout.start, stop)
             assert torch.equal(value, whole[name].index_select(layout.dim, index))
             parts[name].append((layout, value))
     for name, found in parts.items():
         if found:
-            joined = torch.cat([v for _, v in found[:: found[0][0].holders]], found[0][0].dim)
+            joined = torch.cat([v for _, v in found[:: found[0][0].replicas]], found[0][0].dim)
             assert torch.equal(joined, whole[name])
 
 

@@ -77,7 +77,7 @@ def test_loss_kl_and_agreement_are_transformers(models, expected):
 
 def test_passes_and_chunks_do_not_matter(models, expected, monkeypatch):
     monkeypatch.setattr(measure_module, "_ROWS", 8)
-    monkeypatch.setattr(measure_module, "_TOKENS_A_PASS", 2 * LENGTH)
+    monkeypatch.setattr(measure_module, "_TOKENS_PER_PASS", 2 * LENGTH)
     assert_measured(asdict(measured(models, build_mesh("cpu", 1))), expected)
 
 

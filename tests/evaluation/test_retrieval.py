@@ -150,7 +150,7 @@ def test_every_layout_measures_the_same(folder, samples, tmp_path, monkeypatch):
         assert_same(found[name]["scores"], expected["scores"], name)
     # nor do passes and chunks matter
     monkeypatch.setattr(measure_module, "_ROWS", 8)
-    monkeypatch.setattr(measure_module, "_TOKENS_A_PASS", 2 * LENGTH)
+    monkeypatch.setattr(measure_module, "_TOKENS_PER_PASS", 2 * LENGTH)
     assert_same(everything(str(folder), samples, build_mesh("cpu", 1)), expected, "passes")
     # the bar ends at what was promised
     suite = Suite(

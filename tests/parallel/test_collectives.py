@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from megalard.parallel import collectives
 from megalard.parallel.mesh import build_mesh
-from tests.parallel.cases import Case, make_config, make_models
-from tests.parallel.worker import make_distiller, micro_batches
+from tests.parity.cases import Case, make_config, make_models
+from tests.parity.worker import make_distiller, micro_batches
 from tests.ranks import run_ranks
 
 LAYERS = 3

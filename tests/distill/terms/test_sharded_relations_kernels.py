@@ -18,8 +18,8 @@ from megalard.distill.terms import sharded_relations
 from megalard.distill.terms.sharded_relations import OPERANDS, Operand, RelationPlan, relation_sums
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Axis
-from tests.parallel.compare import relative_error
-from tests.parallel.test_sharded_relation import WEIGHTS, dense, make_batch, make_operands
+from tests.parity.compare import relative_error
+from tests.distill.terms.test_sharded_relations import WEIGHTS, dense, make_batch, make_operands
 
 pytest.importorskip("triton")
 
@@ -74,7 +74,7 @@ def run_ranks_as_threads(count, length, operands, batch, weights) -> tuple[dict,
             for kind, pair in operands.items()
         }
         plan = RelationPlan(shard, batch.doc_start_bn, batch.doc_end_bn)
-        return relation_sums(own, weights, plan, True), shard.own_positions()
+        return relation_sums(own, weights, plan, True), shard.local_positions()
 
     with ThreadPoolExecutor(count) as threads:
         results = list(threads.map(rank, range(count)))

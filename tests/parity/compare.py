@@ -1,32 +1,32 @@
-"""Comparing the results of two layouts, or of a layout and the plain reference."""
+"""Compare the results of two layouts, or of a layout and the plain reference."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.parallel.cases import CASES, run_reference
+from tests.logits import relative_error
+from tests.parity.cases import CASES, run_reference
 
-# The reference is float64, so what differs is ours: fp32 rounding (6e-8) through three layers, a
-# softmax and its gradient, with sums over some 100 terms. Compared by norm over each tensor;
-# observed at most 3e-6, but for the K bias (3e-5), whose terms cancel: softmax does not see a shift
-# of all keys. An exchange that is missing or doubled changes a gradient by 10 % or more.
+# The reference is float64, so every difference is the trainer's: the rounding of fp32 (6e-8) through
+# three layers, a softmax and its gradient, with sums over some 100 terms. Tensors are compared by
+# norm. Observed at most 3e-6, except for the K bias (3e-5), whose terms cancel, because softmax does
+# not see a shift of all keys. A missing or doubled exchange changes a gradient by 10 % or more.
 FP32_TOLERANCE = 5e-5
 
 _references: dict[tuple[str, str], dict] = {}
 
 
 def reference(name: str, models: Path, start: dict, dtype: str = "float32") -> dict:
-    """The plain reference's results for a case, computed once for weights loaded in ``dtype``."""
+    """Return the reference's results for a case; computed once for weights loaded in ``dtype``."""
     if (name, dtype) not in _references:
         _references[name, dtype] = run_reference(CASES[name], models / name, start)
     return _references[name, dtype]
 
 
 def assert_step_matches(ours: dict, plain: dict, tolerance: float) -> None:
-    """Loss, its parts, the gradient norm, every gradient, every weight after three steps."""
+    """Compare loss, parts, gradient norm, every gradient, and every weight after three steps."""
     for key in ("loss", "parts", "norm"):
         assert ours[key] == pytest.approx(plain[key], rel=tolerance), key
     assert_close(ours["gradients"], plain["gradients"], "gradient", tolerance)
@@ -34,15 +34,9 @@ def assert_step_matches(ours: dict, plain: dict, tolerance: float) -> None:
 
 
 def assert_close(actual: dict, expected: dict, what: str, tolerance: float) -> None:
-    """Relative error in norm, tensor by tensor; the message names tensor and index."""
+    """Compare tensors by relative error in norm; the message names the tensor and an index."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         error = relative_error(actual[name], value)
         worst = (actual[name].double() - value.double()).abs().flatten().argmax().item()
         assert error < tolerance, f"{what} of {name} is off by {error:.2e}, most at {worst}"
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64."""
-    expected = expected.double()
-    return float((actual.double() - expected).norm() / expected.norm().clamp(min=1e-12))

@@ -18,8 +18,8 @@ from megalard.parallel.context import attention as context_attention
 from megalard.parallel.context.attention import attend_over_axis
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Axis, build_mesh
-from tests.parallel.cases import Case, make_config, make_models
-from tests.parallel.worker import make_distiller, micro_batches
+from tests.parity.cases import Case, make_config, make_models
+from tests.parity.worker import make_distiller, micro_batches
 from tests.ranks import run_ranks
 
 BATCH, DIM, PIECE = 2, 16, 5
@@ -111,7 +111,7 @@ def _record(events: list[str]) -> ExitStack:
 def _order(results: str) -> None:
     axis = build_mesh("cpu", 1, 3).cp
     shard, events = SequenceShard(6 * PIECE, axis), []
-    tensors = [torch.randn(1, 2, shard.own_length, DIM).requires_grad_() for _ in range(3)]
+    tensors = [torch.randn(1, 2, shard.local_length, DIM).requires_grad_() for _ in range(3)]
     with _record(events):
         out = attend(*tensors, shard)
         events.append("backward")
@@ -148,7 +148,7 @@ def test_every_rank_takes_the_same_way(documents, window, expected):
     for size in (2, 3):
         for rank in range(size):
             shard = SequenceShard(24, Axis(None, rank, size))
-            q, k, v = torch.zeros(3, 2, 4, shard.own_length, DIM)
+            q, k, v = torch.zeros(3, 2, 4, shard.local_length, DIM)
             taken = context_attention._attends_own_chunk_first(q, k, v, window, shard, documents)
             assert taken == expected
 
@@ -187,7 +187,7 @@ def _against_gathering(size: int) -> None:
 
     torch.manual_seed(mesh.cp.rank)
     for kv_heads in (4, 2):
-        shapes = [(BATCH, shard.own_length, h, 128) for h in (4, kv_heads, kv_heads, 4)]
+        shapes = [(BATCH, shard.local_length, h, 128) for h in (4, kv_heads, kv_heads, 4)]
         made = [torch.randn(x, device=mesh.device, dtype=torch.bfloat16) for x in shapes]
         tensors, upstream = [x.transpose(1, 2) for x in made[:3]], made[3]
         assert takes_cudnn(*tensors)

@@ -1,6 +1,6 @@
-"""The plain reference: one process, transformers' own models in float64, dense autograd.
+"""The plain reference: one process, the models of transformers in float64, dense autograd.
 
-Nothing of megalard's model, parallelism, kernels or step is used here.
+It uses nothing of megalard's model, parallelism, kernels or step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _allowed: list[torch.Tensor] = []
 
 
 def _capture(module, query, key, value, attention_mask, scaling, **options):
-    """Dense attention that notes q, k, v and A V; the document mask comes from ``_allowed``."""
+    """Compute dense attention and note q, k, v and A V; ``_allowed`` has the document mask."""
     groups = query.shape[1] // key.shape[1]
     allowed = _allowed[-1]
     window = options.get("sliding_window")
@@ -31,9 +31,9 @@ def _capture(module, query, key, value, attention_mask, scaling, **options):
     scores = (query @ k.transpose(-1, -2)) * scaling
     scores = scores.masked_fill(~allowed[:, None], -math.inf)
     weights = torch.nan_to_num(scores.softmax(-1))  # a padding row sees nothing
-    mixed = (weights @ v).transpose(1, 2)
-    _captured.append((query, key, value, mixed))
-    return mixed, None
+    output = (weights @ v).transpose(1, 2)
+    _captured.append((query, key, value, output))
+    return output, None
 
 
 AttentionInterface.register("megalard_reference", _capture)
@@ -41,7 +41,13 @@ AttentionInterface.register("megalard_reference", _capture)
 
 @dataclass
 class ReferenceBatch:
-    """tokens, positions of teacher and student, and document ids [b, s]; negative is padding."""
+    """Blocks with the document of every token.
+
+    Attributes:
+        tokens: int64 [b, s], the token ids.
+        positions, student_positions: int64 [b, s], where teacher and student read.
+        documents: int64 [b, s], the number of the token's document; negative on padding.
+    """
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -49,6 +55,7 @@ class ReferenceBatch:
     documents: torch.Tensor
 
     def allowed(self) -> torch.Tensor:
+        """Return which token sees which: bool [b, s, s]."""
         ids = self.documents
         causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
         return (ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None] & causal
@@ -56,12 +63,15 @@ class ReferenceBatch:
 
 @dataclass
 class ReferenceTrainer:
-    """LinearARD and the other objectives on two transformers models.
+    """LinearARD and the other terms on two models of transformers.
 
-    Args:
+    Attributes:
         teacher_dir, student_dir: Hugging Face directories; the student's config has scaled RoPE.
         streams: name to weight and objective, of which only the numbers are used.
-        trained: name to float64 leaf; weights by their own name, LoRA by ``<proj>.lora_A``/``_B``.
+        trained: name to float64 leaf; weights under their names, LoRA under ``<proj>.lora_A`` and
+            ``<proj>.lora_B``.
+        lora_scale: alpha / rank.
+        parts: the unweighted mean of each term in the last call of ``loss``.
     """
 
     teacher_dir: str
@@ -81,6 +91,7 @@ class ReferenceTrainer:
         self.base = {k: v.detach() for k, v in self.student.named_parameters()}
 
     def weights(self) -> dict[str, torch.Tensor]:
+        """Return the student's weights with what is trained merged into them."""
         out = dict(self.base)
         for name, value in self.trained.items():
             if name in out:
@@ -92,7 +103,7 @@ class ReferenceTrainer:
         return out
 
     def _run(self, model, weights, batch: ReferenceBatch, positions: torch.Tensor):
-        """Logits, hidden states (the last after the final norm), and what attention noted."""
+        """Return logits, hidden states (the last after the final norm), and what was captured."""
         _captured.clear()
         _allowed[:] = [batch.allowed()]
         out = functional_call(
@@ -108,7 +119,7 @@ class ReferenceTrainer:
         return out.logits, out.hidden_states, list(_captured)
 
     def loss(self, batches: dict[str, list[ReferenceBatch]]) -> torch.Tensor:
-        """The loss of one step over all blocks of all streams."""
+        """Return the loss of one step over all blocks of all streams."""
         self.parts, loss = {}, torch.zeros((), dtype=torch.float64)
         for name, (weight, objective) in self.streams.items():
             prefix = f"{name}." if len(self.streams) > 1 else ""
@@ -118,7 +129,9 @@ class ReferenceTrainer:
         return loss
 
     def _terms(self, objective: ObjectiveConfig, batches: list[ReferenceBatch]) -> dict:
-        """Each term's weight and its mean over the stream's blocks."""
+        """Return each term's weight and its mean over the stream's blocks."""
+        weights = {name: getattr(objective.relations, name) for name in ("q", "k", "v", "qk")}
+        relations = {name: weight for name, weight in weights.items() if weight}
         sums: dict[str, torch.Tensor | float] = {}
         counts = {"valid": 0, "logits": 0, "targets": 0}
 
@@ -133,7 +146,7 @@ class ReferenceTrainer:
             )
             valid, layers = batch.documents >= 0, objective.layers or range(len(seen_s))
             for layer in layers:
-                for name in objective.active_relations():
+                for name in relations:
                     kl = _relation_kl(name, seen_s[layer], seen_t[layer], batch.allowed())
                     add(name, kl.mean(1).sum() / len(layers))
                 out_s, out_t = seen_s[layer][3][valid], seen_t[layer][3][valid]
@@ -153,8 +166,8 @@ class ReferenceTrainer:
             counts["logits"] += int(chosen.sum())
             counts["targets"] += int(same.sum())
         terms = {
-            **{name: (weight, "valid") for name, weight in objective.active_relations().items()},
-            "context": (objective.attention_context, "valid"),
+            **{name: (weight, "valid") for name, weight in relations.items()},
+            "context": (objective.attention_output, "valid"),
             "hidden": (objective.hidden_cosine, "valid"),
             "logits": (objective.logits_kl, "logits"),
             "lm": (objective.language_modelling, "targets"),
@@ -167,14 +180,14 @@ class ReferenceTrainer:
 
 
 def _relation_kl(name: str, student, teacher, allowed: torch.Tensor) -> torch.Tensor:
-    """KL_i [b, H, n] of one relation, from dense float64 scores."""
+    """Return KL_i [b, H, n] of one relation, from dense float64 scores."""
 
     def log_softmax(qkv):
         index = {"q": 0, "k": 1, "v": 2}
         rows, columns = (qkv[0], qkv[1]) if name == "qk" else (qkv[index[name]],) * 2
         columns = columns.repeat_interleave(rows.shape[1] // columns.shape[1], dim=1)
         scores = rows @ columns.transpose(-1, -2) / math.sqrt(rows.shape[-1])
-        # a finite floor keeps rows without any column free of NaN
+        # A finite floor keeps rows without any column free of NaN.
         return scores.masked_fill(~allowed[:, None], -1e30).log_softmax(-1)
 
     log_s, log_t = log_softmax(student), log_softmax(teacher)
@@ -182,6 +195,7 @@ def _relation_kl(name: str, student, teacher, allowed: torch.Tensor) -> torch.Te
 
 
 def _last_valid(valid: torch.Tensor, last: int | None) -> torch.Tensor:
+    """Return the last ``last`` valid tokens of each row: bool [b, s]."""
     if last is None:
         return valid
     from_end = valid.flip(1).cumsum(1).flip(1)

@@ -44,7 +44,7 @@ def test_without_streams_there_is_one():
     assert (name, others) == ("main", [])
     assert (stream.objective, stream.data) == (config.objective, config.data)
     assert (stream.weight, stream.global_batch, stream.micro_batch) == (1.0, 6, 1)
-    assert config.tokens_a_step == 600
+    assert config.tokens_per_step == 600
 
 
 def test_a_stream_takes_what_it_leaves_out_from_the_sections():
@@ -63,7 +63,7 @@ def test_a_stream_takes_what_it_leaves_out_from_the_sections():
     # an objective has the terms it names
     assert a.objective.active_relations() == {} and a.objective.logits_kl == 1
     assert b.objective.active_relations() == {"qk": 2.0}
-    assert config.tokens_a_step == 6 * 10 + 3 * 4096
+    assert config.tokens_per_step == 6 * 10 + 3 * 4096
     assert list(config.streams) == ["1", "b"]
 
 

@@ -1,4 +1,4 @@
-"""The parity cases: what is trained, on which model, and what a step on any layout must give."""
+"""The parity cases: what is trained on which model, and what a step must give on any layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megalard.data.positions import skipped_positions
 from megalard.model.rope import scaled_config
 from megalard.model.spec import read_spec
 from tests.models import copy_with_config, make_model
-from tests.reference import ReferenceBatch, ReferenceTrainer
+from tests.parity.reference import ReferenceBatch, ReferenceTrainer
 
 STEPS = 3
 LENGTH = 24
@@ -37,7 +37,7 @@ ALL_RELATIONS = {"q": 1.0, "k": 0.5, "v": 2.0, "qk": 0.75}
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream of a case: the terms of its objective, and its data."""
+    """One stream of a case: the terms of its objective and its data, as in ``Case``."""
 
     terms: dict = field(hash=False)
     data: str = "packed"
@@ -49,10 +49,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the parity matrix; ``data`` is packed, padded, short or whole.
+    """One row of the parity matrix.
 
-    ``terms`` are further terms of the objective. Instead of what describes one stream a case may
-    have several ``streams``.
+    Attributes:
+        data: the documents of a block: ``packed`` (several), ``padded`` (one, with padding on both
+            sides), ``short`` (one of a few tokens) or ``whole`` (one that fills the block).
+        own_student: whether the student starts from other weights than the teacher's.
+        terms: further terms of the objective.
+        streams: several streams, in place of the one that the other attributes describe.
     """
 
     family: str
@@ -86,18 +90,18 @@ CASES = {
     "all-short-documents": Case("llama", "all", "short", relations=ALL_RELATIONS, logits_kl=0.5),
     "all-logits-biases": Case("llama-biases", "all", "padded", "yarn", logits_kl=0.5),
     "lora-context-alone": Case(
-        "llama", "lora", "padded", relations={}, terms={"attention_context": 1.0}, layers=[0, 1]
+        "llama", "lora", "padded", relations={}, terms={"attention_output": 1.0}, layers=[0, 1]
     ),
-    # at cp > 1 some ranks have no token, and the last layer ends with its attention
+    # At cp > 1 some ranks have no token, and the last layer ends with its attention.
     "lora-context-short": Case(
-        "llama", "lora", "short", relations={}, terms={"attention_context": 1.0}
+        "llama", "lora", "short", relations={}, terms={"attention_output": 1.0}
     ),
     "lora-context-qk": Case(
         "qwen3",
         "lora",
         relations={"qk": 1.0},
         targets=("q", "k"),
-        terms={"attention_context": 0.6},
+        terms={"attention_output": 0.6},
         positions="skip-uniform",
     ),
     "weights-hidden": Case(
@@ -117,7 +121,7 @@ CASES = {
         "short",
         relations=ALL_RELATIONS,
         logits_kl=0.4,
-        terms={"attention_context": 0.6, "hidden_cosine": 0.7, "language_modelling": 0.3},
+        terms={"attention_output": 0.6, "hidden_cosine": 0.7, "language_modelling": 0.3},
     ),
     "all-longred": Case(
         "llama",
@@ -137,18 +141,18 @@ CASES = {
 DROPOUT = Case("llama", "lora", "padded", targets=("q", "k", "v", "o"), dropout=0.3)
 ALL_CASES = {**CASES, "dropout": DROPOUT}
 
-# one of each training mode, with grouped heads, K/V heads fewer than tp, tied embeddings, every
-# term of an objective, and ranks without a token
+# One case of each training mode, with grouped heads, fewer K/V heads than tp ranks, tied embeddings,
+# every term of an objective, and ranks without a token.
 CORE = ["lora-qkvo-grouped", "weights-one-kv-head", "all-everything"]
 
 
 def make_config(
     case: Case, folder: Path, tp: int = 1, cp: int = 1, dtype: str = "float32"
 ) -> Config:
-    """The configuration of a case whose models lie in ``folder``.
+    """Return the configuration of a case whose models are in ``folder``.
 
-    AdamW's eps is of the size of the gradients: with the usual 1e-8 the first update is the
-    gradient's sign, and an element whose gradient is rounding noise would move by a whole step.
+    AdamW's eps is as large as the gradients. With the usual 1e-8 the first update is the sign of
+    the gradient, and an element whose gradient is rounding noise would move by a full step.
     """
     return Config(
         model=ModelConfig(
@@ -198,7 +202,7 @@ def make_config(
 
 
 def make_models(case: Case, folder: Path) -> None:
-    """Teacher, the student's starting point, and the reference's student with scaled RoPE."""
+    """Write the teacher, the student's start, and the reference's student with scaled RoPE."""
     teacher = make_model(case.family, folder / "teacher")
     start = make_model(case.family, folder / "start", seed=1) if case.own_student else teacher
     config = make_config(case, folder)
@@ -210,12 +214,12 @@ def _relations(weights: dict) -> RelationWeights:
 
 
 def streams_of(case: Case) -> dict[str, Stream]:
-    """The case's streams; terms and weight stand in its configuration."""
+    """Return the case's streams. Their terms and weights are in the configuration."""
     return case.streams or {"main": Stream({}, case.data, case.positions)}
 
 
 def make_block(stream: Stream, index: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Block ``index``: int64 [length] random tokens and its document intervals."""
+    """Return block ``index``: random tokens, int64 [length], and its document intervals."""
     random, length = np.random.default_rng(index), stream.length
     tokens = random.integers(0, 67, length)
     if stream.data == "whole":
@@ -230,12 +234,12 @@ def make_block(stream: Stream, index: int) -> tuple[np.ndarray, list[tuple[int, 
 
 
 def block_number(stream: Stream, step: int, place: int) -> int:
-    """The block at a place of a step's global batch."""
+    """Return the number of the block at a place of a step's global batch."""
     return step * stream.global_batch + place
 
 
 def student_positions(stream: Stream, step: int, place: int) -> np.ndarray | None:
-    """Where the student, whose window is four times 64, reads a block; None where in order."""
+    """Return where the student, whose window is 4 * 64, reads a block; None for contiguous."""
     if stream.positions == "contiguous":
         return None
     middle = stream.positions.removeprefix("skip-")
@@ -243,7 +247,7 @@ def student_positions(stream: Stream, step: int, place: int) -> np.ndarray | Non
 
 
 def batch_of(stream: Stream, step: int, places: list[int]) -> Batch:
-    """The rows of a step's global batch at ``places``."""
+    """Return the blocks of a step's global batch at some places."""
     positions = [student_positions(stream, step, place) for place in places]
     return collate(
         [make_block(stream, block_number(stream, step, place)) for place in places],
@@ -253,6 +257,7 @@ def batch_of(stream: Stream, step: int, places: list[int]) -> Batch:
 
 
 def reference_batch(stream: Stream, step: int) -> ReferenceBatch:
+    """Return the global batch of a step."""
     tokens, positions, skipped, documents = [], [], [], []
     for place in range(stream.global_batch):
         block, intervals = make_block(stream, block_number(stream, step, place))
@@ -271,10 +276,10 @@ def reference_batch(stream: Stream, step: int) -> ReferenceBatch:
 
 
 def run_reference(case: Case, folder: Path, start: dict[str, torch.Tensor]) -> dict:
-    """Loss and gradients of the first step, and the weights after ``STEPS`` steps.
+    """Return loss and gradients of the first step, and the weights after ``STEPS`` steps.
 
     Args:
-        start: every trained tensor's initial value, whose names say what is trained.
+        start: the initial value of every trained tensor by name; what it names is trained.
     """
     config = make_config(case, folder)
     trained = {k: v.double().clone().requires_grad_() for k, v in start.items()}
@@ -306,7 +311,7 @@ def run_reference(case: Case, folder: Path, start: dict[str, torch.Tensor]) -> d
             out["norm"] = float(norm)
             out["gradients"] = {k: v.grad.clone() for k, v in trained.items()}
         torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
-        # two steps of linear warm-up, then the start of a cosine from 1 to 0.9 over eight steps
+        # Two steps of linear warm-up, then the start of a cosine from 1 to 0.9 over eight steps.
         rates = (0.5, 1.0, 0.9 + 0.1 * 0.5 * (1 + np.cos(np.pi / 8)))
         optimizer.param_groups[0]["lr"] = settings.learning_rate * rates[step]
         optimizer.step()

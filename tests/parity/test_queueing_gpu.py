@@ -1,4 +1,4 @@
-"""A step only queues work on the GPU: the one wait is for the numbers it reports, at its end."""
+"""A step only queues work on the GPU. It waits once, at its end, for the numbers it reports."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megalard.parallel.mesh import build_mesh
-from tests.parallel.cases import ALL_CASES, make_config
-from tests.parallel.worker import make_distiller, micro_batches
+from tests.parity.cases import ALL_CASES, make_config
+from tests.parity.worker import make_distiller, micro_batches
 
 pytestmark = pytest.mark.gpu
-# with ``offload`` autograd copies what it keeps to the host, and waits for the copies
+# With ``offload`` autograd copies the tensors it keeps to the host, and waits for the copies.
 QUEUED = [name for name, case in ALL_CASES.items() if case.data != "short"]
 
 
@@ -24,7 +24,7 @@ def test_a_step_does_not_wait_for_the_gpu(name: str, models: Path):
     distiller = make_distiller(config, mesh)
     if not isinstance(distiller.optimizer, torch.optim.AdamW):
         pytest.skip("apex's optimizer waits for the host's decision")
-    # the first step compiles and fills caches
+    # The first step compiles and fills caches.
     distiller.step(micro_batches(case, 0, mesh, config.optimizer.micro_batch), 0)
     torch.cuda.set_sync_debug_mode("error")
     try:

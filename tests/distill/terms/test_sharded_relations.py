@@ -18,7 +18,7 @@ from megalard.distill.terms.sharded_relations import (
 )
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import SINGLE, Axis, build_mesh
-from tests.parallel.compare import relative_error
+from tests.parity.compare import relative_error
 from tests.ranks import run_ranks
 
 RANKS = range(1, 9)
@@ -80,7 +80,7 @@ def one_rank(ranks: int, axis: Axis) -> dict:
     return {
         "sums": sums,
         "gradients": grads,
-        "positions": shard.own_positions(),
+        "positions": shard.local_positions(),
         "same": all(torch.equal(grads[kind], again[1][kind]) for kind in grads),
         "traffic": traffic,
     }

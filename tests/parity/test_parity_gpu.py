@@ -1,4 +1,4 @@
-"""The same parity on GPUs, over NCCL and with the Triton kernels."""
+"""The parity of ``test_parity`` on GPUs, over NCCL and with the Triton kernels."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ import math
 import pytest
 import torch
 
-from tests.parallel.cases import CASES
-from tests.parallel.compare import FP32_TOLERANCE, assert_step_matches, reference, relative_error
-from tests.parallel.worker import Run, run_all
+from tests.logits import relative_error
+from tests.parity.cases import CASES
+from tests.parity.compare import FP32_TOLERANCE, assert_step_matches, reference
+from tests.parity.worker import Run, run_all
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
 # (dp, cp, tp)
 LAYOUTS = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (1, 1, 4), (2, 1, 2), (1, 4, 1), (1, 2, 2)]
 
-# A bf16 gradient is itself 1e-2 to 1e-1 from float64, where terms cancel, and another order of
-# summation draws another error of that size. What a layout must not do is add to it: measured
-# against float64 it may be twice as far off as one GPU, plus the rounding of the tensor itself. The
-# norms of two independent errors of m elements differ by chance too: their ratio's logarithm has a
-# standard deviation of 1 / sqrt(m), of which 4.5 allow for thousands of tensors, and come to more
-# than twice for the biases and norms of fewer than 42 elements.
+# A bf16 gradient is 1e-2 to 1e-1 from float64 where terms cancel, and another order of summation
+# gives another error of this size. A layout must not add to it: measured against float64 its error
+# may be twice the error of one GPU, plus the rounding of the tensor. The norms of two independent
+# errors of m elements differ by chance too. The logarithm of their ratio has a standard deviation
+# of 1 / sqrt(m). 4.5 standard deviations allow for thousands of tensors; they are more than a factor
+# of two for biases and norms of fewer than 42 elements.
 BF16_FACTOR, BF16_DEVIATIONS, BF16_ROUNDING = 2.0, 4.5, 1e-2
 
 
 @pytest.fixture(scope="session", params=LAYOUTS, ids=lambda axes: "dp{}-cp{}-tp{}".format(*axes))
 def layout(request):
+    """A layout for which there are enough GPUs."""
     needed = math.prod(request.param)
     if needed > torch.cuda.device_count():
         pytest.skip(f"needs {needed} GPUs")
@@ -34,6 +36,7 @@ def layout(request):
 
 
 def run(models, layout, dtype):
+    """Return the results of all cases on a layout, computed once."""
     file = models / f"gpu-{dtype}-{'-'.join(map(str, layout))}.pt"
     if not file.exists():
         runs = [Run(layout, list(CASES), dtype, str(file))]
