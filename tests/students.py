@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megalard.checkpoint.open import open_model
 from megalard.checkpoint.weights import Weights
 from megalard.config.schema import (
     Config,
@@ -18,7 +19,6 @@ from megalard.config.schema import (
     RunConfig,
     TrainableConfig,
 )
-from megalard.checkpoint.open import open_model
 from megalard.distill.student import Student
 from megalard.model.rope import scaled_config
 from megalard.model.spec import spec_from_config

@@ -1,3 +1,7 @@
+"""Documents from text files, JSON Lines files and directories, and bad input named."""
+
+from __future__ import annotations
+
 import json
 
 import pytest
@@ -7,13 +11,14 @@ from megalard.errors import UserError
 
 
 def write_lines(path, *lines):
+    """Write lines, given as bytes or as values for JSON; return the path."""
     path.write_bytes(
         b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
     )
     return path
 
 
-def test_reads_files_folders_and_json_lines_in_order(tmp_path):
+def test_files_directories_and_json_lines_are_read_in_order(tmp_path):
     folder = tmp_path / "folder"
     (folder / "b").mkdir(parents=True)
     (folder / ".git").mkdir()
@@ -30,7 +35,7 @@ def test_reads_files_folders_and_json_lines_in_order(tmp_path):
     assert sum(read) == total_bytes([first, folder])
 
 
-def test_text_key_is_configurable(tmp_path):
+def test_the_key_of_the_text_can_be_chosen(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", {"body": "x", "text": "y"})
     assert list(read_documents([file], text_key="body")) == ["x"]
 
@@ -47,7 +52,7 @@ def test_text_key_is_configurable(tmp_path):
         (b'{"text": "\xff"}', r"line 2 is not UTF-8 \(byte 10 is 0xff\)"),
     ],
 )
-def test_bad_json_line_is_named(tmp_path, line, message):
+def test_a_bad_json_line_is_named(tmp_path, line, message):
     file = write_lines(tmp_path / "a.jsonl", {"text": "fine"}, line)
     with pytest.raises(UserError, match=message):
         list(read_documents([file]))
@@ -63,17 +68,17 @@ def test_bad_paths_are_named(tmp_path):
     for names, message in [
         (["missing.txt"], "missing.txt does not exist"),
         (["image.png"], "unsupported suffix '.png'"),
-        (["empty"], "folder .*empty holds no"),
+        (["empty"], "directory .*empty contains no"),
         (["broken"], "link.txt is not readable"),
         (["latin.txt"], "latin.txt is not UTF-8"),
-        (["blank.txt"], "no document in .*blank.txt"),
+        (["blank.txt"], "there is no text in .*blank.txt"),
         ([], "no data path was given"),
     ]:
         with pytest.raises(UserError, match=message):
             list(read_documents([tmp_path / name for name in names]))
 
 
-def test_fingerprint_follows_paths_sizes_times_and_key(tmp_path):
+def test_the_fingerprint_depends_on_paths_sizes_times_and_key(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one")
     before = fingerprint([file])

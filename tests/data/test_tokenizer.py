@@ -1,16 +1,21 @@
+"""Tokenizers are read from their files as they are written, and errors are one sentence."""
+
+from __future__ import annotations
+
 import hashlib
 import re
 
 import pytest
 import sentencepiece
-from data_helpers import CORPUS, save_fast
 
 from megalard.data.tokenizer import load_tokenizer
 from megalard.errors import UserError
+from tests.small_tokenizers import CORPUS, save_fast_tokenizer
 
 
 @pytest.fixture(scope="module")
 def sentencepiece_model(tmp_path_factory):
+    """The directory of a small sentencepiece model."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -24,8 +29,10 @@ def sentencepiece_model(tmp_path_factory):
     return folder
 
 
-def test_fast_tokenizer_adds_truncates_and_pads_nothing(tmp_path):
-    folder = save_fast(tmp_path / "m", eos_token="</s>", tokenizer_class="Qwen2TokenizerFast")
+def test_nothing_is_added_truncated_or_padded(tmp_path):
+    folder = save_fast_tokenizer(
+        tmp_path / "m", eos_token="</s>", tokenizer_class="Qwen2TokenizerFast"
+    )
     tokenizer = load_tokenizer(folder)
     texts = ["the quick brown fox jumps over", "é", ""]
     rows = tokenizer.encode_batch(texts)
@@ -39,7 +46,7 @@ def test_fast_tokenizer_adds_truncates_and_pads_nothing(tmp_path):
 
 
 def test_remote_code_is_not_run(tmp_path):
-    folder = save_fast(
+    folder = save_fast_tokenizer(
         tmp_path / "m",
         eos_token="</s>",
         tokenizer_class="Custom",
@@ -50,12 +57,12 @@ def test_remote_code_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("eos", [1, [1, 0]])
-def test_eos_falls_back_to_the_model_config(tmp_path, eos):
-    folder = save_fast(tmp_path / "m", {"model_type": "llama", "eos_token_id": eos})
+def test_the_end_token_may_be_named_by_the_model_config(tmp_path, eos):
+    folder = save_fast_tokenizer(tmp_path / "m", {"model_type": "llama", "eos_token_id": eos})
     assert load_tokenizer(folder).eos_id == 1
 
 
-def test_sentencepiece_model_is_read_directly(sentencepiece_model):
+def test_a_sentencepiece_model_is_read_directly(sentencepiece_model):
     tokenizer = load_tokenizer(sentencepiece_model)
     texts = ["the lazy dog", "unseen: é"]
     rows = tokenizer.encode_batch(texts)
@@ -67,7 +74,7 @@ def test_sentencepiece_model_is_read_directly(sentencepiece_model):
     assert [file.name for file in tokenizer.files] == ["tokenizer.model"]
 
 
-def test_what_cannot_be_loaded_is_told_in_one_sentence(tmp_path):
+def test_a_tokenizer_that_cannot_be_loaded_is_named_in_one_sentence(tmp_path):
     def raises(folder, message):
         with pytest.raises(UserError, match=message) as caught:
             load_tokenizer(folder)
@@ -77,8 +84,11 @@ def test_what_cannot_be_loaded_is_told_in_one_sentence(tmp_path):
 
     raises(tmp_path / "missing", "does not exist")
     raises(tmp_path, "neither tokenizer.json nor tokenizer.model")
-    raises(save_fast(tmp_path / "no_eos"), "has no end token")
-    raises(save_fast(tmp_path / "far", {"model_type": "llama", "eos_token_id": 999}), "eos id 999")
+    raises(save_fast_tokenizer(tmp_path / "no_eos"), "has no end token")
+    raises(
+        save_fast_tokenizer(tmp_path / "far", {"model_type": "llama", "eos_token_id": 999}),
+        "eos id 999",
+    )
     for name, message in [
         ("tokenizer.json", "as a tokenizer"),
         ("tokenizer.model", "sentencepiece"),

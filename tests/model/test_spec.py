@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import CONFIG_MAPPING
 
-from megalard.errors import UserError, shown
+from megalard.errors import UserError
 from megalard.model.spec import SUPPORTED, read_spec, spec_from_config
 from tests.command_line import user_error
 
@@ -97,7 +97,7 @@ def test_a_value_of_another_kind_is_refused(key, value):
     sentence = user_error(spec_from_config, LLAMA | {key: value}, "the/model")
     if isinstance(value, dict):
         ((key, value),) = value.items()
-    assert sentence.startswith(f"the/model/config.json has {shown(value)} as {key}, which must be ")
+    assert sentence.startswith(f"the/model/config.json has {value!r} as {key}, which must be ")
     assert sentence.endswith("correct it, or download it again")
 
 

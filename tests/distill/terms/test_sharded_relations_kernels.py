@@ -18,8 +18,8 @@ from megalard.distill.terms import sharded_relations
 from megalard.distill.terms.sharded_relations import OPERANDS, Operand, RelationPlan, relation_sums
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Axis
-from tests.parity.compare import relative_error
 from tests.distill.terms.test_sharded_relations import WEIGHTS, dense, make_batch, make_operands
+from tests.parity.compare import relative_error
 
 pytest.importorskip("triton")
 
