@@ -54,8 +54,8 @@ def transformers_logits(directory: str | Path, token_bs: torch.Tensor) -> torch.
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return |actual - expected| / |expected|, by norm, in float64."""
-    expected = expected.double()
-    return float((actual.double() - expected).norm() / expected.norm().clamp(min=1e-12))
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def assert_same_logits(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
-"""The relation over a sharded sequence with the Triton kernels, its ranks threads of one process.
+"""The relations over a sharded sequence with the Triton kernels, on ranks that are threads.
 
-So the kernels meet the rectangles and triangles of any number of ranks in the interpreter, and on
-one GPU; that processes exchange the same is ``test_sharded_relation``'s.
+So the kernels compute the rectangles and triangles of any number of ranks in the interpreter and on
+one GPU. ``test_sharded_relations`` tests the exchange between processes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalard.config.schema import RELATIONS
 from megalard.distill.terms import sharded_relations
-from megalard.distill.terms.sharded_relations import OPERANDS, Operand, RelationPlan, relation_sums
+from megalard.distill.terms.sharded_relations import Operand, RelationPlan, relation_sums
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Axis
 from tests.distill.terms.test_sharded_relations import WEIGHTS, dense, make_batch, make_operands
@@ -24,37 +25,42 @@ from tests.parity.compare import relative_error
 pytest.importorskip("triton")
 
 
-class Ranks:
-    """Stands in for the network between threads: what a rank gives is there once all have given."""
+class Network:
+    """Stands in for the network between threads.
+
+    A value of one rank is available to the others once all ranks have given theirs.
+    """
 
     def __init__(self, count: int):
         self.count, self._barrier = count, threading.Barrier(count, timeout=60)
         self._lock = threading.Lock()
-        self._given: dict[tuple[int, int], object] = {}
+        self._values: dict[tuple[int, int], object] = {}
         self._calls = [0] * count
 
-    def alone(self, kernel, *args, **kwargs):
-        """One rank's kernel at a time: the interpreter has one state for all threads."""
+    def one_at_a_time(self, kernel, *args, **kwargs):
+        """Call a kernel; the interpreter has one state for all threads."""
         with self._lock:
             return kernel(*args, backend="triton", **kwargs)
 
-    def _exchange(self, rank: int, value, wanted: list[int]) -> list:
+    def _exchange(self, rank: int, value, sources: list[int]) -> list:
         call = self._calls[rank]
         self._calls[rank] += 1
-        self._given[call, rank] = value
+        self._values[call, rank] = value
         self._barrier.wait()
-        return [self._given[call, other] for other in wanted]
+        return [self._values[call, source] for source in sources]
 
     def all_reduce(self, x: torch.Tensor, axis: Axis, op=dist.ReduceOp.SUM) -> torch.Tensor:
-        found = torch.stack(self._exchange(axis.rank, x.clone(), list(range(self.count))))
-        return x.copy_(found.amax(0) if op == dist.ReduceOp.MAX else found.sum(0))
+        values = torch.stack(self._exchange(axis.rank, x.clone(), list(range(self.count))))
+        return x.copy_(values.amax(0) if op == dist.ReduceOp.MAX else values.sum(0))
 
-    def exchange(self, tensors, to, source, axis: Axis):
+    def exchange(self, tensors, recipient, source, axis: Axis):
         (received,) = self._exchange(axis.rank, tensors, [source])
         return Received(received)
 
 
 class Received:
+    """Stands in for ``Exchange`` after its transfer."""
+
     sent_bytes = 0
 
     def __init__(self, tensors):
@@ -65,40 +71,41 @@ class Received:
 
 
 def run_ranks_as_threads(count, length, operands, batch, weights) -> tuple[dict, dict]:
-    """The sums over all ranks, and the gradients of the whole sequence."""
+    """Return the sums over all ranks, and the gradients of the full sequence."""
 
     def rank(number: int):
         shard = SequenceShard(length, Axis(None, number, count))
-        own = {
+        local = {
             kind: Operand(*(shard.cut(x, 2).contiguous() for x in pair))
             for kind, pair in operands.items()
         }
         plan = RelationPlan(shard, batch.doc_start_bn, batch.doc_end_bn)
-        return relation_sums(own, weights, plan, True), shard.local_positions()
+        return relation_sums(local, weights, plan, True), shard.local_positions()
 
     with ThreadPoolExecutor(count) as threads:
         results = list(threads.map(rank, range(count)))
-    sums = {name: sum(float(found[name]) for (found, _), _ in results) for name in weights}
+    sums = {name: sum(float(part[name]) for (part, _), _ in results) for name in weights}
     grads = {}
     for kind, (student, _) in operands.items():
         grads[kind] = torch.full_like(student, float("nan"), dtype=torch.float64)
-        for (_, found), positions in results:
-            grads[kind][:, :, positions.to(student.device)] = found[kind].double()
+        for (_, part), positions in results:
+            grads[kind][:, :, positions.to(student.device)] = part[kind].double()
     return sums, grads
 
 
 def check(count, length, dim, dtype, device, tolerances, monkeypatch, weights=WEIGHTS, blocks=3):
-    ranks = Ranks(count)
+    """Compare sums and gradients with dense float64 autograd."""
+    network = Network(count)
     for name in ("relation_forward", "relation_partials", "relation_backward"):
-        kernel = partial(ranks.alone, getattr(sharded_relations, name))
+        kernel = partial(network.one_at_a_time, getattr(sharded_relations, name))
         monkeypatch.setattr(sharded_relations, name, kernel)
-    monkeypatch.setattr(sharded_relations, "all_reduce", ranks.all_reduce)
-    monkeypatch.setattr(sharded_relations, "Exchange", ranks.exchange)
-    # short enough that no row is saturated by its diagonal, where P_s - P_t would cancel
+    monkeypatch.setattr(sharded_relations, "all_reduce", network.all_reduce)
+    monkeypatch.setattr(sharded_relations, "Exchange", network.exchange)
+    # Vectors so short that no row is saturated by its diagonal, where P_s - P_t would cancel.
     operands = {
         kind: tuple((x[:blocks] * 0.6).to(device, dtype) for x in pair)
         for kind, pair in make_operands(length, dim).items()
-        if any(kind in OPERANDS[name] for name in weights)
+        if any(kind in RELATIONS[name].operands for name in weights)
     }
     batch = make_batch(length, blocks).to(device)
     sums, grads = run_ranks_as_threads(count, length, operands, batch, weights)
@@ -111,9 +118,9 @@ def check(count, length, dim, dtype, device, tolerances, monkeypatch, weights=WE
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
 @pytest.mark.parametrize("count", [2, 3])
-def test_sharded_relation_in_the_interpreter(count, monkeypatch):
-    """A packed block; the interpreter takes a second for a launch."""
-    # fp32 rounding, as in test_sharded_relation
+def test_the_kernels_are_exact_in_the_interpreter(count, monkeypatch):
+    """With one packed block, because the interpreter takes a second per launch."""
+    # The rounding of fp32, as in test_sharded_relations.
     tolerances, weights = (5e-6, 5e-6), {"k": 2.0, "qk": 0.75}
     check(count, 6 * count, 8, torch.float32, "cpu", tolerances, monkeypatch, weights, 1)
 
@@ -122,10 +129,10 @@ def test_sharded_relation_in_the_interpreter(count, monkeypatch):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_sharded_relation_on_one_gpu(count, dim, dtype, monkeypatch):
-    """On Hopper in half precision with its kernels."""
-    # the gradient is rounded on every rank, and where it returns to its owner
+def test_the_kernels_are_exact_on_one_gpu(count, dim, dtype, monkeypatch):
+    """On Hopper, half precision uses the Hopper kernels."""
+    # The gradient is rounded on every rank, and again by the owner of the chunk.
     rounding = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 5e-5}[dtype]
-    # odd pieces, halved unevenly, of some tiles each
+    # Pieces of an odd number of tokens, which cover several tiles and whose halves differ.
     length = 2 * count * (1001 // count)
     check(count, length, dim, dtype, "cuda", (1e-4, rounding), monkeypatch)

@@ -1,10 +1,11 @@
-"""Attention over the cp axis against plain attention of the whole block in one process."""
+"""Attention over the cp axis against plain attention of the full block in one process."""
 
 from __future__ import annotations
 
 import functools
 import json
 from contextlib import ExitStack
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
@@ -12,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megalard.model.merged_attention import takes_cudnn
-from megalard.parallel.collectives import Posted
+from megalard.model.merged_attention import uses_cudnn
+from megalard.parallel.collectives import PendingCollective
 from megalard.parallel.context import attention as context_attention
 from megalard.parallel.context.attention import attend_over_axis
-from megalard.parallel.context.shard import SequenceShard
+from megalard.parallel.context.shard import SequenceShard, Span
 from megalard.parallel.mesh import Axis, build_mesh
 from tests.parity.cases import Case, make_config, make_models
 from tests.parity.worker import make_distiller, micro_batches
@@ -27,24 +28,38 @@ NAMES = ("out", "dq", "dk", "dv")
 CASE = Case("llama", "lora", data="whole")
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """The part of a batch that attention reads."""
+
+    shard: SequenceShard
+    documents: tuple[tuple[int, int, int], ...]
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return self.shard.spans(self.documents)
+
+
 def whole_rows(length: int, batch: int) -> tuple[tuple[int, int, int], ...]:
+    """Return one document per row, which fills it."""
     return tuple((row, 0, length) for row in range(batch))
 
 
 def attend(q, k, v, shard: SequenceShard) -> torch.Tensor:
+    """Attend over the axis in rows that are one document each."""
     documents = whole_rows(shard.length, q.shape[0])
-    spans = shard.spans(documents)
-    return attend_over_axis(q, k, v, None, shard=shard, documents=documents, spans=spans)
+    return attend_over_axis(q, k, v, None, Blocks(shard, documents))
 
 
 def values_of(function, tensors, upstream) -> list[torch.Tensor]:
-    """The output and the gradients of q, k and v."""
+    """Return the output and the gradients of q, k and v."""
     leaves = [x.clone().requires_grad_() for x in tensors]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
 
 
 def plain(q, k, v) -> torch.Tensor:
+    """Attend in one process, with torch."""
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return out.transpose(1, 2)
@@ -59,33 +74,33 @@ def _against_plain(size: int) -> None:
         tensors = [torch.randn(shape) for shape in shapes]
         upstream = torch.randn(BATCH, shard.length, heads, DIM)
         expected = values_of(plain, [x.double() for x in tensors], upstream)
-        # tokens before heads, as projections lie, of which attention sees a transposed view
-        cut = [shard.cut(x, 2).transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
-        own = (cut, shard.cut(upstream, 1))
-        found = values_of(functools.partial(attend, shard=shard), *own)
-        for name, ours, theirs in zip(NAMES, found, expected, strict=True):
+        # Projections have tokens before heads, and attention reads a transposed view of them.
+        local = [shard.cut(x, 2).transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+        arguments = (local, shard.cut(upstream, 1))
+        actual = values_of(functools.partial(attend, shard=shard), *arguments)
+        for name, ours, theirs in zip(NAMES, actual, expected, strict=True):
             theirs = shard.cut(theirs, 1 if name == "out" else 2)
-            # fp32's 2^-24 in each of some ten roundings: dot products of 16, sums of at most 50
-            # terms of weights below one, a merge
+            # The 2^-24 of fp32 in each of some ten roundings: dot products of 16, sums of at most
+            # 50 terms with weights below one, and a merge.
             error = float((ours - theirs).norm() / theirs.norm())
             assert error < 1e-6, f"{name} of rank {axis.rank}, {kv_heads} heads: off by {error:.1e}"
 
-        again = values_of(functools.partial(attend, shard=shard), *own)
-        assert all(map(torch.equal, again, found)), f"other bits in a second run on {axis.rank}"
-        recompute = functools.partial(checkpoint, attend, use_reentrant=False, shard=shard)
-        again = values_of(recompute, *own)
-        assert all(map(torch.equal, again, found)), f"other bits recomputed on rank {axis.rank}"
+        again = values_of(functools.partial(attend, shard=shard), *arguments)
+        assert all(map(torch.equal, again, actual)), f"a second run differs on rank {axis.rank}"
+        checkpointed = functools.partial(checkpoint, attend, use_reentrant=False, shard=shard)
+        again = values_of(checkpointed, *arguments)
+        assert all(map(torch.equal, again, actual)), f"checkpointing differs on rank {axis.rank}"
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
-def test_own_chunk_first_is_plain_attention_twice_and_recomputed(size):
+def test_the_result_is_plain_attention_with_the_same_bits_every_time(size):
     run_ranks(size, _against_plain, size)
 
 
 def _record(events: list[str]) -> ExitStack:
-    """Note what is posted, awaited and computed, in order."""
+    """Note in order what is started, awaited and computed."""
 
-    def noted(name, function):
+    def noting(name, function):
         def call(*arguments):
             events.append(name(*arguments) if callable(name) else name)
             return function(*arguments)
@@ -93,17 +108,17 @@ def _record(events: list[str]) -> ExitStack:
         return call
 
     def part(*arguments) -> str:
-        return "own" if arguments[-1] else "others"
+        return "local" if arguments[-1] else "remote"
 
     stack = ExitStack()
     for target, attribute, name in (
-        (context_attention, "post_all_gather_tokens", "gather"),
-        (context_attention, "post_reduce_scatter_tokens", "scatter"),
+        (context_attention, "start_all_gather_tokens", "gather"),
+        (context_attention, "start_reduce_scatter_tokens", "scatter"),
         (context_attention, "attention_part", part),
         (context_attention, "attention_part_backward", part),
-        (Posted, "wait", "wait"),
+        (PendingCollective, "wait", "wait"),
     ):
-        function = noted(name, getattr(target, attribute))
+        function = noting(name, getattr(target, attribute))
         stack.enter_context(mock.patch.object(target, attribute, function))
     return stack
 
@@ -120,14 +135,15 @@ def _order(results: str) -> None:
         json.dump(events, file)
 
 
-def test_the_own_chunk_is_computed_while_the_others_travel(tmp_path):
+def test_the_local_chunk_is_computed_while_the_others_are_on_their_way(tmp_path):
     run_ranks(3, _order, str(tmp_path / "events"))
-    for rank, others in enumerate((1, 2, 1)):  # the lower ranks' pieces, the higher ranks' chunks
-        away = ["others"] * others
-        forward = ["gather", "gather", "own", "wait", "wait", *away]
-        backward = [*away, "scatter", "scatter", "own", "wait", "wait"]
-        found = json.loads((tmp_path / f"events-{rank}").read_text())
-        assert found == [*forward, "backward", *backward], f"on rank {rank}"
+    # The early pieces of the lower ranks are one part, the chunks of the higher ranks another.
+    for rank, count in enumerate((1, 2, 1)):
+        remote = ["remote"] * count
+        forward = ["gather", "gather", "local", "wait", "wait", *remote]
+        backward = [*remote, "scatter", "scatter", "local", "wait", "wait"]
+        events = json.loads((tmp_path / f"events-{rank}").read_text())
+        assert events == [*forward, "backward", *backward], f"on rank {rank}"
 
 
 @pytest.mark.parametrize(
@@ -138,45 +154,46 @@ def test_the_own_chunk_is_computed_while_the_others_travel(tmp_path):
         (whole_rows(24, 2), 23, False),
         (((0, 0, 24), (1, 0, 23)), None, False),
         (((0, 0, 24), (1, 0, 12), (1, 12, 24)), None, False),
-        (((0, 0, 24),), None, False),  # the second row is padding
-        # rank 0 has the end of the rows, and rank 1 sees nothing of what it lacks
+        # The second row is padding.
+        (((0, 0, 24),), None, False),
+        # Rank 0 has the end of the rows, and rank 1 does not see that the last token is padding.
         (((0, 0, 23), (1, 0, 23)), None, False),
         ((), None, False),
     ],
 )
-def test_every_rank_takes_the_same_way(documents, window, expected):
+def test_every_rank_chooses_the_same_way(documents, window, expected):
     for size in (2, 3):
         for rank in range(size):
             shard = SequenceShard(24, Axis(None, rank, size))
             q, k, v = torch.zeros(3, 2, 4, shard.local_length, DIM)
-            taken = context_attention._attends_own_chunk_first(q, k, v, window, shard, documents)
-            assert taken == expected
+            overlaps = context_attention._overlaps_exchange(q, k, v, window, shard, documents)
+            assert overlaps == expected
 
 
 def _step(folder: str, results: str) -> None:
-    """Attention calls of one micro-step, by cp ranks that take this way."""
+    """Count the calls of attention that overlap the exchange in one micro-batch."""
     mesh = build_mesh("cpu", 1, 2)
     distiller = make_distiller(make_config(CASE, folder, cp=2), mesh)
     batches = {name: part[:1] for name, part in micro_batches(CASE, 0, mesh, 1).items()}
-    taken = mock.Mock(wraps=context_attention.attend_own_chunk_first)
-    with mock.patch.object(context_attention, "attend_own_chunk_first", taken):
+    calls = mock.Mock(wraps=context_attention.attend_local_chunk_first)
+    with mock.patch.object(context_attention, "attend_local_chunk_first", calls):
         distiller.accumulate(batches, 0)
     with open(f"{results}-{mesh.cp.rank}", "w") as file:
-        json.dump(taken.call_count, file)
+        json.dump(calls.call_count, file)
 
 
-def test_a_step_on_whole_documents_goes_this_way(tmp_path):
-    """So the parity cases of whole documents do, on layouts with cp."""
+def test_a_step_on_rows_of_one_document_overlaps_the_exchange(tmp_path):
+    """Therefore the parity cases whose rows are one document do so on layouts with cp."""
     make_models(CASE, tmp_path)
     run_ranks(2, _step, tmp_path, str(tmp_path / "calls"))
     for rank in range(2):
-        # teacher and student; of the last of three layers only q, k and v are computed
+        # Teacher and student; of the last of three layers only q, k and v are computed.
         assert json.loads((tmp_path / f"calls-{rank}").read_text()) == 2 * 2
 
 
 def _against_gathering(size: int) -> None:
     mesh = build_mesh("cuda", 1, size)
-    # pieces of 2048: the shortest that go this way
+    # Pieces of 2048 tokens are the shortest that overlap the exchange.
     shard = SequenceShard(2 * size * 2048, mesh.cp)
     documents = whole_rows(shard.length, BATCH)
     spans = shard.spans(documents)
@@ -188,27 +205,29 @@ def _against_gathering(size: int) -> None:
     torch.manual_seed(mesh.cp.rank)
     for kv_heads in (4, 2):
         shapes = [(BATCH, shard.local_length, h, 128) for h in (4, kv_heads, kv_heads, 4)]
-        made = [torch.randn(x, device=mesh.device, dtype=torch.bfloat16) for x in shapes]
-        tensors, upstream = [x.transpose(1, 2) for x in made[:3]], made[3]
-        assert takes_cudnn(*tensors)
-        taken = mock.Mock(wraps=context_attention.attend_own_chunk_first)
-        with mock.patch.object(context_attention, "attend_own_chunk_first", taken):
-            found = values_of(functools.partial(attend, shard=shard), tensors, upstream)
-        assert taken.call_count == 1
+        *qkv, upstream = (
+            torch.randn(shape, device=mesh.device, dtype=torch.bfloat16) for shape in shapes
+        )
+        tensors = [x.transpose(1, 2) for x in qkv]
+        assert uses_cudnn(*tensors)
+        calls = mock.Mock(wraps=context_attention.attend_local_chunk_first)
+        with mock.patch.object(context_attention, "attend_local_chunk_first", calls):
+            actual = values_of(functools.partial(attend, shard=shard), tensors, upstream)
+        assert calls.call_count == 1
         for name, ours, theirs in zip(
-            NAMES, found, values_of(gathering, tensors, upstream), strict=True
+            NAMES, actual, values_of(gathering, tensors, upstream), strict=True
         ):
-            # each rounds the same sums to bf16, 2^-9, in P, in dS, in each part and in each merge
+            # Each rounds the same sums to bf16, by 2^-9, in P, in dS, in each part and each merge.
             error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
             assert error < 1.5e-2, f"{name} of rank {mesh.cp.rank}: off by {error:.1e}"
-        # a read that did not wait for the transfer would see other bits in some run
+        # A read that did not wait for the transfer would see other bits in some run.
         for _ in range(5):
-            assert torch.equal(attend(*tensors, shard), found[0])
+            assert torch.equal(attend(*tensors, shard), actual[0])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [2, 4])
-def test_own_chunk_first_agrees_with_gathering_on_gpus(size):
+def test_overlapping_the_exchange_agrees_with_gathering_on_gpus(size):
     if size > torch.cuda.device_count() or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip(f"needs {size} Hopper GPUs, where torch prefers cuDNN")
     run_ranks(size, _against_gathering, size)
