@@ -1,46 +1,16 @@
-"""The configuration: a YAML file, overrides, and bad values told in one sentence each."""
+"""Reading a configuration: a YAML file, overrides, old spellings, and bad keys and values."""
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-
 import pytest
-import yaml
 
-from megalard.config.file import describe_keys, load_config
+from megalard.config.file import in_present_spelling, load_config, present_spelling
 from megalard.config.schema import Config, to_dict
-from megalard.errors import UserError
-from megalard.train import main
-
-RECIPES = sorted((Path(__file__).parents[1] / "launch" / "configs").rglob("*.yaml"))
-NEEDED = ["--model.teacher", "t", "--data.paths", "[a, b]", "--run.output", "out"]
+from tests.command_line import user_error
+from tests.config.loading import REQUIRED, load, refusal
 
 
-def load(*overrides: str, path: str | None = None) -> Config:
-    return load_config(path, [*NEEDED, *overrides])
-
-
-def refusal(*overrides: str, path: str | None = None) -> str:
-    with pytest.raises(UserError) as caught:
-        load(*overrides, path=path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes a YAML file and gives its path."""
-
-    def write(text: str | bytes) -> str:
-        path = tmp_path / "config.yaml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return str(path)
-
-    return write
-
-
-def test_defaults_are_kept_where_nothing_is_said():
+def test_defaults_hold_where_nothing_is_given():
     expected = to_dict(Config())
     expected["model"]["teacher"] = "t"
     expected["data"]["paths"] = ["a", "b"]
@@ -59,19 +29,48 @@ def test_the_last_of_two_overrides_wins():
     assert load("--run.seed", "1", "--run.seed", "2").run.seed == 2
 
 
-def test_an_empty_section_is_a_section(write):
+def test_an_empty_section_has_its_defaults(write):
     config = load("--rope.factor", "2", path=write("rope:\noptimizer:\n"))
     assert config.rope.factor == 2 and config.optimizer == Config().optimizer
 
 
+@pytest.mark.parametrize("null", ["null", "~"])
+def test_null_removes_a_key_of_the_file(null, write):
+    path = write("optimizer: {steps: 7, clip: 1}\nobjective: {layers: [0], logits_kl: 2}\n")
+    config = load(f"--optimizer.steps={null}", f"--objective.layers={null}", path=path)
+    assert config.optimizer.steps == 144 and config.optimizer.clip == 1
+    assert config.objective.layers is None and config.objective.logits_kl == 2
+    assert load(f"--optimizer={null}", path=path).optimizer == Config().optimizer
+
+
+def test_null_removes_a_text_that_may_be_left_out(write):
+    path = write("model: {student: s, tokenizer: k}\n")
+    config = load("--model.tokenizer", "null", path=path)
+    assert config.model.tokenizer is None and config.model.student == "s"
+    # A required text cannot be removed: the word is the name of a directory.
+    assert load("--model.teacher", "null", path=path).model.teacher == "null"
+
+
+def test_null_removes_a_stream_of_the_file(write):
+    path = write(
+        "streams: {a: {objective: {logits_kl: 1}}, b: {objective: {language_modelling: 1}}}"
+    )
+    assert list(load(path=path).streams) == ["a", "b"]
+    assert list(load("--streams.b=null", path=path).streams) == ["a"]
+    # Without any stream the sections objective and data describe the one stream.
+    both = load("--streams.a=null", "--streams.b=null", path=path)
+    assert both.streams == {} and list(both.all_streams()) == ["main"]
+    assert load("--streams=null", path=path).streams == {}
+
+
 @pytest.mark.parametrize("text", ["2e-5", "2.0e-5", "0.00002", "2E-05"])
-def test_small_floats_in_every_spelling(text, write):
+def test_small_floats_are_read_in_every_spelling(text, write):
     assert load("--optimizer.learning_rate", text).optimizer.learning_rate == 2e-5
     path = write(f"optimizer: {{learning_rate: {text}}}")
     assert load(path=path).optimizer.learning_rate == 2e-5
 
 
-def test_values_of_every_kind():
+def test_values_of_every_kind_are_read():
     config = load(
         *("--objective.layers", "[0, 3]", "--trainable.lora.targets", "q"),
         *("--data.packing", "false", "--optimizer.betas", "[0.8, 1e-2]"),
@@ -94,11 +93,6 @@ def test_paths_are_taken_as_typed(name):
     assert load("--data.cache", name).data.cache == name
 
 
-def test_only_weighted_relations_are_active():
-    config = load("--objective.relations.k", "0", "--objective.relations.qk", "0.5")
-    assert config.objective.active_relations() == {"q": 1.0, "v": 1.0, "qk": 0.5}
-
-
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
@@ -107,12 +101,14 @@ def test_only_weighted_relations_are_active():
         ("trainable.lora.ranks", "trainable.lora.rank"),
         ("learning_rate", "optimizer.learning_rate"),
         ("data.tp", "parallel.tp"),
+        ("lr", "optimizer.learning_rate"),
         ("run.zzz", "run."),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(key, nearest):
-    known = key if key != "optimiser.steps" else "optimiser"
-    assert f"unknown key '{known}'; the nearest known one is '{nearest}" in refusal(f"--{key}", "1")
+    unknown = key if key != "optimiser.steps" else "optimiser"
+    sentence = refusal(f"--{key}", "1")
+    assert f"unknown key '{unknown}'; the nearest known one is '{nearest}" in sentence
 
 
 @pytest.mark.parametrize(
@@ -127,160 +123,72 @@ def test_an_unknown_key_names_the_nearest_known_one(key, nearest):
         (["--optimizer", "3"], "'optimizer' is a section, got the value 3"),
         (["--run.seed", "1", "--run.seed.x", "3"], "'seed' is a value, not a section"),
         (["steps", "3"], "expected --section.key value, got 'steps'"),
-        (["--run.seed"], "--run.seed needs a value: only --preflight and --help"),
+        (["--run.seed"], "--run.seed needs a value: only --preflight, --version and --help"),
     ],
 )
 def test_wrong_types_and_forms_are_refused(overrides, sentence):
     assert sentence in refusal(*overrides)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("model.compute_dtype", "float16"),
-        ("model.native_context", "0"),
-        ("rope.type", "ntk"),
-        ("rope.factor", "1"),
-        ("rope.factor", "nan"),
-        ("rope.factor", ".inf"),
-        ("trainable.mode", "none"),
-        ("trainable.weights", "[]"),
-        ("trainable.weights", "[q, q]"),
-        ("trainable.lora.targets", "[q, x]"),
-        ("trainable.lora.rank", "0"),
-        ("trainable.lora.dropout", "1"),
-        ("objective.relations.q", "-1"),
-        ("objective.logits_kl", "-1"),
-        ("objective.layers", "[]"),
-        ("objective.layers", "[1, 1]"),
-        ("objective.layers", "[-1]"),
-        ("objective.logits_positions", "0"),
-        ("data.context_length", "1"),
-        ("optimizer.steps", "0"),
-        ("optimizer.global_batch", "0"),
-        ("optimizer.micro_batch", "-3"),
-        ("optimizer.warmup_steps", "-1"),
-        ("optimizer.weight_decay", "-0.1"),
-        ("optimizer.clip", "-1"),
-        ("optimizer.eps", "-1"),
-        ("optimizer.learning_rate", "0"),
-        ("optimizer.learning_rate", "nan"),
-        ("optimizer.learning_rate", "inf"),
-        ("optimizer.min_ratio", "1.5"),
-        ("optimizer.betas", "[0.9]"),
-        ("optimizer.betas", "[0.9, 1.0]"),
-        ("parallel.tp", "0"),
-        ("evaluation.lengths", "[]"),
-        ("evaluation.lengths", "[1]"),
-        ("evaluation.max_tokens", "1"),
-        ("run.device", "tpu"),
-        ("run.non_finite", "ignore"),
-        ("run.log_every", "0"),
-        ("checkpoint.save_every", "-1"),
-        ("checkpoint.export_every", "-1"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_key(key, value):
-    assert key in refusal(f"--{key}", value)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (["--rope.type", "dynamic"], "'dynamic' equals the teacher's RoPE at up to M tokens"),
-        (["--rope.theta", "5e5"], "rope.theta only applies to rope.type abf"),
-        (["--rope.type", "abf", "--rope.theta", "0"], "rope.theta must be positive"),
-        (["--rope.long_factors", "[1]"], "rope.long_factors only applies to rope.type longrope"),
-        (["--rope.table", "x"], "rope.table only applies to rope.type table"),
-        (["--rope.type", "table"], "rope.type table needs rope.table FILE"),
-        (["--rope.type", "checkpoint"], "rope.type checkpoint needs model.student"),
-        (
-            [f"--objective.relations.{name}=0" for name in "qkv"],
-            "the objective is empty",
-        ),
-    ],
-)
-def test_values_that_do_not_go_together_are_refused(overrides, sentence):
-    assert sentence in refusal(*overrides)
-
-
 @pytest.mark.parametrize("key", ["model.teacher", "data.paths", "run.output"])
-def test_what_a_run_cannot_do_without_is_asked_for(key):
-    position = NEEDED.index(f"--{key}")
-    rest = NEEDED[:position] + NEEDED[position + 2 :]
-    with pytest.raises(UserError, match=f"{key} is not set"):
-        load_config(None, rest)
+def test_a_required_key_that_is_missing_is_named(key):
+    position = REQUIRED.index(f"--{key}")
+    rest = REQUIRED[:position] + REQUIRED[position + 2 :]
+    assert f"{key} is not set: give " in user_error(load_config, None, rest)
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("model: [", "is not valid YAML"),
-        ("optimizer: {steps: 3}\noptimizer: {eps: 1}", "'optimizer' is given twice"),
-        ("optimizer: {steps: 3, steps: 4}", "'steps' is given twice"),
-        (b"\xff\xfe\x00", "is not valid YAML"),
-        ("- a\n- b\n", "must hold sections such as 'model:' and 'data:'"),
         ("model: 3\n", "'model' is a section, got the value 3"),
+        ("optimizer: [3]\n", "'optimizer' is a section, got the value [3]"),
         ("1: 2\n", "unknown key '1'"),
     ],
 )
-def test_a_bad_file_is_refused(content, sentence, write):
-    path = write(content)
-    with pytest.raises(UserError, match=sentence) as caught:
-        load_config(path, [])
-    assert "\n" not in str(caught.value)
+def test_a_file_with_wrong_sections_is_refused(content, sentence, write):
+    assert sentence in user_error(load_config, write(content), [])
 
 
-def test_a_missing_file_is_named(tmp_path):
-    sentence = refusal(path=str(tmp_path / "none.yaml"))
-    assert sentence.endswith("none.yaml: No such file or directory")
-    assert "cannot read the config file" in refusal(path=str(tmp_path))
+def test_the_old_spelling_of_a_key_is_read_with_one_warning(write, capsys):
+    config = load("--objective.attention_context", "0.5")
+    assert config.objective.attention_output == 0.5
+    assert capsys.readouterr().err == (
+        "warning: objective.attention_context is now called objective.attention_output\n"
+    )
+    path = write("streams: {a: {objective: {attention_context: 2}}}\n")
+    assert load(path=path).streams["a"].objective.attention_output == 2
+    assert capsys.readouterr().err == (
+        "warning: streams.a.objective.attention_context is now called "
+        "streams.a.objective.attention_output\n"
+    )
+    load("--objective.attention_output", "0.5")
+    assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_loads(recipe):
-    # one that keeps the student's own RoPE needs to be told where the student is
-    config = load("--model.student", "s", path=str(recipe))
-    given = yaml.safe_load(recipe.read_text())
-    assert config.optimizer.learning_rate == float(given["optimizer"]["learning_rate"])
+def test_only_the_key_of_that_section_has_an_old_spelling():
+    assert present_spelling("streams.x.objective.attention_context") == (
+        "streams.x.objective.attention_output"
+    )
+    assert present_spelling("data.attention_context") == "data.attention_context"
+    assert "unknown key 'data.attention_context'" in refusal("--data.attention_context", "1")
+    tree = {"objective": {"attention_context": 1, "layers": [0]}, "run": {"seed": 2}}
+    assert in_present_spelling(tree) == {
+        "objective": {"attention_output": 1, "layers": [0]},
+        "run": {"seed": 2},
+    }
+    assert tree["objective"]["attention_context"] == 1, "the tree itself is unchanged"
 
 
-def test_the_authors_recipes_are_theirs():
-    """arXiv 2604.00004: 4096 tokens, LoRA 1024/2048/0.05, and the schedule of every model."""
-    factors = {"llama2-7b-x8": 8, "llama3-8b-x4": 4, "mistral-7b-x8": 8}
-    assert factors.keys() <= {path.stem for path in RECIPES}
-    for path in RECIPES:
-        if path.stem not in factors:
-            continue
-        config = load(path=str(path))
-        lora, optimizer = config.trainable.lora, config.optimizer
-        assert config.rope.type == "linear" and config.rope.factor == factors[path.stem]
-        assert config.data.context_length == 4096
-        assert (lora.targets, lora.rank) == (["q", "k", "v"], 1024)
-        assert (lora.alpha, lora.dropout) == (2048, 0.05)
-        assert (optimizer.learning_rate, optimizer.warmup_steps) == (2e-5, 4)
-        assert (optimizer.min_ratio, optimizer.clip, optimizer.steps) == (0.9, 5, 144)
+def test_control_characters_are_escaped_in_messages():
+    sentence = refusal("--optimizer.\x1b[31mred", "1")
+    assert "\\x1b[31mred" in sentence and sentence.isprintable()
+    sentence = refusal("--run.output", "a\x1b[2Jb")
+    assert sentence.startswith("run.output has a control character or a byte that is not UTF-8")
+    assert "\\x1b[2J" in sentence and sentence.isprintable()
+    assert "not UTF-8" in refusal("--data.text_key", "a\udcffb")
 
 
-def keys_of(cls, prefix: str = "") -> list[str]:
-    found = []
-    for item in dataclasses.fields(cls):
-        factory = item.default_factory
-        if dataclasses.is_dataclass(factory):
-            found += keys_of(factory, f"{prefix}{item.name}.")
-        else:
-            found.append(prefix + item.name)
-    return found
-
-
-def test_help_lists_every_key_with_its_default(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert describe_keys() in text
-    keys = keys_of(Config)
-    assert len(keys) > 40
-    for key in keys:
-        assert f"  --{key}  (default: " in text
-    assert "--preflight" in text and "--config FILE" in text
+def test_long_values_are_shortened_in_messages():
+    assert len(refusal("--optimizer.steps", "x" * 10**6)) < 300
+    assert len(refusal("--optimizer.steps", "9" * 4000)) < 300
+    assert len(refusal(f"--{'k' * 10**5}", "1")) < 400

@@ -51,7 +51,11 @@ def folder(tmp_path_factory):
 
 
 def build(
-    folder, trainable: TrainableConfig, relations: dict | None = None, axis: Axis = SINGLE, **options
+    folder,
+    trainable: TrainableConfig,
+    relations: dict | None = None,
+    axis: Axis = SINGLE,
+    **options,
 ) -> Student:
     """Build a student whose loss has some relations, or the logits if none are given."""
     spec = read_spec(folder / "teacher")
