@@ -1,4 +1,4 @@
-"""Folders that get their names when they are whole: killed at every point, and two at once."""
+"""Directories that appear only when complete: killed at every point, and two writers at once."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from pathlib import Path
 import pytest
 
 from megalard.errors import UserError
-from megalard.files import atomic_folder as partial
-from megalard.files import locks
-from megalard.files.atomic_folder import PartialFolder
+from megalard.files import atomic_folder, locks
+from megalard.files.atomic_folder import AtomicFolder
 
 
 class Killed(BaseException):
-    """After it nothing of the process runs any more."""
+    """Stands for SIGKILL: nothing of the process runs after it."""
 
 
-def write(folder: PartialFolder, text: str) -> None:
+def write(folder: AtomicFolder, text: str) -> None:
+    """Write a complete directory with one file."""
     folder.begin()
     (folder.path / "content").write_text(text)
     folder.commit()
 
 
 def killed_at(call: int, monkeypatch) -> list[str]:
-    """Has the process die before the given one of the calls that change names; returns them."""
-    made = []
+    """Kill the process before a given call among those that change names; return the calls."""
+    calls = []
 
     def dying(name, function):
         def run(*args, **kwargs):
-            if len(made) == call:
+            if len(calls) == call:
                 raise Killed
-            made.append(name)
+            calls.append(name)
             return function(*args, **kwargs)
 
         return run
@@ -39,32 +39,33 @@ def killed_at(call: int, monkeypatch) -> list[str]:
     for owner, names in (
         (Path, ("rename", "unlink", "mkdir", "touch")),
         (shutil, ("rmtree",)),
-        (partial, ("sync_directory", "hold")),
+        (atomic_folder, ("sync_directory", "hold_lock")),
     ):
         for name in names:
             monkeypatch.setattr(owner, name, dying(name, getattr(owner, name)))
-    return made
+    return calls
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_killed_at_any_point_the_next_write_works(replace, tmp_path, monkeypatch):
+def test_after_a_kill_at_any_point_the_next_write_succeeds(replace, tmp_path, monkeypatch):
     finished = False
     for call in range(30):
         target = tmp_path / str(call) / "out"
         target.parent.mkdir()
         if replace:
-            write(PartialFolder(target, replace), "old")
+            write(AtomicFolder(target, replace), "old")
         with monkeypatch.context() as patches:
-            made = killed_at(call, patches)
+            calls = killed_at(call, patches)
             try:
-                write(PartialFolder(target, replace), "new")
+                write(AtomicFolder(target, replace), "new")
                 finished = True
             except Killed:
                 pass
         if finished:
             break
-        # between two names, what there was before is not lost and comes back
-        follower = PartialFolder(target, replace)
+        # Between the two renames the earlier directory has another name, and the next writer restores
+        # it.
+        follower = AtomicFolder(target, replace)
         if not replace and target.exists():
             assert (target / "content").read_text() == "new"
             continue
@@ -76,13 +77,13 @@ def test_killed_at_any_point_the_next_write_works(replace, tmp_path, monkeypatch
         assert (target / "content").read_text() == "next"
         assert [path.name for path in target.parent.iterdir()] == ["out"]
         assert [path.name for path in target.iterdir()] == ["content"]
-    assert finished and len(made) > (6 if replace else 4)
-    assert made[-1] == ("rmtree" if replace else "unlink")
+    assert finished and len(calls) > (6 if replace else 4)
+    assert calls[-1] == ("rmtree" if replace else "unlink")
 
 
 def test_a_living_writer_is_not_disturbed(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "_PATIENCE_S", 0.2)
-    first, second = (PartialFolder(tmp_path / "out") for _ in range(2))
+    first, second = (AtomicFolder(tmp_path / "out") for _ in range(2))
     first.begin()
     (first.path / "content").write_text("first")
     with pytest.raises(UserError, match=r"another process is writing .*out"):
@@ -93,8 +94,8 @@ def test_a_living_writer_is_not_disturbed(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_got_the_name_meanwhile_stays(tmp_path):
-    folder = PartialFolder(tmp_path / "out")
+def test_a_directory_that_appears_meanwhile_is_left_alone(tmp_path):
+    folder = AtomicFolder(tmp_path / "out")
     folder.begin()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
@@ -104,9 +105,9 @@ def test_what_got_the_name_meanwhile_stays(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
 
-def test_what_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
-    write(PartialFolder(tmp_path / "out"), "old")
-    folder = PartialFolder(tmp_path / "out", replace=True)
+def test_an_earlier_directory_is_put_back_if_it_cannot_be_replaced(tmp_path, monkeypatch):
+    write(AtomicFolder(tmp_path / "out"), "old")
+    folder = AtomicFolder(tmp_path / "out", replace=True)
     folder.begin()
     rename = Path.rename
 
@@ -123,20 +124,40 @@ def test_what_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "content").read_text() == "old"
 
 
-def test_the_name_is_on_the_disk_before_the_old_folder_goes(tmp_path, monkeypatch):
-    write(PartialFolder(tmp_path / "out"), "old")
+def test_the_new_name_is_on_the_disk_before_the_old_directory_is_removed(tmp_path, monkeypatch):
+    write(AtomicFolder(tmp_path / "out"), "old")
     calls = killed_at(100, monkeypatch)
-    write(PartialFolder(tmp_path / "out", replace=True), "new")
+    write(AtomicFolder(tmp_path / "out", replace=True), "new")
     assert calls.index("sync_directory") < calls.index("rmtree")
     assert calls.index("sync_directory") > len(calls) - 1 - calls[::-1].index("rename")
 
 
-def test_somebodys_folders_are_left_alone(tmp_path):
+def test_directories_of_somebody_else_are_left_alone(tmp_path):
     names = ["out.old", "out.old-12345678", "out.old-notahash", "other.old-abcdef01"]
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("x")
-    write(PartialFolder(tmp_path / "out"), "new")
-    write(PartialFolder(tmp_path / "out", replace=True), "newer")
+    write(AtomicFolder(tmp_path / "out"), "new")
+    write(AtomicFolder(tmp_path / "out", replace=True), "newer")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", *names])
     assert len(list(tmp_path.glob("*/precious"))) == 4
+
+
+def test_a_partial_directory_without_a_mark_is_left_alone(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious").write_text("x")
+    folder = AtomicFolder(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="it is in the way, move it elsewhere"):
+        folder.begin()
+    folder.abandon()
+    assert (tmp_path / "out.partial" / "precious").read_text() == "x"
+
+
+def test_an_abandoned_directory_leaves_nothing(tmp_path):
+    folder = AtomicFolder(tmp_path / "deep" / "out")
+    folder.begin()
+    (folder.path / "content").write_text("x")
+    (folder.path / "inner").mkdir()
+    folder.abandon()
+    folder.abandon()
+    assert list((tmp_path / "deep").iterdir()) == []
