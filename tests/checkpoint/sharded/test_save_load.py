@@ -1,8 +1,7 @@
-"""Any size in, any size out: HF -> sharded by a ranks -> read by b ranks -> HF, bit for bit."""
+"""Any size in, any size out: Hugging Face -> sharded by a ranks -> read by b ranks, bit for bit."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -10,12 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
-from megalard.checkpoint.build import empty_decoder
-from megalard.checkpoint.convert import export_model, import_model, weight_layouts
+from megalard.checkpoint.convert import weight_layouts
 from megalard.checkpoint.open import open_model
 from megalard.checkpoint.sharded.manifest import read_manifest
 from megalard.checkpoint.sharded.save_load import (
@@ -23,17 +19,17 @@ from megalard.checkpoint.sharded.save_load import (
     as_dtensor,
     checkpoint_axis,
     load_sharded,
+    save_sharded,
 )
-from megalard.files.safetensors import Entry, write_tensor_file
-from megalard.model.rope import rope_table
-from megalard.model.spec import read_spec
+from megalard.checkpoint.write_options import WriteOptions
 from megalard.parallel.mesh import SINGLE, Axis, build_mesh
-from megalard.training.monitor import peak_memory_bytes
+from megalard.parallel.tensor.layout import Layout
+from tests.command_line import user_error
+from tests.conversions import to_hugging_face, to_sharded
 from tests.models import FAMILIES, make_model
 from tests.ranks import run_ranks
 
 SIZES = (1, 2, 4, 8)
-_M_MMAP_THRESHOLD = -3
 SHAPES = {
     "llama": {"num_key_value_heads": 2, "vocab_size": 32001},
     "llama-mha": {"num_key_value_heads": 8},
@@ -42,11 +38,19 @@ SHAPES = {
     "qwen3": {"num_key_value_heads": 4, "vocab_size": 32001},
 }
 DTYPES = {"llama": torch.bfloat16, "mistral": torch.float16, "qwen2": torch.bfloat16}
+SECTIONS = {
+    "kind": "model",
+    "config": {},
+    "base": None,
+    "trained": None,
+    "training": None,
+    "written_by": {},
+}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Every family with 8 heads, few K/V heads, a vocabulary that 2 does not divide."""
+    """Every family with 8 heads, few K/V heads, and a vocabulary that 2 does not divide."""
     folder = tmp_path_factory.mktemp("sharded")
     for family in FAMILIES:
         shape = {"num_attention_heads": 8, "vocab_size": 1003, "num_hidden_layers": 2}
@@ -59,50 +63,49 @@ def models(tmp_path_factory):
             else:
                 save_file(tensors, file, {"format": "pt"})
     for size in SIZES:
-        run_ranks(size, _import_all, str(folder), size)
+        run_ranks(size, _shard_all, str(folder), size)
     return folder
 
 
-def _split(path, tensors) -> None:
-    """Two files and an index."""
+def _split(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write two files and an index."""
     (path / "model.safetensors").unlink()
-    names, where = sorted(tensors), {}
+    names, weight_map = sorted(tensors), {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, path / file)
-        where |= dict.fromkeys(part, file)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        weight_map |= dict.fromkeys(part, file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def _import_all(folder: str, size: int) -> None:
+def _shard_all(folder: str, size: int) -> None:
     mesh = build_mesh("cpu", size)
     axis = checkpoint_axis(mesh)
     for family in FAMILIES:
-        target = f"{folder}/sharded-{family}-{size}"
-        import_model(open_model(f"{folder}/{family}"), target, mesh, axis)
+        to_sharded(f"{folder}/{family}", f"{folder}/sharded-{family}-{size}", mesh, axis)
 
 
-def tensors_of(folder) -> dict[str, torch.Tensor]:
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a Hugging Face directory."""
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-def assert_same_bits(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape), what
-    same = found.contiguous().view(torch.uint8) == expected.contiguous().view(torch.uint8)
-    assert bool(same.all()), what
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), name
+    same = actual.contiguous().view(torch.uint8) == expected.contiguous().view(torch.uint8)
+    assert bool(same.all()), name
 
 
 @pytest.mark.parametrize("written", SIZES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_export_gives_back_every_bit(family, written, models, tmp_path):
+def test_an_export_has_every_bit_of_the_original(family, written, models, tmp_path):
     expected = tensors_of(models / family)
-    export_model(
-        open_model(models / f"sharded-{family}-{written}"), tmp_path / "out", SINGLE, 50000
-    )
-    found = tensors_of(tmp_path / "out")
-    assert found.keys() == expected.keys()
+    source = models / f"sharded-{family}-{written}"
+    to_hugging_face(source, tmp_path / "out", file_bytes=50_000)
+    exported = tensors_of(tmp_path / "out")
+    assert exported.keys() == expected.keys()
     for name, value in expected.items():
-        assert_same_bits(found[name], value, name)
+        assert_same_bits(exported[name], value, name)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert (tmp_path / "out" / "generation_config.json").exists()
 
@@ -117,10 +120,9 @@ def test_every_rank_of_any_size_reads_its_slices(family, written, read, models):
         layouts = weight_layouts(model.weights, model.spec, Axis(None, rank, read))
         assert layouts.keys() == expected.keys()
         for name, layout in layouts.items():
-            whole = expected[name]
-            part = whole
+            part = expected[name]
             if layout.dim is not None:
-                part = whole.narrow(layout.dim, layout.start, layout.length)
+                part = part.narrow(layout.dim, layout.start, layout.length)
             assert_same_bits(model.weights.read(name, layout), part, f"{name} of rank {rank}")
 
 
@@ -137,13 +139,13 @@ def _load_all(folder: str, size: int) -> None:
         source = open_model(f"{folder}/{family}")
         layouts = weight_layouts(source.weights, source.spec, mesh.tp)
         for written in SIZES:
-            locals_ = {
+            slices = {
                 name: torch.zeros(layout.local_shape, dtype=source.weights.dtype(name))
                 for name, layout in layouts.items()
             }
-            tensors = {n: as_dtensor(local, layouts[n], mesh) for n, local in locals_.items()}
+            tensors = {n: as_dtensor(local, layouts[n], mesh) for n, local in slices.items()}
             load_sharded(ShardedWeights(f"{folder}/sharded-{family}-{written}"), tensors, axis)
-            for name, local in locals_.items():
+            for name, local in slices.items():
                 assert_same_bits(local, source.weights.read(name, layouts[name]), name)
 
 
@@ -153,7 +155,7 @@ def test_the_manifest_describes_the_checkpoint(models):
     writer = manifest.body["written_by"]
     assert (writer["ranks"], writer["tp"], writer["dp"]) == (4, 4, 1)
     assert writer["libraries"]["torch"] == torch.__version__
-    # K/V heads fewer than ranks: two slices, each written once
+    # There are fewer K/V heads than ranks: two slices, each of which is written once.
     chunks = manifest.tensors["model.layers.0.self_attn.k_proj.weight"]["chunks"]
     assert sorted(chunk["offsets"] for chunk in chunks) == [[0, 0], [4, 0]]
     embedding = manifest.tensors["model.embed_tokens.weight"]
@@ -164,18 +166,8 @@ def test_the_manifest_describes_the_checkpoint(models):
     assert not any(name.endswith((".metadata", ".pt", ".bin", ".distcp")) for name in names)
 
 
-def test_torchs_own_hugging_face_reader_reads_the_shards(models):
-    """The format is no secret: slices are where torch's own storage looks for them."""
-    expected = tensors_of(models / "qwen3")
-    tensors = {name: torch.zeros_like(value) for name, value in expected.items()}
-    folder = str(models / "sharded-qwen3-4")
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=True)
-    for name, value in expected.items():
-        assert_same_bits(tensors[name], value, name)
-
-
 def test_the_documented_way_to_read_a_tensor_reads_it(models):
-    page = (Path(__file__).parents[2] / "docs" / "checkpoint_format.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "checkpoint_format.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict = {}
     exec(code, names)
@@ -183,51 +175,113 @@ def test_the_documented_way_to_read_a_tensor_reads_it(models):
         assert_same_bits(names["read"](models / "sharded-llama-8", name), value, name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_reads_the_exported_config_as_the_original(family, models, tmp_path):
-    export_model(open_model(models / f"sharded-{family}-2"), tmp_path / "out", SINGLE)
-    ours, theirs = (
-        AutoConfig.from_pretrained(path).to_dict() for path in (tmp_path / "out", models / family)
-    )
-    assert ours["rope_parameters"] == theirs["rope_parameters"]
-    head_dim = ours["hidden_size"] // ours["num_attention_heads"]
-    del theirs["_name_or_path"]
-    for key, value in theirs.items():
-        expected = head_dim if key == "head_dim" and value is None else value
-        assert ours.get(key, value) == expected, key
-
-
-def test_a_sharded_checkpoint_is_written_again_from_a_sharded_checkpoint(models, tmp_path):
-    mesh = build_mesh("cpu", 1)
-    source = open_model(models / "sharded-qwen2-8")
-    import_model(source, tmp_path / "again", mesh, SINGLE, file_bytes=20_000)
+def test_a_sharded_checkpoint_is_written_from_a_sharded_checkpoint(models, tmp_path):
+    to_sharded(models / "sharded-qwen2-8", tmp_path / "again", file_bytes=20_000)
     assert len(list((tmp_path / "again").glob("weights-*.safetensors"))) > 2
     again = open_model(tmp_path / "again")
     for name, value in tensors_of(models / "qwen2").items():
         assert_same_bits(again.weights.read(name), value, name)
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path):
-    """0.25 GB in tensors of at most 16 MB, of which two are held, there and back by one process."""
-    run_ranks(1, _convert_within, str(tmp_path), 40 * 2**20)
+def save(directory: Path, tensors: dict[str, torch.Tensor], **options) -> None:
+    """Write a small checkpoint in one process."""
+    save_sharded(directory, tensors, SECTIONS, SINGLE, WriteOptions(**options))
 
 
-def _convert_within(folder: str, allowed: int) -> None:
-    # glibc would keep 20 to 60 MB of what was freed, by chance; what counts is what is held
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
-    shape = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 8000}
-    config = FAMILIES["llama"][0](**shape, num_hidden_layers=7, tie_word_embeddings=True)
-    source = Path(folder) / "hf"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(config.to_dict(), default=str))
-    spec = read_spec(source)
-    layouts = empty_decoder(spec, rope_table(spec), SINGLE).layouts
-    entries = {name: Entry(torch.bfloat16, layout.full_shape) for name, layout in layouts.items()}
-    zeros = (torch.zeros(entry.shape, dtype=entry.dtype) for entry in entries.values())
-    size, _ = write_tensor_file(source / "model.safetensors", entries, zeros, {"format": "pt"})
-    assert size > 250e6
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    before = pages * os.sysconf("SC_PAGESIZE")
-    import_model(open_model(source), f"{folder}/sharded", build_mesh("cpu", 1), SINGLE)
-    export_model(open_model(f"{folder}/sharded"), f"{folder}/back", SINGLE)
-    assert peak_memory_bytes(torch.device("cpu")) - before < allowed
+def test_boxes_are_assembled_from_the_slices_they_overlap(tmp_path):
+    full = torch.arange(48.0).view(12, 4)
+    run_ranks(3, _save_rows, str(tmp_path / "x"))
+    weights = ShardedWeights(tmp_path / "x")
+    for start, size in (((0, 0), (12, 4)), ((3, 1), (5, 2)), ((4, 0), (4, 4)), ((11, 3), (1, 1))):
+        box = weights.read_box("x", start, size)
+        assert torch.equal(box, full[start[0] : start[0] + size[0], start[1] : start[1] + size[1]])
+    assert weights.read_box("x", (2, 0), (0, 4)).shape == (0, 4)
+
+
+def _save_rows(directory: str) -> None:
+    mesh = build_mesh("cpu", 3)
+    local = torch.arange(48.0).view(12, 4)[4 * mesh.tp.rank :][:4]
+    layout = Layout((12, 4), 0, 4 * mesh.tp.rank, 4, 1)
+    tensors = {"x": as_dtensor(local, layout, mesh)}
+    save_sharded(directory, tensors, SECTIONS, checkpoint_axis(mesh), WriteOptions())
+
+
+def test_every_file_and_the_directory_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    """The manifest is the last file, and the directory gets its name after it."""
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noting_rename(self, target):
+        events.append(f"rename {self.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "rename", noting_rename)
+    (tmp_path / "tokenizer.json").write_text("x")
+    tensors = {name: torch.ones(3) for name in ("a", "b", "optimizer.exp_avg.a")}
+    companions = (tmp_path / "tokenizer.json",)
+    save(tmp_path / "x", tensors, companions=companions, file_bytes=12)
+    shards = {
+        "weights-00000-000.safetensors",
+        "weights-00000-001.safetensors",
+        "optimizer-00000-000.safetensors",
+    }
+    renamed = events.index("rename x.partial")
+    assert {*shards, "config.json", "tokenizer.json"} <= set(events[:renamed])
+    assert events[renamed - 1] == "manifest.json"
+    assert events[renamed + 1 :] == [tmp_path.name], "the name itself is synced"
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {
+        *shards,
+        "config.json",
+        "tokenizer.json",
+        "manifest.json",
+    }
+
+
+def test_an_error_before_the_commit_leaves_nothing(tmp_path):
+    def refuse() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "x", {"a": torch.ones(3)}, before_commit=refuse)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_checkpoint_is_not_replaced(tmp_path):
+    save(tmp_path / "x", {"a": torch.ones(3)})
+    sentence = user_error(save, tmp_path / "x", {"a": torch.zeros(3)})
+    assert sentence.startswith(f"cannot write checkpoint {tmp_path / 'x'}: Directory not empty")
+    assert sentence.endswith("what was saved before is untouched")
+    assert torch.equal(ShardedWeights(tmp_path / "x").read("a"), torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_tensor_of_another_model_is_refused(tmp_path):
+    save(tmp_path / "x", {"a": torch.ones(3)})
+    weights = ShardedWeights(tmp_path / "x")
+    assert user_error(load_sharded, weights, {"a": torch.zeros(4)}, SINGLE) == (
+        f"tensor a in {tmp_path / 'x'} has shape [3], but the model needs [4]: it is a checkpoint "
+        "of another model"
+    )
+    assert "has no tensor b" in user_error(load_sharded, weights, {"b": torch.zeros(3)}, SINGLE)
+    loaded = {"a": torch.zeros(3)}
+    load_sharded(weights, loaded, SINGLE)
+    assert torch.equal(loaded["a"], torch.ones(3))
+
+
+def test_the_optimizer_is_not_among_the_weights_of_a_run(tmp_path):
+    tensors = {
+        "a": torch.ones(3),
+        "optimizer.step.a": torch.ones(1),
+        "rng.cpu.00000": torch.ones(2),
+    }
+    save(tmp_path / "model", tensors)
+    assert sorted(ShardedWeights(tmp_path / "model").names()) == sorted(tensors)
+    note = {"path": "/base", "files": {}}
+    run = {**SECTIONS, "kind": "training", "base": note, "trained": {}, "training": {}}
+    save_sharded(tmp_path / "run", tensors, run, SINGLE, WriteOptions())
+    assert ShardedWeights(tmp_path / "run").names() == ["a"]
