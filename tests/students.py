@@ -64,10 +64,12 @@ class MadeStudent:
     source: Weights
     config: dict
     mesh: Mesh
+    generation_config: tuple[Path, ...]
 
     def save(self, directory: Path, companions: tuple[Path, ...] = ()) -> None:
         """Save the student as a run does."""
-        save_student(directory, self.student, self.source, self.config, companions, self.mesh)
+        files = (*companions, *self.generation_config)
+        save_student(directory, self.student, self.source, self.config, files, self.mesh)
 
 
 def make_student(config: Config, mesh: Mesh) -> MadeStudent:
@@ -77,7 +79,7 @@ def make_student(config: Config, mesh: Mesh) -> MadeStudent:
     student_spec = spec_from_config(scaled, "student")
     plan = Plan(teacher, teacher, student_spec, scaled, NATIVE, tokenizer=None)
     _, student = load_models(config, plan, mesh, keep_teacher=False)
-    return MadeStudent(student, teacher.weights, scaled, mesh)
+    return MadeStudent(student, teacher.weights, scaled, mesh, teacher.generation_config)
 
 
 def shift(name: str, shape: tuple[int, ...]) -> torch.Tensor:

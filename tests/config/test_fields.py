@@ -1,5 +1,7 @@
 """Fields: their ranges and choices, how values are checked, and where their help comes from."""
 
+# ruff: noqa: RUF009 (fields of the configuration are declared by functions)
+
 from __future__ import annotations
 
 import math

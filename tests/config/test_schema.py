@@ -46,12 +46,12 @@ def test_checkpoints_are_saved_by_default():
 
 
 def test_relations_compare_rows_with_columns():
-    assert RELATIONS == {
+    assert {
         "q": Relation("q", "q"),
         "k": Relation("k", "k"),
         "v": Relation("v", "v"),
         "qk": Relation("q", "k"),
-    }
+    } == RELATIONS
     assert RELATIONS["v"].operands == ("v",) and RELATIONS["qk"].operands == ("q", "k")
 
 

@@ -1,4 +1,4 @@
-"""Teacher and student layer by layer: the states of transformers, computed no deeper than needed."""
+"""Teacher and student layer by layer: the states of transformers, no deeper than needed."""
 
 from __future__ import annotations
 

@@ -63,8 +63,7 @@ def test_after_a_kill_at_any_point_the_next_write_succeeds(replace, tmp_path, mo
                 pass
         if finished:
             break
-        # Between the two renames the earlier directory has another name, and the next writer restores
-        # it.
+        # Between the two renames the earlier directory has another name, which is undone.
         follower = AtomicFolder(target, replace)
         if not replace and target.exists():
             assert (target / "content").read_text() == "new"

@@ -22,7 +22,7 @@ DOCUMENTS = {
 
 
 def dense(q, k, v, documents, places, window):
-    """Return attention [b, s, Hq, d] in float64; ``places`` are the queries' places in the block."""
+    """Return attention [b, s, Hq, d] in float64, of queries at some places of the block."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
     allowed = torch.zeros(q.shape[0], q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)

@@ -29,7 +29,7 @@ SMALL_VOCAB = "vocabulary-of-5"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A model of every family, and one whose vocabulary leaves no rows to the last of four ranks."""
+    """A model of every family, and one with too few vocabulary entries for four ranks."""
     folder = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
         make_model(family, folder / family)

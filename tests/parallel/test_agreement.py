@@ -32,9 +32,11 @@ def _agree() -> None:
         if world.rank == 1:
             raise UserError("a checksum on rank 1")
 
-    with checked_meanwhile(check, world) as wait:
-        with pytest.raises(UserError, match="a checksum on rank 1"):
-            wait()
+    with (
+        checked_meanwhile(check, world) as wait,
+        pytest.raises(UserError, match="a checksum on rank 1"),
+    ):
+        wait()
     assert gather_objects((world.rank, "x"), world) == [(0, "x"), (1, "x")]
     assert from_rank_0(None if world.rank else "value", world) == "value"
     # The ranks are still in step.

@@ -141,8 +141,8 @@ CASES = {
 DROPOUT = Case("llama", "lora", "padded", targets=("q", "k", "v", "o"), dropout=0.3)
 ALL_CASES = {**CASES, "dropout": DROPOUT}
 
-# One case of each training mode, with grouped heads, fewer K/V heads than tp ranks, tied embeddings,
-# every term of an objective, and ranks without a token.
+# One case of each training mode, with grouped heads, fewer K/V heads than tp ranks, tied
+# embeddings, every term of an objective, and ranks without a token.
 CORE = ["lora-qkvo-grouped", "weights-one-kv-head", "all-everything"]
 
 

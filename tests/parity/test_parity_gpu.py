@@ -21,8 +21,8 @@ LAYOUTS = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (1, 1, 4), (2, 1, 2), (1,
 # gives another error of this size. A layout must not add to it: measured against float64 its error
 # may be twice the error of one GPU, plus the rounding of the tensor. The norms of two independent
 # errors of m elements differ by chance too. The logarithm of their ratio has a standard deviation
-# of 1 / sqrt(m). 4.5 standard deviations allow for thousands of tensors; they are more than a factor
-# of two for biases and norms of fewer than 42 elements.
+# of 1 / sqrt(m). 4.5 standard deviations allow for thousands of tensors; they are more than a
+# factor of two for biases and norms of fewer than 42 elements.
 BF16_FACTOR, BF16_DEVIATIONS, BF16_ROUNDING = 2.0, 4.5, 1e-2
 
 

@@ -1,29 +1,24 @@
-"""The saved student: transformers gives the trainer's logits, and the rest is copied bit for bit.
+"""The exported student: transformers gives the trainer's logits, and the rest is copied.
 
-Each case is made and saved by one process and by two (tp 2), once; the tests look at the results.
+Each case is made and saved once by one process and once by two (tp 2).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalard.checkpoint.huggingface import HuggingFaceWeights
-from megalard.checkpoint.weights import MergedWeights
 from megalard.errors import UserError
 from megalard.model.lora import initial_a
 from megalard.parallel.mesh import Mesh, build_mesh
+from megalard.parallel.tensor.layout import Layout, full_layout
 from megalard.training import export
 from tests.logits import (
     assert_same_logits,
@@ -32,6 +27,7 @@ from tests.logits import (
     transformers_logits,
 )
 from tests.models import make_model
+from tests.old_transformers import logits_of_transformers_4
 from tests.ranks import run_ranks
 from tests.students import (
     FACTOR,
@@ -52,18 +48,18 @@ CASES = {
     "all-biases-llama3": StudentCase("llama-biases", "all", "llama3"),
     "all-tied-table": StudentCase("llama-tied", "all", "table"),
 }
-OLD_TRANSFORMERS = Path(__file__).parents[1] / ".transformers-4.57"
-# a short text, one longer than the native window, both divided by tp 2
+# A short text, and one longer than the native window; tp 2 divides both.
 TEXTS = (random_tokens(2, 33), random_tokens(1, NATIVE + 30))
 
 
 def make(name: str, folder: Path, mesh: Mesh):
+    """Make the student of a case."""
     config = make_config(CASES[name], folder / name / "teacher", folder / name / "table.json")
     return make_student(config, mesh)
 
 
 def _save_all(folder: str, tp: int) -> None:
-    """Every case's student under ``student-tp<tp>``, its logits beside it."""
+    """Save the student of every case as ``student-tp<tp>``, and its logits next to it."""
     mesh, root = build_mesh("cpu", tp), Path(folder)
     for name in CASES:
         made = make(name, root, mesh)
@@ -81,21 +77,21 @@ def _save_on_two_ranks(folder: str) -> None:
 
 
 def _fail_everywhere(root: Path) -> None:
-    """Rank 0 alone finds that it cannot write, at once and half-way; every rank has to hear it."""
+    """Fail on rank 0 alone, at once and midway; every rank must raise the error."""
     mesh = build_mesh("cpu", 2)
     made = make("lora-llama-linear", root, mesh)
     (root / "a-file").touch()
     with pytest.raises(UserError, match="cannot write"):
         made.save(root / "a-file" / "student")
     with _full_disk(), pytest.raises(UserError, match="cannot write"):
-        made.save(root / "half-way")
-    # still in step: a save that works
+        made.save(root / "midway")
+    # The ranks are still in step: this save succeeds.
     made.save(root / "afterwards")
 
 
 @contextlib.contextmanager
 def _full_disk():
-    """No file of this process may grow beyond what a quarter of the student takes."""
+    """Limit the files of this process to a quarter of the student's size."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
     try:
@@ -117,9 +113,9 @@ def saved(tmp_path_factory):
     return folder
 
 
-def merged(name: str, case: StudentCase, layer_of: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What a tensor of the saved student has to be, from the teacher's and its shift."""
-    original = layer_of[name].float()
+def merged(name: str, case: StudentCase, originals: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what a tensor of the saved student must be."""
+    original = originals[name].float()
     if case.mode != "lora":
         return original + shift(name, original.shape)
     _, _, layer, _, module, _ = name.split(".")
@@ -132,6 +128,7 @@ def merged(name: str, case: StudentCase, layer_of: dict[str, torch.Tensor]) -> t
 
 
 def is_trained(name: str, case: StudentCase) -> bool:
+    """Whether a case trains a tensor."""
     if case.mode == "all":
         return True
     kinds = ("weight",) if case.mode == "lora" else ("weight", "bias")
@@ -140,7 +137,7 @@ def is_trained(name: str, case: StudentCase) -> bool:
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_transformers_gives_the_trainers_logits(name, tp, saved):
+def test_transformers_gives_the_trainer_s_logits(name, tp, saved):
     logits = torch.load(saved / name / f"logits-tp{tp}.pt")
     for text, ours in zip(TEXTS, logits, strict=True):
         expected = transformers_logits(saved / name / f"student-tp{tp}", text)
@@ -152,9 +149,9 @@ def test_trained_tensors_are_merged_and_the_rest_is_bit_identical(name, saved):
     case = CASES[name]
     source = load_file(saved / name / "teacher" / "model.safetensors")
     for tp in (1, 2):
-        found = load_file(saved / name / f"student-tp{tp}" / "model.safetensors")
-        assert found.keys() == source.keys()
-        for tensor, value in found.items():
+        student = load_file(saved / name / f"student-tp{tp}" / "model.safetensors")
+        assert student.keys() == source.keys()
+        for tensor, value in student.items():
             if is_trained(tensor, case):
                 torch.testing.assert_close(value, merged(tensor, case, source))
             else:
@@ -162,7 +159,7 @@ def test_trained_tensors_are_merged_and_the_rest_is_bit_identical(name, saved):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_config_holds_rope_in_both_spellings(name, saved):
+def test_the_config_has_rope_in_both_spellings(name, saved):
     folder = saved / name / "student-tp1"
     config = json.loads((folder / "config.json").read_text())
     teacher = json.loads((saved / name / "teacher" / "config.json").read_text())
@@ -193,64 +190,36 @@ def test_generation_config_and_tokenizer_files_are_copied(saved):
 
 
 def test_a_rank_that_cannot_write_stops_all(saved):
-    """The ranks checked the errors themselves; here is what they left."""
-    assert not (saved / "half-way").exists()
+    """The ranks checked the errors; here are the directories that they left."""
+    assert not (saved / "midway").exists()
     assert (saved / "afterwards" / "model.safetensors").exists()
 
 
-_READ_WITH_OLD = """
-import sys
-import torch, transformers
-assert transformers.__version__.startswith("4.57."), transformers.__version__
-texts, *folders = sys.argv[1:]
-found = {}
-for folder in folders:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    with torch.no_grad():
-        found[folder] = [model(text, use_cache=False).logits for text in torch.load(texts)]
-torch.save(found, texts + ".logits")
-"""
-
-
-@pytest.fixture(scope="module")
-def old_logits(saved):
-    """The saved students' logits in transformers 4.57, which needs a process of its own."""
-    if not OLD_TRANSFORMERS.is_dir():
-        pytest.skip("transformers 4.57 is not installed beside the tests: run tests/run.sh")
-    texts = saved / "texts.pt"
-    torch.save(list(TEXTS), texts)
-    folders = [str(saved / name / "student-tp1") for name in CASES]
-    subprocess.run(
-        [sys.executable, "-c", _READ_WITH_OLD, str(texts), *folders],
-        env={**os.environ, "PYTHONPATH": str(OLD_TRANSFORMERS)},
-        check=True,
-    )
-    return torch.load(f"{texts}.logits")
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_transformers_4_gives_the_trainers_logits(name, saved, old_logits):
-    logits = torch.load(saved / name / "logits-tp1.pt")
-    theirs = old_logits[str(saved / name / "student-tp1")]
-    for ours, expected in zip(logits, theirs, strict=True):
-        assert_same_logits(ours, expected)
+def test_transformers_4_gives_the_trainer_s_logits(saved):
+    folders = [saved / name / "student-tp1" for name in CASES]
+    theirs = logits_of_transformers_4(folders, TEXTS, saved / "texts.pt")
+    for name, folder in zip(CASES, folders, strict=True):
+        logits = torch.load(saved / name / "logits-tp1.pt")
+        for ours, expected in zip(logits, theirs[folder], strict=True):
+            assert_same_logits(ours, expected)
 
 
 @pytest.fixture
 def mesh():
+    """A mesh of one process."""
     return build_mesh("cpu", 1)
 
 
 @pytest.fixture
 def made(mesh, saved):
-    """A student to be saved by one process."""
+    """A student that one process saves."""
     made = make("lora-llama-linear", saved, mesh)
     pretend_to_train(made.student)
     return made
 
 
 def in_bfloat16(source: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """A copy of a model whose files are bfloat16; returns its tensors."""
+    """Copy a model as bfloat16 files; return its tensors."""
     shutil.copytree(source, folder)
     tensors = load_file(source / "model.safetensors")
     tensors = {name: value.bfloat16() for name, value in tensors.items()}
@@ -259,7 +228,7 @@ def in_bfloat16(source: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["lora", "weights"])
-def test_the_files_dtype_is_kept_whatever_is_computed_in(mode, mesh, saved, tmp_path):
+def test_the_dtype_of_the_files_is_kept_whatever_dtype_is_computed_in(mode, mesh, saved, tmp_path):
     case = StudentCase("llama", mode, "linear")
     source = in_bfloat16(saved / "lora-llama-linear" / "teacher", tmp_path / "teacher")
     student = make_student(make_config(case, tmp_path / "teacher", tmp_path / "table"), mesh)
@@ -276,7 +245,7 @@ def test_the_files_dtype_is_kept_whatever_is_computed_in(mode, mesh, saved, tmp_
 
 
 def test_masters_start_from_the_files_and_not_from_rounded_weights(mesh, saved, tmp_path):
-    """Computing in bfloat16, weights that training leaves alone come out as they went in."""
+    """With computation in bfloat16, weights that training does not change keep their bits."""
     teacher = saved / "all-biases-llama3" / "teacher"
     case = StudentCase("llama-biases", "all", "linear", compute_dtype="bfloat16")
     make_student(make_config(case, teacher, tmp_path / "table"), mesh).save(tmp_path / "student")
@@ -285,7 +254,7 @@ def test_masters_start_from_the_files_and_not_from_rounded_weights(mesh, saved, 
         assert torch.equal(value, source[name]), name
 
 
-def test_a_tied_head_that_stands_in_the_files_stays_tied(mesh, saved, tmp_path):
+def test_a_tied_head_in_the_files_stays_tied(mesh, saved, tmp_path):
     shutil.copytree(saved / "all-tied-table" / "teacher", tmp_path / "teacher")
     tensors = load_file(tmp_path / "teacher" / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -297,14 +266,6 @@ def test_a_tied_head_that_stands_in_the_files_stays_tied(mesh, saved, tmp_path):
     student.save(tmp_path / "student")
     ours = decoder_logits(student.student.decoder, TEXTS[0])
     assert_same_logits(ours, transformers_logits(tmp_path / "student", TEXTS[0]))
-
-
-def test_a_tied_head_in_the_files_is_left_out_of_what_is_merged(saved):
-    weights = HuggingFaceWeights(saved / "all-tied-table" / "teacher")
-    weights._where["lm_head.weight"] = weights._where["model.embed_tokens.weight"]
-    for tied in (True, False):
-        merged = MergedWeights(weights, SimpleNamespace(directory=None, names=list), 1.0, tied)
-        assert ("lm_head.weight" in merged.names()) == (not tied)
 
 
 def test_large_students_are_sharded_with_an_index(made, saved, tmp_path, monkeypatch):
@@ -320,22 +281,22 @@ def test_large_students_are_sharded_with_an_index(made, saved, tmp_path, monkeyp
     index = json.loads((tmp_path / "student" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes)
     assert index["weight_map"] == {n: file for file, tensors in shards.items() for n in tensors}
-    whole = load_file(saved / "lora-llama-linear" / "student-tp1" / "model.safetensors")
+    single = load_file(saved / "lora-llama-linear" / "student-tp1" / "model.safetensors")
     joined = {name: t for tensors in shards.values() for name, t in tensors.items()}
-    assert joined.keys() == whole.keys()
-    assert all(torch.equal(joined[name], value) for name, value in whole.items())
+    assert joined.keys() == single.keys()
+    assert all(torch.equal(joined[name], value) for name, value in single.items())
     ours = decoder_logits(made.student.decoder, TEXTS[0])
     assert_same_logits(ours, transformers_logits(tmp_path / "student", TEXTS[0]))
 
 
 @contextlib.contextmanager
 def _interrupted(made):
-    """The user presses control-C while the tenth tensor is read."""
-    read, seen = made.source.read, []
+    """Press Ctrl-C while the tenth tensor is read."""
+    read, names = made.source.read, []
 
     def stop(name, layout=None):
-        seen.append(name)
-        if len(seen) == 10:
+        names.append(name)
+        if len(names) == 10:
             raise KeyboardInterrupt
         return read(name, layout)
 
@@ -345,7 +306,7 @@ def _interrupted(made):
 
 
 @pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
-def test_an_interrupted_save_leaves_the_previous_one_whole(error, made, tmp_path):
+def test_an_interrupted_save_leaves_the_previous_one_unchanged(error, made, tmp_path):
     directory = tmp_path / "student"
 
     def fail():
@@ -357,7 +318,7 @@ def test_an_interrupted_save_leaves_the_previous_one_whole(error, made, tmp_path
         return {file.name: file.read_bytes() for file in directory.iterdir()}
 
     fail()
-    assert not directory.exists(), "half a directory stands under the final name"
+    assert not directory.exists(), "a part of a directory has the final name"
     made.save(directory)
     first = contents()
     pretend_to_train(made.student)
@@ -368,16 +329,35 @@ def test_an_interrupted_save_leaves_the_previous_one_whole(error, made, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-def test_a_copy_that_was_put_aside_is_left_alone(made, tmp_path):
-    """The student of an earlier run, renamed by somebody, when the run saves again."""
+def test_a_directory_that_somebody_renamed_is_left_alone(made, tmp_path):
+    """Such as the student of an earlier run."""
     for name in ("student.old", "student"):
         made.save(tmp_path / name)
     made.save(tmp_path / "student")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "student.old"]
 
 
-def test_an_unwritable_directory_is_told_in_one_sentence(made, tmp_path):
+def test_an_unwritable_directory_is_named_in_one_sentence(made, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*student") as caught:
         made.save(tmp_path / "file" / "student")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "sizes"), [(1, [2, 2, 2, 1]), (1, [2, 2, 1, 0]), (2, [4, 4, 3, 3])]
+)
+def test_slices_are_gathered_in_order_and_once(replicas, sizes):
+    """Uneven slices, a rank without rows, and slices that two ranks hold."""
+    run_ranks(4, _gather, replicas, sizes)
+
+
+def _gather(replicas: int, sizes: list[int]) -> None:
+    axis = build_mesh("cpu", 4).tp
+    starts = [sum(sizes[: rank // replicas * replicas : replicas]) for rank in range(4)]
+    full = torch.arange(2.0 * sum(sizes[::replicas])).view(2, -1).T.contiguous()
+    for dim, tensor in ((0, full), (1, full.T.contiguous())):
+        start, length = starts[axis.rank], sizes[axis.rank]
+        layout = Layout(tuple(tensor.shape), dim, start, length, replicas)
+        assert torch.equal(export.gather_full(layout.cut(tensor), layout, axis), tensor)
+    assert export.gather_full(full, full_layout(tuple(full.shape), 4), axis) is full
