@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole job on an embedded default: a small teacher from this repository, its RoPE scaled by 8,
-# restored on 2 ranks (tensor and sequence parallel) twice, as published and with the Q/K relation.
-# Needs no GPU and downloads nothing but the Python packages.
+# The whole job on an embedded default: the RoPE of a small teacher from this repository is scaled by
+# 8, and the student is restored on 2 ranks (tensor and sequence parallel), once as published and once
+# with the Q/K relation. It needs no GPU and downloads nothing but Python packages.
 #
 #   bash launch/quickstart.sh [OUTPUT]        (default: runs/quickstart)
 set -euo pipefail
@@ -12,21 +12,21 @@ if [ -e "$output" ] && [ -n "$(ls -A "$output" 2>/dev/null)" ]; then
     echo "$output is not empty: remove it, or name another directory: bash $0 OUTPUT" >&2
     exit 1
 fi
-# absolute, since the work is done from the checkout
+# The path becomes absolute, because the work is done from the checkout.
 mkdir -p "$output" && output=$(cd "$output" && pwd)
 cd "$root"
 
-# two ranks, or one where there is exactly one GPU to put them on
+# Two ranks, or one rank if there is exactly one GPU.
 ranks=$("$python" -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 export OMP_NUM_THREADS=1
 
-"$python" tools/quickstart/stdlib_text.py "$output/text"
+"$python" -m tools.quickstart.stdlib_text "$output/text"
 restore() {
     local name=$1
     shift
     echo
     echo "== restoring: $name"
-    "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m megalard.train \
+    "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m megalard train \
         --config launch/configs/quickstart.yaml --parallel.tp "$ranks" \
         --data.paths "$output/text/train.jsonl" --evaluation.paths "$output/text/heldout.jsonl" \
         --run.output "$output/$name" "$@"

@@ -1,37 +1,37 @@
 #!/usr/bin/env bash
-# Restores a RoPE-scaled model on one node or on several, with torchrun.
+# Restore a RoPE-scaled model on one node or on several, with torchrun.
 #
 #   bash launch/train.sh --model DIR --data PATH[,PATH...] --output DIR [options]
 #                        [-- --section.key value ...]
 #
 #   --model DIR             teacher's Hugging Face directory
 #   --data PATH[,PATH...]   text files, directories of them, or one prepared token directory
-#   --output DIR            where the run writes; the same command resumes the run that is in it
+#   --output DIR            where the run writes; the same command resumes the run in it
 #   --config FILE           recipe, such as launch/configs/llama2-7b-x8.yaml
 #   --tp N                  tensor-parallel size (default: the recipe's, or 1)
 #   --cp N                  context-parallel size (default: the recipe's, or 1)
-#   --gpus N                processes on this node, one a GPU (default: all GPUs; 1 where there is
-#                           none, and then on the CPU)
-#   --max-restarts N        start all ranks again, from the last checkpoint, up to N times after a
-#                           failure (default: 0); needs checkpoint.save_every
+#   --gpus N                processes on this node, one per GPU (default: all GPUs; without a GPU 1
+#                           process, and any number of them, on the CPU)
+#   --max-restarts N        after a failure, start all ranks again from the last checkpoint, up to
+#                           N times (default: 0)
 #   --preflight             check everything, take two steps, report, and exit without writing
 #
-# Several nodes: the same command on each, with model, data and output on a disk that all share.
+# Several nodes: run the same command on each, with model, data and output on a shared disk.
 #
 #   --nodes N               how many nodes (default: 1)
 #   --rendezvous HOST:PORT  one of the nodes, and a port that is free there
-#   --node-rank R           0 on HOST and anything else elsewhere; needed only where a node does not
-#                           recognize HOST as a name of its own
-#   --address NAME          this node as the others reach it (default: its host name)
-#   --id NAME               name of this job at the rendezvous (default: megalard)
+#   --node-rank R           0 on HOST and another number elsewhere; needed only where a node does
+#                           not recognize HOST as one of its own names
+#   --address NAME          the name or address of this node for the others (default: its host name)
+#   --id NAME               the name of this job at the rendezvous (default: megalard)
 #
-# What follows -- goes to the trainer; `python -m megalard.train --help` lists the keys.
-# SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end the run with status 0; a second Ctrl-C ends
-# it without. PYTHON chooses the Python.
+# Everything after -- goes to the trainer; `python -m megalard train --help` lists the keys.
+# SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end the run with status 0. A second Ctrl-C ends
+# the run without saving. PYTHON chooses the Python.
 set -euo pipefail
 
 fail() {
-    echo "train.sh: error: $1" >&2
+    echo "train.sh: error: $*" >&2
     exit 2
 }
 
@@ -78,8 +78,8 @@ done
 [ -n "$model" ] || fail "--model is not given: the teacher's Hugging Face directory"
 [ -n "$data" ] || fail "--data is not given: text files or directories, separated by commas"
 [ -n "$output" ] || fail "--output is not given: the directory the run writes to"
-[ -d "$model" ] || fail "--model $model is no directory"
-[ -z "$config" ] || [ -f "$config" ] || fail "--config $config is no file"
+[ -d "$model" ] || fail "--model $model is not a directory"
+[ -z "$config" ] || [ -f "$config" ] || fail "--config $config is not a file"
 if [ "$nodes" -gt 1 ]; then
     [ -n "$rendezvous" ] || fail "--nodes $nodes needs --rendezvous HOST:PORT"
     [[ $rendezvous =~ ^.+:[0-9]+$ ]] || fail "--rendezvous must be HOST:PORT, not '$rendezvous'"
@@ -88,7 +88,7 @@ else
         fail "--rendezvous, --node-rank and --address need --nodes N"
 fi
 
-# as a YAML list, in which a quote is doubled
+# The paths become a YAML list, in which a quote is doubled.
 IFS=, read -r -a paths <<<"$data"
 list=''
 for path in "${paths[@]}"; do
@@ -96,20 +96,20 @@ for path in "${paths[@]}"; do
     list+="${list:+, }'${path//\'/\'\'}'"
 done
 
-# Signals are noted here and passed on below, once there are ranks. A preflight that was stopped has
-# not passed.
-asked='' interrupted='' unsaved=0
+# Signals are noted here and passed on below, as soon as there are ranks. A preflight that was
+# stopped has not passed.
+requested='' interrupted='' unsaved=0
 [ -z "$preflight" ] || unsaved=143
 note() {
     if [ -z "${!:-}" ]; then
         echo "SIG$1: stopped; nothing to save"
         exit "$unsaved"
     fi
-    asked=${asked:-$1} signalled=yes
+    requested=${requested:-$1} signalled=yes
 }
 interrupt() {
     [ -n "${!:-}" ] || exit 130
-    if [ -n "$asked" ]; then
+    if [ -n "$requested" ]; then
         interrupted=yes
     else
         echo "train.sh: stopping, and saving what there is to save; Ctrl-C again ends it" >&2
@@ -126,18 +126,19 @@ if [ -z "$gpus" ]; then
 fi
 ranks=$((nodes * gpus)) share=$((${tp:-1} * ${cp:-1}))
 if [ $((ranks % share)) != 0 ]; then
-    fail "--tp ${tp:-1} x --cp ${cp:-1} is $share, which does not divide the $ranks processes"
+    fail "--tp ${tp:-1} x --cp ${cp:-1} is $share, which does not divide the $ranks processes: give" \
+        "--gpus N, the number of processes on this node (on the CPU any number works), or other sizes"
 fi
 if [ "$nodes" -gt 1 ] && [ $((gpus % ${tp:-1})) != 0 ]; then
-    echo "train.sh: warning: --tp $tp does not divide the $gpus processes of a node, so that" \
-        "tensor parallelism goes over the network" >&2
+    echo "train.sh: warning: --tp $tp does not divide the $gpus processes of a node, so" \
+        "tensor parallelism crosses the network" >&2
 fi
 
 torchrun=("$python" -m torch.distributed.run --nproc-per-node "$gpus" --max-restarts "$restarts")
 if [ "$nodes" = 1 ]; then
     torchrun+=(--standalone)
 else
-    # nodes do not start at one moment: wait for the rendezvous host for five minutes
+    # Nodes do not start at the same moment: wait up to five minutes for the rendezvous host.
     settings=read_timeout=300
     if [ -n "$node_rank" ]; then
         settings+=,is_host=$([ "$node_rank" = 0 ] && echo true || echo false)
@@ -145,9 +146,9 @@ else
     torchrun+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$rendezvous" --rdzv-id "$id")
     torchrun+=(--rdzv-conf "$settings" ${address:+--local-addr "$address"})
 fi
-# The store that torchrun shares with its ranks outlives them, and so do their notes to each other:
-# ranks that start again find the addresses of those before them, and a node that joins later waits
-# in vain for that of a rank 0 that stayed (torch 2.13). Not shared, it is made for every start.
+# The store that torchrun shares with its ranks outlives them, with the addresses in it: restarted
+# ranks find the addresses of the ranks before them, and a node that joins later waits forever for
+# the address of a rank 0 that stayed (torch 2.13). Without sharing, every start has a new store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 trainer=(-m megalard.train ${preflight:+"$preflight"} ${config:+--config "$config"})
 trainer+=(--model.teacher "$model" --data.paths "[$list]" --run.output "$output")
@@ -158,8 +159,8 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS=$((cores > gpus ? cores / gpus : 1))
 fi
 
-# torchrun gives its ranks 30 seconds after a SIGTERM and then kills them, which may be too little
-# to finish a step and save. So signals go to the ranks, and torchrun only sees them end.
+# torchrun gives its ranks 30 seconds after a SIGTERM and then kills them, which may be too short to
+# finish a step and save. Signals therefore go to the ranks, and torchrun only sees them end.
 set -m
 (
     trap '' USR1 HUP
@@ -180,7 +181,7 @@ children_of() {
     fi
 }
 
-# whatever is between: PYTHON may be a script, and ranks start processes of their own
+# Other processes may be between torchrun and the ranks, because PYTHON may be a script.
 ranks_of() {
     local child
     for child in $(children_of "$1"); do
@@ -192,19 +193,20 @@ ranks_of() {
     done
 }
 
-# listens PROCESS SIGNAL: whether a handler of its own would get the signal
+# listens PROCESS SIGNAL: whether the process has a handler for the signal
 listens() {
     local caught
     caught=$(sed -n 's/^SigCgt:\s*//p' "/proc/$1/status" 2>/dev/null) || return 1
     [ -n "$caught" ] && [ $((16#$caught >> ($(kill -l "$2") - 1) & 1)) = 1 ]
 }
 
-# A rank that is still starting would die of the signal, and torchrun call that a failure: each is
-# told once it listens, also those that start again after a failure. torchrun is told where there is
-# nothing to wait for: no ranks for 3 seconds (it ends in some tenths of one), or deaf ones.
-told=' ' alone=0 unheard=0 stopped=''
+# A rank that is still starting would die of the signal, which torchrun would take for a failure.
+# Each rank therefore gets the signal once it has a handler; so do ranks that are restarted after a
+# failure. torchrun itself gets SIGTERM if there is nothing to wait for: if there are no ranks for 3
+# seconds (it ends by itself within some tenths of a second), or if ranks do not install a handler.
+signalled_ranks=' ' ticks_without_ranks=0 ticks_without_handler=0 stopped=''
 pass_on() {
-    local ranks rank deaf=''
+    local ranks rank has_deaf_rank=''
     ranks=$(ranks_of "$agent")
     if [ -n "$interrupted" ]; then
         # shellcheck disable=SC2086
@@ -212,31 +214,32 @@ pass_on() {
         return 0
     fi
     for rank in $ranks; do
-        if [[ $told = *" $rank "* ]]; then continue; fi
-        if listens "$rank" "$asked"; then
-            kill -s "$asked" "$rank" 2>/dev/null || true
-            told+="$rank "
+        if [[ $signalled_ranks = *" $rank "* ]]; then continue; fi
+        if listens "$rank" "$requested"; then
+            kill -s "$requested" "$rank" 2>/dev/null || true
+            signalled_ranks+="$rank "
         else
-            deaf=yes
+            has_deaf_rank=yes
         fi
     done
-    alone=$((alone + 1)) unheard=$((unheard + 1))
-    [ -z "$ranks" ] || alone=0
-    [ -n "$deaf" ] || unheard=0
-    if [ "$alone" = 15 ]; then
+    ticks_without_ranks=$((ticks_without_ranks + 1))
+    ticks_without_handler=$((ticks_without_handler + 1))
+    [ -z "$ranks" ] || ticks_without_ranks=0
+    [ -n "$has_deaf_rank" ] || ticks_without_handler=0
+    if [ "$ticks_without_ranks" = 15 ]; then
         stopped=yes
         kill -s TERM "$agent" 2>/dev/null || true
-    elif [ "$unheard" = 300 ]; then
-        echo "train.sh: error: a rank did not listen to SIG$asked for a minute: torchrun ends it" >&2
+    elif [ "$ticks_without_handler" = 300 ]; then
+        echo "train.sh: error: a rank did not handle SIG$requested for a minute: torchrun ends it" >&2
         kill -s TERM "$agent" 2>/dev/null || true
     fi
 }
 
 while true; do
     signalled='' status=0
-    if [ -z "$asked" ]; then
+    if [ -z "$requested" ]; then
         wait "$agent" 2>/dev/null || status=$?
-        # a signal ends the wait, but not what is waited for
+        # A signal ends the wait, but not the process that is waited for.
         [ -n "$signalled" ] || break
     elif runs "$agent"; then
         pass_on
@@ -250,11 +253,11 @@ if [ -n "$interrupted" ]; then
     exit 130
 fi
 if [ -n "$stopped" ]; then
-    echo "SIG$asked: stopped while no ranks were running"
+    echo "SIG$requested: stopped while no ranks were running"
     exit "$unsaved"
 fi
 if [ "$status" != 0 ]; then
-    echo "train.sh: error: the run failed with status $status; where the trainer knows why, a" \
+    echo "train.sh: error: the run failed with status $status; if the trainer knows the reason, a" \
         "line above torchrun's report begins with 'megalard: error'" >&2
 fi
 exit "$status"

@@ -10,13 +10,13 @@ import torch
 
 from megalard.config.schema import Config
 from megalard.parallel.mesh import build_mesh
-from megalard.training.build import load_models, make_loaders, open_streams
+from megalard.training.banner import report_end, report_finished, report_start
 from megalard.training.evaluator import Evaluator
 from megalard.training.output import find_output, open_output, scratch_folder
 from megalard.training.plan import make_plan
 from megalard.training.preflight import run_preflight
 from megalard.training.run import Run
-from megalard.training.step import Distiller
+from megalard.training.stages import stages_of
 from megalard.training.stop_signals import StopSignals
 
 
@@ -25,19 +25,27 @@ def train(config: Config, stop: StopSignals) -> None:
     use_deterministic_kernels(config.run.deterministic)
     mesh = build_mesh(config.run.device, config.parallel.tp, config.parallel.cp)
     plan = make_plan(config, mesh)  # bad input fails here, before weights or text are read
-    with open_output(config, mesh) as output, closing(Run(config, plan, output, mesh)) as run:
-        run.report_start()
-        run.evaluate_before()
-        run.resume()
-        with stop.after_each_step(mesh), run.saver:
-            for number in run.steps_left():
-                run.step(number)
-                if run.save_and_export(number, stop):
+    with open_output(config, mesh) as output:
+        if output.is_finished:
+            report_finished(output, mesh)
+            return
+        with closing(Run(config, plan, output, mesh)) as run:
+            report_start(run)
+            run.evaluate_before()
+            run.resume()
+            with stop.after_each_step(mesh), run.saver:
+                run.export_if_due()
+                for stage in run.stages_left():
+                    run.begin(stage)
+                    for number in stage.steps_after(run.steps_done):
+                        run.step(stage, number)
+                        if run.save_and_export(number, stop):
+                            return
+                if run.export_student(stop):
                     return
-            if run.export_student(stop):
-                return
-        run.evaluate_after()
-        run.report_end()
+            run.evaluate_after()
+            run.finish()
+            report_end(run)
 
 
 def preflight(config: Config) -> None:
@@ -48,10 +56,7 @@ def preflight(config: Config) -> None:
     find_output(config, mesh)
     with scratch_folder(mesh) as scratch:
         Evaluator(config, plan, scratch, mesh)
-        stores = open_streams(config, scratch, plan, mesh, read_only=True)
-        with make_loaders(config, stores, plan, mesh) as loaders:
-            teacher, student = load_models(config, plan, mesh, keep_teacher=False)
-            run_preflight(Distiller(teacher, student, config, mesh), plan, loaders)
+        run_preflight(stages_of(config), plan, scratch, mesh)
 
 
 def use_deterministic_kernels(deterministic: bool) -> None:
@@ -59,7 +64,7 @@ def use_deterministic_kernels(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Memory that is left uninitialized here is always written before it is read.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic)
 
 

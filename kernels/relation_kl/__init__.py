@@ -1,5 +1,11 @@
-"""Exact relation KL of LinearARD in linear memory: values, gradients and mergeable partials."""
+"""The exact relation KL of LinearARD in linear memory: values, gradients and mergeable partials.
 
+``op`` has the public operations, ``mask`` the masks, ``statistics`` the sums of a row and how they
+merge. ``backends`` lists the implementations: ``hopper`` (Gluon), ``triton`` and
+``torch_reference``.
+"""
+
+from .backends import describe_kernels
 from .mask import (
     IntervalMask,
     causal_mask,
@@ -10,13 +16,7 @@ from .mask import (
     segment_bounds,
     segment_mask,
 )
-from .op import (
-    describe_kernels,
-    relation_backward,
-    relation_forward,
-    relation_kl,
-    relation_partials,
-)
+from .op import relation_backward, relation_forward, relation_kl, relation_partials
 from .statistics import Partials, RelationStatistics, finish, merge, rescale
 
 __all__ = [

@@ -1,9 +1,11 @@
 """Which pairs (row i, column j) a relation may use, as intervals on both sides.
 
-Causal order, padding, packed documents and pairs of sequence chunks all leave each row an interval
-of columns and each column an interval of rows, so that is the only mask the kernels know. Its
-memory is linear in the sequence.
+Causal order, padding, packed documents and pairs of sequence chunks have one thing in common: each
+row sees an interval of columns, and each column is seen by an interval of rows. So intervals are
+the only masks that the kernels know. Their memory is linear in the sequence.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,18 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalard.transfer import to_device
-
 
 @dataclass(frozen=True)
 class IntervalMask:
     """Row i sees columns ``col_lo <= j < col_hi``; column j is seen by ``row_lo <= i < row_hi``.
 
-    ``col_*_bn`` are [b, n] and ``row_*_bm`` [b, m], all int32 on one device. The two sides describe
-    the same set of pairs; an empty interval has lo >= hi (the constructors below write 0, 0).
-    ``causal`` promises that no row sees a column of a larger index, so that kernels may rely on it
-    without reading the intervals; it restricts nothing. The tensors are not to be changed in place.
-    Raises ValueError for other shapes, dtypes or mixed devices.
+    The two sides describe the same set of pairs. An empty interval has lo >= hi; the constructors
+    below write [0, 0). The tensors must not be changed in place.
+
+    Attributes:
+        col_lo_bn, col_hi_bn: int32 [b, n], the columns that each row sees.
+        row_lo_bm, row_hi_bm: int32 [b, m], the rows that see each column, on the same device.
+        causal: Promises that no row sees a column of a larger index, so that kernels may rely on it
+            without reading the intervals. It restricts nothing by itself.
+
+    Raises:
+        ValueError: The shapes or dtypes differ from these, or the devices from each other.
     """
 
     col_lo_bn: Tensor
@@ -33,76 +39,88 @@ class IntervalMask:
 
     def __post_init__(self):
         tensors = self._tensors()
-        if any(x.dtype != torch.int32 or x.ndim != 2 for x in tensors):
-            raise ValueError("mask intervals must be int32 tensors of two dimensions")
-        if len({x.device for x in tensors}) > 1:
-            raise ValueError("mask intervals must all be on one device")
+        for x in tensors:
+            if x.dtype != torch.int32 or x.ndim != 2:
+                raise ValueError(
+                    "mask intervals must be int32 tensors of two dimensions, "
+                    f"not {x.dtype} {list(x.shape)}"
+                )
+        devices = sorted({str(x.device) for x in tensors})
+        if len(devices) > 1:
+            raise ValueError(f"mask intervals must all be on one device, not on {devices}")
         if (
             self.col_lo_bn.shape != self.col_hi_bn.shape
             or self.row_lo_bm.shape != self.row_hi_bm.shape
             or self.b != self.row_lo_bm.shape[0]
         ):
-            raise ValueError("mask intervals must be [b, n], [b, n], [b, m], [b, m]")
+            shapes = ", ".join(str(list(x.shape)) for x in tensors)
+            raise ValueError(f"mask intervals must be [b, n], [b, n], [b, m], [b, m], not {shapes}")
 
     @property
     def b(self) -> int:
+        """The number of sequences."""
         return self.col_lo_bn.shape[0]
 
     @property
     def n(self) -> int:
+        """The number of rows per sequence."""
         return self.col_lo_bn.shape[1]
 
     @property
     def m(self) -> int:
+        """The number of columns per sequence."""
         return self.row_lo_bm.shape[1]
 
     @property
     def device(self) -> torch.device:
+        """The device of the intervals."""
         return self.col_lo_bn.device
 
-    def to(self, device: torch.device | str) -> "IntervalMask":
-        """The same mask on another device."""
-        return IntervalMask(*(x.to(device) for x in self._tensors()), causal=self.causal)
+    def to(self, device: torch.device | str) -> IntervalMask:
+        """Return the same mask on another device."""
+        col_lo, col_hi, row_lo, row_hi = (x.to(device) for x in self._tensors())
+        return IntervalMask(col_lo, col_hi, row_lo, row_hi, causal=self.causal)
 
-    def kept(self, make: Callable, *arguments) -> object:
-        """``make(self, *arguments)``, made once: a mask serves many layers."""
-        made, key = self.__dict__.setdefault("_made", {}), (make, arguments)
-        if key not in made:
-            made[key] = make(self, *arguments)
-        return made[key]
+    def cached(self, make: Callable, *arguments) -> object:
+        """Return ``make(self, *arguments)``, computed once: one mask serves many layers."""
+        results, key = self.__dict__.setdefault("_results", {}), (make, arguments)
+        if key not in results:
+            results[key] = make(self, *arguments)
+        return results[key]
 
     def _tensors(self) -> list[Tensor]:
         return [self.col_lo_bn, self.col_hi_bn, self.row_lo_bm, self.row_hi_bm]
 
 
-def by_block(x_bn: Tensor, size: int, past_the_end: int) -> Tensor:
-    """[b, n] as [b, blocks, size], the last block filled up with ``past_the_end``."""
+def split_into_blocks(x_bn: Tensor, size: int, past_the_end: int) -> Tensor:
+    """Return [b, n] as [b, blocks, size], with the last block padded by ``past_the_end``."""
     pad = -x_bn.shape[1] % size
     return torch.nn.functional.pad(x_bn, (0, pad), value=past_the_end).unflatten(1, (-1, size))
 
 
 def full_mask(b: int, n: int, m: int, device: torch.device | str = "cpu") -> IntervalMask:
-    """Every row sees every column."""
-    return IntervalMask(
-        *(
-            torch.full((b, size), value, dtype=torch.int32, device=device)
-            for size, value in ((n, 0), (n, m), (m, 0), (m, n))
-        )
-    )
+    """Return the mask in which each of n rows sees all m columns."""
+
+    def constant(size: int, value: int) -> Tensor:
+        return torch.full((b, size), value, dtype=torch.int32, device=device)
+
+    return IntervalMask(constant(n, 0), constant(n, m), constant(m, 0), constant(m, n))
 
 
 def causal_mask(b: int, n: int, device: torch.device | str = "cpu") -> IntervalMask:
-    """Row i sees columns j <= i; one document, no padding."""
+    """Return the mask in which row i sees the columns j <= i: one document, no padding."""
     start_bs = torch.zeros(b, n, dtype=torch.int32, device=device)
     return document_mask(start_bs, torch.full_like(start_bs, n))
 
 
 def document_mask(doc_start_bs: Tensor, doc_end_bs: Tensor, causal: bool = True) -> IntervalMask:
-    """Tokens see their own document only (and, if causal, nothing later than themselves).
+    """Return the mask in which tokens see their document only, and nothing later if ``causal``.
 
-    ``doc_start_bs``, ``doc_end_bs``: integer [b, s], the half-open interval [start, end) of the
-    document each token belongs to, in positions of its own row. A padding token has start = end = 0
-    and sees and is seen by nothing; padding may stand anywhere.
+    Args:
+        doc_start_bs, doc_end_bs: Integer [b, s], the half-open interval [start, end) of the
+            document that each token belongs to, in positions of its sequence. A padding token has
+            start = end = 0; it sees no token and no token sees it. Padding may stand anywhere.
+        causal: Whether a token sees only tokens that are not later than itself.
     """
     s = doc_start_bs.shape[-1]
     return chunk_mask(doc_start_bs, doc_end_bs, row_offset=0, n=s, col_offset=0, m=s, causal=causal)
@@ -118,12 +136,18 @@ def chunk_mask(
     m: int,
     causal: bool = True,
 ) -> IntervalMask:
-    """The part of a global `document_mask` between two chunks of the sequence.
+    """Return the part of a ``document_mask`` between two chunks of the sequence.
 
-    Rows are the n positions from ``row_offset`` on, columns the m positions from ``col_offset`` on.
-    ``doc_start_bs``, ``doc_end_bs`` [b, s] describe the whole sequence, as in `document_mask`; the
-    intervals of the result count from the chunks' own starts. Raises ValueError for chunks that
-    leave the sequence.
+    Rows and columns of the result count from the starts of their chunks.
+
+    Args:
+        doc_start_bs, doc_end_bs: [b, s] of the entire sequence, as in ``document_mask``.
+        row_offset, n: The rows are the n positions from ``row_offset`` on.
+        col_offset, m: The columns are the m positions from ``col_offset`` on.
+        causal: As in ``document_mask``.
+
+    Raises:
+        ValueError: A chunk leaves the sequence.
     """
     if doc_start_bs.shape != doc_end_bs.shape or doc_start_bs.ndim != 2:
         raise ValueError(
@@ -136,8 +160,11 @@ def chunk_mask(
             f"chunks [{row_offset}, {row_offset + n}) and [{col_offset}, {col_offset + m}) "
             f"must lie inside the sequence of {s} tokens"
         )
-    rows, cols = torch.arange(row_offset, row_offset + n), torch.arange(col_offset, col_offset + m)
-    return places_mask(doc_start_bs, doc_end_bs, rows, cols, causal=causal)
+    device = doc_start_bs.device
+    rows = torch.arange(row_offset, row_offset + n, device=device)
+    cols = torch.arange(col_offset, col_offset + m, device=device)
+    aligned = row_offset == col_offset or min(n, m) == 0
+    return places_mask(doc_start_bs, doc_end_bs, rows, cols, aligned=aligned, causal=causal)
 
 
 def places_mask(
@@ -146,48 +173,59 @@ def places_mask(
     row_place_n: Tensor,
     col_place_m: Tensor,
     *,
+    aligned: bool,
     causal: bool = True,
 ) -> IntervalMask:
-    """The part of a global `document_mask` between some of its rows and some of its columns.
+    """Return the part of a ``document_mask`` between some of its rows and some of its columns.
 
-    ``doc_start_bs``, ``doc_end_bs`` [b, s] describe the whole sequence, as in `document_mask`.
-    ``row_place_n``, ``col_place_m``: int64 on the host, where the rows and columns stand in it,
-    ascending and inside it; the intervals of the result count them in that order.
+    Rows and columns of the result count in the order of their places.
+
+    Args:
+        doc_start_bs, doc_end_bs: [b, s] of the entire sequence, as in ``document_mask``.
+        row_place_n, col_place_m: int64 [n] and [m] on the device of the documents: the positions
+            of the rows and columns in the sequence, ascending.
+        aligned: Whether ``row_place_n[i] == col_place_m[i]`` for every i < min(n, m). The caller
+            knows this without reading the places back from the device.
+        causal: As in ``document_mask``.
     """
-    common = min(len(row_place_n), len(col_place_m))
-    aligned = torch.equal(row_place_n[:common], col_place_m[:common])
-    rows, cols = (to_device(x, doc_start_bs.device) for x in (row_place_n, col_place_m))
 
-    def visible(own, other, later: bool):
-        """The interval among ``other`` of each of ``own``; ``later`` says that these are rows."""
-        first_b, last_b = doc_start_bs[:, own], doc_end_bs[:, own]
-        live_b = (first_b <= own) & (own < last_b)
+    def visible(
+        place: Tensor, other_place: Tensor, others_are_earlier: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return lo and hi of the others that each place sees, or is seen by."""
+        start, end = doc_start_bs[:, place], doc_end_bs[:, place]
+        nonempty = (start <= place) & (place < end)
         if causal:
-            first_b, last_b = (first_b, own + 1) if later else (own, last_b)
-        lo_b, hi_b = (
-            torch.searchsorted(other, x.to(other.dtype).expand_as(live_b).contiguous())
-            for x in (first_b, last_b)
+            start, end = (start, place + 1) if others_are_earlier else (place, end)
+        lo, hi = (
+            torch.searchsorted(
+                other_place, x.to(other_place.dtype).expand_as(nonempty).contiguous()
+            )
+            for x in (start, end)
         )
-        live_b = live_b & (lo_b < hi_b)
-        return ((x * live_b).to(torch.int32) for x in (lo_b, hi_b))
+        nonempty = nonempty & (lo < hi)
+        return (lo * nonempty).to(torch.int32), (hi * nonempty).to(torch.int32)
 
-    return IntervalMask(
-        *visible(rows, cols, later=True),
-        *visible(cols, rows, later=False),
-        causal=causal and aligned,
-    )
+    col_lo, col_hi = visible(row_place_n, col_place_m, others_are_earlier=True)
+    row_lo, row_hi = visible(col_place_m, row_place_n, others_are_earlier=False)
+    return IntervalMask(col_lo, col_hi, row_lo, row_hi, causal=causal and aligned)
 
 
 def segment_mask(segment_ids_bs: Tensor, causal: bool = True) -> IntervalMask:
-    """`document_mask` from one id per token: integer [b, s], contiguous runs, negative = padding.
+    """Return the ``document_mask`` of documents that are given by one id per token.
 
-    Raises ValueError if an id comes back after another one.
+    Args:
+        segment_ids_bs: Integer [b, s]. Each id is one contiguous run; a negative id is padding.
+        causal: As in ``document_mask``.
+
+    Raises:
+        ValueError: An id comes back after another one.
     """
     return document_mask(*segment_bounds(segment_ids_bs), causal=causal)
 
 
 def segment_bounds(segment_ids_bs: Tensor) -> tuple[Tensor, Tensor]:
-    """(doc_start_bs, doc_end_bs) of the runs of equal ids, as `document_mask` takes them."""
+    """Return (doc_start_bs, doc_end_bs) for ``document_mask`` from ids as in ``segment_mask``."""
     if segment_ids_bs.ndim != 2:
         raise ValueError(f"segment ids must be [b, s], not {list(segment_ids_bs.shape)}")
     b, s = segment_ids_bs.shape
@@ -196,10 +234,10 @@ def segment_bounds(segment_ids_bs: Tensor) -> tuple[Tensor, Tensor]:
     edge_bs[:, 1:s] = segment_ids_bs[:, 1:] != segment_ids_bs[:, :-1]
     valid_bs = segment_ids_bs >= 0
 
-    # Only the first token of each run keeps its id, so an id seen twice is a run that came back.
+    # Only the first token of each run keeps its id, so an id that occurs twice is two runs.
     opening_bs = torch.where(edge_bs[:, :-1] & valid_bs, segment_ids_bs, -1).sort(dim=1).values
     if ((opening_bs[:, 1:] == opening_bs[:, :-1]) & (opening_bs[:, 1:] >= 0)).any():
-        raise ValueError("each segment id must be one contiguous run within its row")
+        raise ValueError("each segment id must be one contiguous run within its sequence")
 
     start_bs = torch.where(edge_bs[:, :-1], position_s, 0).cummax(dim=1).values
     closing_bs = torch.where(edge_bs[:, 1:], position_s + 1, s)

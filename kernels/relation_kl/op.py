@@ -1,21 +1,25 @@
-"""The public relation operations: choice of back end and the autograd function."""
+"""The public relation operations: argument checks, choice of back end, autograd.
 
-from dataclasses import replace
+S = scale_s A_s B_s^T and T = scale_t A_t B_t^T are the scores of the student and of the teacher
+over the pairs that the mask allows, P is the softmax of a row, and each row i has
+
+    KL_i = KL(P_t || P_s)_i = sum_j P_t_ij (log P_t_ij - log P_s_ij)
+
+in nats (LinearARD, arXiv 2604.00004). One sweep with an online softmax computes it (FlashAttention,
+arXiv 2205.14135). A row that sees no column has KL_i = 0.
+"""
+
+from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from .backends import choose
 from .mask import IntervalMask
-from .operands import Operands, check_operands
-from .statistics import Partials, RelationStatistics, finish
-from .torch_reference import torch_backward, torch_partials
-
-try:
-    from .hopper import support as hopper
-    from .triton import backward, forward
-    from .triton import tiles as tiling
-except ImportError:  # CPU-only platforms have no Triton; plain torch serves them
-    backward = forward = hopper = tiling = None
+from .operands import check_operands
+from .statistics import Partials, RelationStatistics
 
 
 def relation_kl(
@@ -29,33 +33,28 @@ def relation_kl(
     scale_t: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """KL(P_t || P_s) of every row of a relation: [b, Ha, n] fp32, in nats.
+    """Return KL(P_t || P_s) of every row of a relation, differentiable in the student's operands.
 
-    S = scale_s A_s B_s^T and T = scale_t A_t B_t^T over the pairs the mask allows, P = softmax of a
-    row, KL_i = sum_j P_t_ij (log P_t_ij - log P_s_ij) (LinearARD, arXiv 2604.00004), in one sweep
-    with an online softmax (FlashAttention, arXiv 2205.14135). Rows that see nothing give 0.
+    The teacher is a constant. Vectors must be finite, also where the mask hides them.
 
-    rows_s, rows_t: A, [b, Ha, n, d_s] and [b, Ha, n, d_t], fp32, bf16 or fp16, any strides.
-    cols_s, cols_t: B, [b, Hb, m, d_s] and [b, Hb, m, d_t]; Ha a multiple of Hb, row head h pairs
-        with column head h // (Ha / Hb). Both None: the self relation, B = A.
-    mask: intervals for (b, n, m). scale_*: positive, default head_dim ** -0.5 of each side.
-    backend: "triton", "torch", or None for Triton on CUDA tensors and torch elsewhere.
+    Args:
+        rows_s, rows_t: A of student and teacher, [b, Ha, n, d_s] and [b, Ha, n, d_t], fp32, bf16,
+            fp16 or (plain torch only) fp64, any strides.
+        cols_s, cols_t: B of student and teacher, [b, Hb, m, d_s] and [b, Hb, m, d_t]. Ha is a
+            multiple of Hb; row head h meets column head h // (Ha / Hb). Both None: the self
+            relation, B = A.
+        mask: Which pairs are allowed, for (b, n, m).
+        scale_s, scale_t: Positive factors of the scores; by default head_dim^(-1/2) of each side.
+        backend: "triton", "torch", or None for the fastest back end that serves the call: Triton's
+            on CUDA tensors, plain torch otherwise.
 
-    Differentiable in the student's operands; the teacher is a constant. Vectors must be finite,
-    also where the mask hides them. Raises ValueError for arguments that don't fit together.
+    Returns:
+        [b, Ha, n] fp32, nats.
+
+    Raises:
+        ValueError: The arguments don't fit together, or the back end does not serve them.
     """
     return _RelationKL.apply(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t, backend)
-
-
-def describe_kernels(device: torch.device) -> str:
-    """Which kernels the relation takes on a device, to tell the user."""
-    if device.type != "cuda" or hopper is None:
-        return "plain torch"
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return "Triton"
-    if hopper.AVAILABLE:
-        return "Hopper's"
-    return f"Triton; Hopper's, which are faster, are not used: {hopper.REASON}"
 
 
 @torch.no_grad()
@@ -70,11 +69,13 @@ def relation_forward(
     scale_t: float | None = None,
     backend: str | None = None,
 ) -> RelationStatistics:
-    """(lse_s, lse_t, kl), each [b, Ha, n] fp32, without autograd; arguments as `relation_kl`."""
+    """Return (lse_s, lse_t, kl) of every row, each [b, Ha, n] fp32 in nats, without autograd.
+
+    The arguments and errors are the same as in ``relation_kl``.
+    """
     op = check_operands(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t)
-    if use_triton(op, backend):
-        return _triton_forward(op, partial=False)
-    return finish(torch_partials(op))
+    statistics = choose(op, backend, backward=False).forward(op, partial=False)
+    return cast(RelationStatistics, statistics)
 
 
 @torch.no_grad()
@@ -89,11 +90,12 @@ def relation_partials(
     scale_t: float | None = None,
     backend: str | None = None,
 ) -> Partials:
-    """The mergeable sums over the given columns only; arguments as `relation_kl`."""
+    """Return the mergeable sums of every row over the given columns only, without autograd.
+
+    The arguments and errors are the same as in ``relation_kl``.
+    """
     op = check_operands(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t)
-    if use_triton(op, backend):
-        return _triton_forward(op, partial=True)
-    return torch_partials(op)
+    return cast(Partials, choose(op, backend, backward=False).forward(op, partial=True))
 
 
 @torch.no_grad()
@@ -112,15 +114,22 @@ def relation_backward(
     backend: str | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Gradient of sum_i row_weight_i KL_i: rows' for the self relation, else (rows', columns').
+    """Return the gradient of sum_i w_i KL_i with respect to the student's operands.
 
-    With D_ij = w_i (P_s_ij - P_t_ij): scale_s D B_s for the rows, scale_s D^T A_s for the columns,
-    their sum for the self relation. Deterministic.
+    With D_ij = w_i (P_s_ij - P_t_ij) it is scale_s D B_s for the rows and scale_s D^T A_s for the
+    columns; a self relation gets their sum. Two calls with the same arguments give the same bits.
 
-    lse_s, lse_t: [b, Ha, n] of the *whole* rows, also when the given columns are only a part.
-    row_weight: [b, Ha, n] or broadcastable to it, any strides; None = 1.
-    out_dtype: dtype of the gradients; default the student's. fp32 to sum them over ranks.
-    Other arguments and errors as `relation_kl`.
+    Arguments and errors that are not listed here are the same as in ``relation_kl``.
+
+    Args:
+        lse_s, lse_t: Log-sum-exps of the *complete* rows, [b, Ha, n] in nats, even if the given
+            columns are only some of the rows' columns.
+        row_weight: w, [b, Ha, n] or broadcastable to it, any strides; None means 1.
+        out_dtype: dtype of the gradients, by default the student's. Use fp32 for gradients that
+            are summed over ranks.
+
+    Returns:
+        The gradient of the rows for a self relation, and (of the rows, of the columns) otherwise.
     """
     op = check_operands(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t)
     shape = rows_s.shape[:3]
@@ -140,51 +149,14 @@ def relation_backward(
                 f"row_weight {list(row_weight.shape)} must broadcast to {list(shape)}"
             ) from None
     out_dtype = out_dtype or rows_s.dtype
-    if use_triton(op, backend):
-        op = _unit_stride(op)
-        run = hopper.hopper_backward if hopper.serves_backward(op) else backward.triton_backward
-        grads = run(op, lse_s, lse_t, row_weight, out_dtype)
-    else:
-        grads = torch_backward(op, lse_s, lse_t, row_weight)
-    grads = tuple(None if grad is None else grad.to(out_dtype) for grad in grads)
-    return grads[0] if op.is_self else grads
-
-
-def use_triton(op: Operands, backend: str | None) -> bool:
-    """Whether Triton serves these operands; ValueError if it is asked for and cannot."""
-    cuda, double = op.rows_s.is_cuda, op.accumulate_dtype == torch.float64
-    if backend is None:
-        return cuda and not double and forward is not None
-    if backend not in ("triton", "torch"):
-        raise ValueError(f"backend must be 'triton', 'torch' or None, not {backend!r}")
-    if backend == "triton":
-        if forward is None:
-            raise ValueError("backend 'triton' needs the triton package")
-        if double:
-            raise ValueError("backend 'triton' has no float64; use backend 'torch'")
-        if not cuda and not tiling.INTERPRETED:
-            raise ValueError("backend 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set early")
-    return backend == "triton"
-
-
-def _triton_forward(op: Operands, partial: bool) -> RelationStatistics | Partials:
-    """The fastest kernel that serves the operands."""
-    op = _unit_stride(op)
-    if hopper.serves(op):
-        return hopper.hopper_forward(op, partial)
-    return forward.triton_forward(op, partial)
-
-
-def _unit_stride(op: Operands) -> Operands:
-    """Copy only those operands whose last dimension is strided; the kernels take the rest as is."""
-    named = {name: getattr(op, name) for name in ("rows_s", "rows_t", "cols_s", "cols_t")}
-    if all(x.stride(3) == 1 for x in named.values()):
-        return op
-    return replace(op, **{k: x if x.stride(3) == 1 else x.contiguous() for k, x in named.items()})
+    chosen = choose(op, backend, backward=True)
+    of_rows, of_columns = chosen.backward(op, lse_s, lse_t, row_weight, out_dtype)
+    of_rows = of_rows.to(out_dtype)
+    return of_rows if of_columns is None else (of_rows, of_columns.to(out_dtype))
 
 
 class _RelationKL(torch.autograd.Function):
-    """kl = relation_forward(...).kl; backward is `relation_backward` with the upstream gradient."""
+    """kl = relation_forward(...).kl; backward is ``relation_backward`` of the upstream gradient."""
 
     @staticmethod
     def forward(ctx, rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t, backend):

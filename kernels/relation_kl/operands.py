@@ -1,6 +1,8 @@
-"""The checked arguments of a relation, shared by every back end."""
+"""The checked arguments of a relation, which every back end takes."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,9 +15,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Operands:
-    """One relation: rows [b, Ha, n, d], columns [b, Hb, m, d], of student (s) and teacher (t).
+    """One relation of the student (``_s``) and the same relation of the teacher (``_t``).
 
-    Row head h uses column head h // group. In a self relation the columns are the rows.
+    Attributes:
+        rows_s, rows_t: [b, Ha, n, d], d may differ between student and teacher.
+        cols_s, cols_t: [b, Hb, m, d]; row head h meets column head h // group.
+        mask: Which pairs are allowed.
+        scale_s, scale_t: Positive factors of the scores.
+        is_self: Whether this is a self relation, whose columns are the rows.
     """
 
     rows_s: Tensor
@@ -29,13 +36,22 @@ class Operands:
 
     @property
     def group(self) -> int:
+        """The number of row heads per column head."""
         return self.rows_s.shape[1] // self.cols_s.shape[1]
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
-        """float32, or float64 for float64 operands (pure torch only)."""
+        """The dtype of sums: float32, or float64 for float64 operands (plain torch only)."""
         widest = torch.promote_types(self.rows_s.dtype, self.rows_t.dtype)
         return torch.promote_types(widest, torch.float32)
+
+    def with_unit_strides(self) -> Operands:
+        """Copy the operands whose last dimension is strided, and take all others as they are."""
+        operands = {name: getattr(self, name) for name in ("rows_s", "rows_t", "cols_s", "cols_t")}
+        if all(x.stride(3) == 1 for x in operands.values()):
+            return self
+        copies = {k: x if x.stride(3) == 1 else x.contiguous() for k, x in operands.items()}
+        return replace(self, **copies)
 
 
 def check_operands(
@@ -47,9 +63,12 @@ def check_operands(
     scale_s: float | None,
     scale_t: float | None,
 ) -> Operands:
-    """Fill in defaults; raise ValueError, in one sentence, for anything the kernels would misread.
+    """Check the arguments of a public operation and fill in the defaults.
 
-    Scales default to head_dim ** -0.5 of each side and must be positive.
+    The arguments are the same as in ``op.relation_kl``.
+
+    Raises:
+        ValueError: The kernels would misread the arguments; the message is one sentence.
     """
     if (cols_s is None) != (cols_t is None):
         raise ValueError("student and teacher columns must both be given, or neither")
@@ -84,7 +103,7 @@ def check_operands(
 
 
 def _check_sides(rows_s: Tensor, rows_t: Tensor, cols_s: Tensor, cols_t: Tensor) -> None:
-    """Student and teacher agree in everything but head_dim; rows and columns fit each other."""
+    """Raise ValueError unless rows and columns fit, and student and teacher but for head_dim."""
     for side, rows, cols in (("student", rows_s, cols_s), ("teacher", rows_t, cols_t)):
         if rows.shape[3] != cols.shape[3]:
             raise ValueError(

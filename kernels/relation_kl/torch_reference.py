@@ -1,9 +1,11 @@
-"""Relation KL in plain torch, block by block: the CPU path and the model for the Triton kernels.
+"""The relation KL in plain torch, block by block: the back end of CPUs, and of float64 operands.
 
-Memory is linear in the sequence: no tensor is larger than the operands or one tile of scores, and
-column tiles that a block of rows cannot see are never visited. Statistics are fp32 (fp64 for fp64
-operands). Equations in `statistics` and, for the gradient, in `torch_backward`.
+Memory is linear in the sequence: no tensor is larger than the operands or one tile of scores.
+Tiles of columns that a block of rows does not see are not visited. Sums are fp32, or fp64 for fp64
+operands. The equations are in ``statistics`` and, for the gradient, in ``torch_backward``.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import reduce
@@ -14,24 +16,54 @@ from torch import Tensor
 
 from .mask import IntervalMask
 from .operands import Operands
-from .statistics import Partials, merge
+from .statistics import Partials, RelationStatistics, finish, merge
 
-# Measured on one core: wider tiles leave the L2 cache, taller blocks redo more of the triangle.
+NAME, FAMILY = "plain torch", "torch"
+
+# Measured on one core: larger tiles leave the L2 cache, and blocks of more rows compute more scores
+# above the diagonal.
 BLOCK_ROWS = 64
 TILE_ELEMENTS = 1 << 18  # scores of one tile, over all heads of a sequence
 NEG_INF = float("-inf")
 
 
 class Tile(NamedTuple):
-    """A block of rows by a block of columns; ``allowed`` [rows, cols] bool, None if all are."""
+    """A block of rows times some consecutive columns.
+
+    Attributes:
+        allowed: Which pairs are allowed, bool [rows, cols]; None if all are.
+    """
 
     rows: slice
     cols: slice
     allowed: Tensor | None
 
 
+def why_not_on(device: torch.device) -> str | None:
+    """Return None: plain torch serves every device."""
+    return None
+
+
+def why_not(op: Operands, *, backward: bool, by_name: bool) -> str | None:
+    """Return None: plain torch serves every call."""
+    return None
+
+
+def forward(op: Operands, partial: bool) -> RelationStatistics | Partials:
+    """Return the statistics of each row, or its partials over the given columns."""
+    partials = torch_partials(op)
+    return partials if partial else finish(partials)
+
+
+def backward(
+    op: Operands, lse_s: Tensor, lse_t: Tensor, row_weight: Tensor | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of sum_i w_i KL_i in the accumulation dtype; the caller converts."""
+    return torch_backward(op, lse_s, lse_t, row_weight)
+
+
 def torch_partials(op: Operands) -> Partials:
-    """Partials over all given columns, each [b, Ha, n]."""
+    """Return the partials of each row over the given columns, each [b, Ha, n]."""
     b, heads, n, _ = op.rows_s.shape
     out = op.rows_s.new_zeros(5, b, heads, n, dtype=op.accumulate_dtype)
     out[0], out[2] = NEG_INF, NEG_INF
@@ -50,11 +82,16 @@ def torch_partials(op: Operands) -> Partials:
 def torch_backward(
     op: Operands, lse_s: Tensor, lse_t: Tensor, row_weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of sum_i w_i KL_i in the accumulation dtype: (rows, columns or None if self).
+    """Return the gradients of sum_i w_i KL_i: (of the rows, of the columns or None if self).
 
-    D_ij = w_i (exp(S_ij - lse_s_i) - exp(T_ij - lse_t_i)) over allowed pairs, then
-    d/dA_s = scale_s D B_s and d/dB_s = scale_s D^T A_s (LinearARD, arXiv 2604.00004); a self
-    relation gets their sum.
+    With D_ij = w_i (exp(S_ij - lse_s_i) - exp(T_ij - lse_t_i)) over the allowed pairs, they are
+    scale_s D B_s for the rows A_s and scale_s D^T A_s for the columns B_s (LinearARD, arXiv
+    2604.00004). A self relation gets their sum. They have the accumulation dtype.
+
+    Args:
+        op: The operands.
+        lse_s, lse_t: [b, Ha, n], nats.
+        row_weight: w, [b, Ha, n]; None means 1.
     """
     grad_rows = torch.zeros_like(op.rows_s, dtype=op.accumulate_dtype)
     grad_cols = grad_rows if op.is_self else torch.zeros_like(op.cols_s, dtype=op.accumulate_dtype)
@@ -68,8 +105,10 @@ def torch_backward(
         for tiles in _blocks(op.mask, i, op.rows_s.shape[1]):
             for tile in tiles:
                 s, t = _scores(x_s, y_s, tile), _scores(x_t, y_t, tile)
-                own_s, own_t, weight = (None if x is None else x[:, :, tile.rows] for x in stats)
-                delta = s.sub_(own_s).exp_().sub_(t.sub_(own_t).exp_())
+                tile_lse_s, tile_lse_t, weight = (
+                    None if x is None else x[:, :, tile.rows] for x in stats
+                )
+                delta = s.sub_(tile_lse_s).exp_().sub_(t.sub_(tile_lse_t).exp_())
                 if weight is not None:
                     delta.mul_(weight)
                 if tile.allowed is not None:
@@ -78,12 +117,17 @@ def torch_backward(
                 x_block = x_s[:, :, tile.rows].flatten(1, 2)
                 rows_part = torch.bmm(delta, y_s[:, tile.cols]).mul_(op.scale_s)
                 grad_rows[i, :, tile.rows] += rows_part.unflatten(1, (op.group, -1)).flatten(0, 1)
-                grad_cols[i, :, tile.cols] += torch.bmm(delta.mT, x_block)  # x carries the scale
+                grad_cols[i, :, tile.cols] += torch.bmm(
+                    delta.mT, x_block
+                )  # x_block carries scale_s
     return grad_rows, None if op.is_self else grad_cols
 
 
 def _sequence(op: Operands, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One sequence: scaled rows [Hb, group, n, d] and columns [Hb, m, d], student then teacher."""
+    """Return sequence i as (rows_s, cols_s, rows_t, cols_t) in the accumulation dtype.
+
+    The rows are scaled, [Hb, group, n, d]; the columns are [Hb, m, d].
+    """
     shape = (op.cols_s.shape[1], op.group)
     sides = []
     for rows, cols, scale in (
@@ -96,21 +140,21 @@ def _sequence(op: Operands, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _scores(x: Tensor, y: Tensor, tile: Tile) -> Tensor:
-    """Scaled scores [Hb, group, rows, cols] of a tile."""
+    """Return the scores of a tile, [Hb, group, rows, cols], from scaled rows x and columns y."""
     block = x[:, :, tile.rows]
     scores = torch.bmm(block.flatten(1, 2), y[:, tile.cols].mT)
     return scores.view(*block.shape[:3], -1)
 
 
 def _tile_partials(s: Tensor, t: Tensor, allowed: Tensor | None) -> Partials:
-    """Partials of one tile of scores [..., rows, cols]; overwrites s and t."""
+    """Return the partials of one tile of scores [..., rows, cols]; overwrite s and t."""
     gap = t - s
     m, sums = [], []
     for scores in (s, t):
         if allowed is not None:
             scores.masked_fill_(~allowed, NEG_INF)
         top = scores.amax(-1)
-        # A row without columns here would give -inf - -inf.
+        # A row without allowed columns in this tile would give -inf - -inf.
         scores.sub_(top.masked_fill(top == NEG_INF, 0.0).unsqueeze(-1)).exp_()
         m.append(top)
         sums.append(scores.sum(-1))
@@ -118,29 +162,29 @@ def _tile_partials(s: Tensor, t: Tensor, allowed: Tensor | None) -> Partials:
 
 
 def _blocks(mask: IntervalMask, i: int, heads: int) -> Iterator[list[Tile]]:
-    """The tiles that each block of rows of sequence i visits; blocks that see nothing are left out.
+    """Yield the tiles that each block of rows of sequence i visits; skip blocks that visit none.
 
-    Reads the intervals' extremes on the host, once per sequence.
+    The host reads the extremes of the intervals once per sequence.
     """
     n, width = mask.n, max(16, TILE_ELEMENTS // (heads * BLOCK_ROWS))
     lo, hi = mask.col_lo_bn[i], mask.col_hi_bn[i]
-    live = lo < hi
+    nonempty = lo < hi
     extremes = torch.stack(
         [
-            _per_block(lo.masked_fill(~live, mask.m), mask.m).amin(1),
-            _per_block(lo.masked_fill(~live, mask.m), 0).amax(1),
-            _per_block(hi.masked_fill(~live, 0), mask.m).amin(1),
-            _per_block(hi.masked_fill(~live, 0), 0).amax(1),
+            _per_block(lo.masked_fill(~nonempty, mask.m), mask.m).amin(1),
+            _per_block(lo.masked_fill(~nonempty, mask.m), 0).amax(1),
+            _per_block(hi.masked_fill(~nonempty, 0), mask.m).amin(1),
+            _per_block(hi.masked_fill(~nonempty, 0), 0).amax(1),
         ],
         dim=1,
     ).tolist()
-    for block, (first, full_first, full_last, last) in enumerate(extremes):
+    for block, (visible_start, full_start, full_end, visible_end) in enumerate(extremes):
         rows = slice(block * BLOCK_ROWS, min(n, (block + 1) * BLOCK_ROWS))
         tiles = []
-        for start in range(first, last, width):
-            cols = slice(start, min(start + width, last))
+        for start in range(visible_start, visible_end, width):
+            cols = slice(start, min(start + width, visible_end))
             allowed = None
-            if start < full_first or cols.stop > full_last:
+            if start < full_start or cols.stop > full_end:
                 j = torch.arange(cols.start, cols.stop, device=mask.device, dtype=torch.int32)
                 allowed = (j >= lo[rows, None]) & (j < hi[rows, None])
             tiles.append(Tile(rows, cols, allowed))
@@ -149,5 +193,5 @@ def _blocks(mask: IntervalMask, i: int, heads: int) -> Iterator[list[Tile]]:
 
 
 def _per_block(x: Tensor, fill: int) -> Tensor:
-    """[n] -> [blocks, BLOCK_ROWS], the last block padded with ``fill``."""
+    """Return [n] as [blocks, BLOCK_ROWS], with the last block padded by ``fill``."""
     return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK_ROWS), value=fill).view(-1, BLOCK_ROWS)

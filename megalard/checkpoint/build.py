@@ -10,11 +10,12 @@ from torch import nn
 from megalard.checkpoint.weights import Weights
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
+from megalard.model.layout import Layout
 from megalard.model.rope import RopeTable, rope_table
 from megalard.model.spec import ModelSpec
 from megalard.parallel.mesh import SINGLE, Axis
 from megalard.parallel.ops import ParallelOps
-from megalard.parallel.tensor.layout import Layout, parameter_layout
+from megalard.parallel.tensor.layout import parameter_layout
 
 
 def empty_decoder(spec: ModelSpec, rope: RopeTable, axis: Axis) -> Decoder:
@@ -68,6 +69,16 @@ def check_shape(name: str, expected: tuple[int, ...], weights: Weights) -> None:
             f"tensor {name} in {weights.directory} has shape {list(shape)}, but config.json "
             f"implies {list(expected)}: the files do not belong together"
         )
+
+
+def check_complete(weights: Weights, spec: ModelSpec) -> None:
+    """Refuse a model that lacks a tensor or has one in another shape than its config implies.
+
+    Raises:
+        UserError: naming the first such tensor.
+    """
+    for name, layout in full_layouts(spec).items():
+        check_shape(name, layout.full_shape, weights)
 
 
 def get_parameter(root: nn.Module, name: str) -> nn.Parameter:

@@ -10,26 +10,26 @@ from pathlib import Path
 
 import torch
 
-from megalard.checkpoint.build import check_shape, full_layouts
+from megalard.checkpoint.build import check_complete, full_layouts
+from megalard.checkpoint.companions import Companion, for_window
 from megalard.checkpoint.huggingface import write_huggingface
 from megalard.checkpoint.open import StoredModel
 from megalard.checkpoint.peft import check_lora, write_adapter
+from megalard.checkpoint.read_back import reading_back
 from megalard.checkpoint.sharded.dcp_storage import LazySavePlanner
 from megalard.checkpoint.sharded.manifest import written_by
 from megalard.checkpoint.sharded.save_load import as_dtensor, save_sharded
+from megalard.checkpoint.stored_names import StoredWeights, stored_pairs
 from megalard.checkpoint.weights import Weights
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.errors import UserError, shown
-from megalard.model.rope import write_rope
+from megalard.model.export_config import export_config
+from megalard.model.layout import Layout, full_layout
+from megalard.model.rope import rope_table
 from megalard.model.spec import ModelSpec
 from megalard.parallel.agreement import checked_meanwhile
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
-from megalard.parallel.tensor.layout import (
-    Layout,
-    check_divisible,
-    full_layout,
-    parameter_layout,
-)
+from megalard.parallel.tensor.layout import check_divisible, parameter_layout
 
 
 def import_model(
@@ -117,16 +117,6 @@ def unknown_tensors(weights: Weights, spec: ModelSpec) -> list[str]:
     return [name for name in weights.names() if name not in model_names]
 
 
-def check_complete(weights: Weights, spec: ModelSpec) -> None:
-    """Refuse a model that lacks a tensor or has one in another shape than its config implies.
-
-    Raises:
-        UserError: naming the first such tensor.
-    """
-    for name, layout in full_layouts(spec).items():
-        check_shape(name, layout.full_shape, weights)
-
-
 def export_model(
     model: StoredModel, directory: str | Path, axis: Axis, options: WriteOptions
 ) -> None:
@@ -141,9 +131,14 @@ def export_model(
     with checked_meanwhile(partial(model.check_sums, axis), axis) as wait_for_checksums:
         write_huggingface(
             directory,
-            model.weights,
+            StoredWeights(model.weights, model.spec),
             export_config(model.spec),
-            replace(options, companions=model.companions, before_commit=wait_for_checksums),
+            replace(
+                options,
+                companions=_companions(model),
+                before_commit=wait_for_checksums,
+                check=reading_back(model.spec, rope_table(model.spec), directory),
+            ),
             axis=axis,
             ahead=True,
         )
@@ -156,15 +151,28 @@ def export_adapter(model: StoredModel, directory: str | Path, options: WriteOpti
         UserError: the model is not a run's checkpoint, or its run did not train LoRA pairs.
     """
     check_adapter(model)
+    pairs, trained = stored_pairs(model.trained, model.manifest.trained, model.spec)
     with checked_meanwhile(model.check_sums, SINGLE) as wait_for_checksums:
         write_adapter(
             directory,
-            model.trained,
-            model.manifest.trained,
+            pairs,
+            trained,
             export_config(model.spec),
             str(model.base.directory.absolute()),
-            replace(options, companions=model.companions, before_commit=wait_for_checksums),
+            replace(
+                options,
+                companions=_companions(model),
+                before_commit=wait_for_checksums,
+                check=reading_back(model.spec, rope_table(model.spec), directory),
+            ),
         )
+
+
+def _companions(model: StoredModel) -> tuple[Companion, ...]:
+    """Return the files to write next to a model; those of a student get the student's lengths."""
+    if model.base is None:
+        return model.companions
+    return for_window(model.companions, model.base.window, model.window)
 
 
 def check_adapter(model: StoredModel) -> None:
@@ -178,11 +186,6 @@ def check_adapter(model: StoredModel) -> None:
             f"{model.directory} is not a run's checkpoint ({model.kind}): there is no adapter in it"
         )
     check_lora(model.directory, model.manifest.trained)
-
-
-def export_config(spec: ModelSpec) -> dict:
-    """Return ``config.json`` with RoPE in the spellings of transformers 4 and 5."""
-    return write_rope(spec.hf_config, spec.rope, spec.head_dim)
 
 
 def check_target(directory: str | Path) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from megalard.checkpoint.weights import Weights, tensor_bytes
+from megalard.checkpoint.companions import Companion, is_companion
+from megalard.checkpoint.weights import Weights, no_tensor, tensor_bytes
 from megalard.checkpoint.write_options import WriteOptions, split_by_size
-from megalard.errors import UserError
+from megalard.errors import UserError, shown
 from megalard.files.atomic_folder import AtomicFolder
 from megalard.files.reading import cannot_read, read_json
 from megalard.files.safetensors import (
@@ -26,22 +26,29 @@ from megalard.files.safetensors import (
     write_tensor_file,
 )
 from megalard.files.writing import cannot_write, sync_files
+from megalard.model.layout import Layout
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import SINGLE, Axis
-from megalard.parallel.tensor.layout import Layout
 
 
 class HuggingFaceWeights:
-    """The tensors of a directory of safetensors files, with or without an index.
+    """The tensors of a directory of safetensors files, under the names of the files.
+
+    Which files are read is what transformers reads: the file that ``config.json`` names,
+    ``model.safetensors``, or the files of the index. Without any of them all files are read.
+
+    Args:
+        model_dir: the directory.
+        named: the file that ``config.json`` names as ``transformers_weights``.
 
     Raises:
         UserError: there are no safetensors files, a file that the index names is missing, a file
             cannot be read or is damaged, or a tensor is in two files.
     """
 
-    def __init__(self, model_dir: str | Path):
+    def __init__(self, model_dir: str | Path, named: str | None = None):
         self.directory = Path(model_dir)
-        self._files = {path: _open(path) for path in self._paths()}
+        self._files = {path: _open(path) for path in self._paths(named)}
         self._file_of: dict[str, Path] = {}
         for path, file in self._files.items():
             for name in file.keys():  # noqa: SIM118 (a TensorFile is not a mapping)
@@ -52,18 +59,20 @@ class HuggingFaceWeights:
                     )
                 self._file_of[name] = path
 
-    def _paths(self) -> list[Path]:
-        index = self.directory / "model.safetensors.index.json"
+    def _paths(self, named: str | None) -> list[Path]:
+        if named is not None:
+            return self._named(named)
+        single, index = (self.directory / f"model.safetensors{end}" for end in ("", ".index.json"))
         try:
+            if single.is_file():
+                return [single]
             if index.exists():
                 return self._indexed(index)
             files = sorted(self.directory.iterdir()) if self.directory.is_dir() else []
         except OSError as error:
             raise cannot_read(error.filename or self.directory, error) from None
-        # Other .safetensors files next to model.safetensors hold the same weights in other formats.
         # File systems keep files of their own under names that begin with a dot.
-        single = [path for path in files if path.name == "model.safetensors"]
-        paths = single or [
+        paths = [
             path
             for path in files
             if path.suffix == ".safetensors" and not path.name.startswith(".")
@@ -73,6 +82,21 @@ class HuggingFaceWeights:
             fix = "convert its .bin files to safetensors" if is_pickled else "check the path"
             raise UserError(f"{self.directory} has no .safetensors files: {fix}")
         return paths
+
+    def _named(self, named: str) -> list[Path]:
+        """Return the files of ``transformers_weights`` in config.json."""
+        if not isinstance(named, str) or Path(named).name != named:
+            raise UserError(
+                f"{self.directory}/config.json has {shown(named)} as transformers_weights, which "
+                "must be the name of a file in the directory: correct it, or remove the key"
+            )
+        path = self.directory / named
+        if not path.is_file():
+            raise UserError(
+                f"{self.directory}/config.json names {named} as transformers_weights, which is not "
+                "there: download it again, or remove the key"
+            )
+        return self._indexed(path) if named.endswith(".index.json") else [path]
 
     def _indexed(self, index: Path) -> list[Path]:
         try:
@@ -109,10 +133,10 @@ class HuggingFaceWeights:
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
         """Return the tensor, or the slice of a layout, in the dtype of the file."""
         tensor = self._slice(name)
-        index = slice(None)
+        index: tuple[slice, ...] = (slice(None),)
         if layout is not None and layout.dim is not None:
             local = slice(layout.start, layout.start + layout.length)
-            index = local if layout.dim == 0 else (slice(None), local)
+            index = (local,) if layout.dim == 0 else (slice(None), local)
         try:
             return tensor[index]
         except OSError as error:
@@ -122,7 +146,7 @@ class HuggingFaceWeights:
 
     def _slice(self, name: str) -> TensorSlice:
         if name not in self._file_of:
-            raise UserError(f"{self.directory} has no tensor {name}, which its config.json implies")
+            raise no_tensor(name, self)
         return self._files[self._file_of[name]].get_slice(name)
 
 
@@ -182,7 +206,7 @@ def write_huggingface(
         UserError: on every rank, if any rank cannot write. What was there before is unchanged.
     """
     directory = Path(directory)
-    folder = AtomicFolder(directory, replace)
+    folder = AtomicFolder(directory, replace, _is_written_by_us)
     files = plan_files(weights, options.file_bytes)
     count = len(files)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -207,11 +231,18 @@ def write_huggingface(
         with _disk_errors_on_all_ranks(directory, axis):
             if axis.rank == 0:
                 _write_small_files(folder.path, names, files, config, options.companions)
+                options.check(folder.path)
                 folder.commit()
     except BaseException:  # an interrupted export leaves nothing either
         if axis.rank == 0:
             folder.abandon()
         raise
+
+
+def _is_written_by_us(name: str) -> bool:
+    """Whether an entry of an exported directory is one that ``write_huggingface`` writes."""
+    is_weights = name.startswith("model") and ".safetensors" in name
+    return is_weights or name == "config.json" or is_companion(name)
 
 
 @contextmanager
@@ -229,7 +260,7 @@ def _write_small_files(
     names: list[str],
     files: list[dict[str, Entry]],
     config: dict,
-    companions: tuple[Path, ...],
+    companions: tuple[Companion, ...],
 ) -> None:
     """Write the index, config.json and the companion files."""
     if len(files) > 1:
@@ -238,7 +269,6 @@ def _write_small_files(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in companions:
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+    for companion in companions:
+        companion.write(folder)
     sync_files(folder)

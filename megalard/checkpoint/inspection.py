@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from megalard.checkpoint.convert import check_complete, unknown_tensors
-from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.checkpoint.build import check_complete
+from megalard.checkpoint.convert import unknown_tensors
+from megalard.checkpoint.open import open_model
 from megalard.checkpoint.peft import AdapterWeights
 from megalard.checkpoint.provenance import check_files
 from megalard.checkpoint.sharded.dcp_storage import STATE_PREFIXES
@@ -15,7 +16,6 @@ from megalard.checkpoint.weights import Weights, size_of
 from megalard.errors import UserError
 from megalard.files.safetensors import DTYPES
 from megalard.files.writing import Progress, no_progress
-from megalard.model.spec import read_spec
 
 
 def describe_checkpoint(manifest: Manifest) -> dict:
@@ -86,7 +86,8 @@ def describe_model(directory: Path) -> dict:
     Raises:
         UserError: the directory is not a model, or is damaged or incomplete.
     """
-    spec, weights = read_spec(directory), HuggingFaceWeights(directory)
+    model = open_model(directory)
+    spec, weights = model.spec, model.weights
     check_complete(weights, spec)
     unknown = unknown_tensors(weights, spec)
     not_in_model = (

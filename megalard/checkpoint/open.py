@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from megalard.checkpoint.build import full_layouts
+from megalard.checkpoint.companions import GENERATION_CONFIG, Companion, find_companions
 from megalard.checkpoint.huggingface import HuggingFaceWeights
 from megalard.checkpoint.peft import ADAPTER_CONFIG, AdapterWeights
 from megalard.checkpoint.provenance import check_files
 from megalard.checkpoint.sharded.manifest import Manifest, incomplete, is_checkpoint
 from megalard.checkpoint.sharded.save_load import ShardedWeights
-from megalard.checkpoint.weights import MergedWeights, Weights
-from megalard.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from megalard.checkpoint.stored_names import under_our_names
+from megalard.checkpoint.weights import MergedWeights, Weights, are_equal
+from megalard.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from megalard.errors import UserError
 from megalard.files.reading import cannot_read
 from megalard.files.writing import Progress, no_progress
+from megalard.model.rope import window_of
 from megalard.model.spec import ModelSpec, read_spec, spec_from_config
 from megalard.parallel.mesh import SINGLE, Axis
-
-GENERATION_CONFIG = "generation_config.json"
-# The files that others need, in addition to the weights, to use the model as it is meant.
-COMPANIONS = (GENERATION_CONFIG, *TOKENIZER_FILES, "chat_template.json")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class StoredModel:
     kind: str
     spec: ModelSpec
     weights: Weights
-    companions: tuple[Path, ...]
+    companions: tuple[Companion, ...]
     manifest: Manifest | None = None
-    trained: ShardedWeights | AdapterWeights | None = None
+    trained: Weights | None = None
     base: StoredModel | None = None
 
     @cached_property
@@ -59,6 +59,11 @@ class StoredModel:
         return load_tokenizer(self.tokenizer_directory)
 
     @property
+    def window(self) -> int:
+        """The number of positions that the model reads."""
+        return window_of(self.spec)
+
+    @property
     def tokenizer_directory(self) -> Path:
         """The directory of the tokenizer: of the model or, if it has none, of its base."""
         if self.base is not None and not self.has_tokenizer:
@@ -68,8 +73,7 @@ class StoredModel:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the directory itself has a tokenizer."""
-        names = {path.name for path in self.companions}
-        return bool(names & {"tokenizer.json", "tokenizer.model"})
+        return has_tokenizer(self.directory)
 
     @property
     def finds_tokenizer(self) -> bool:
@@ -77,9 +81,9 @@ class StoredModel:
         return self.has_tokenizer or (self.base is not None and self.base.finds_tokenizer)
 
     @property
-    def generation_config(self) -> tuple[Path, ...]:
+    def generation_config(self) -> tuple[Companion, ...]:
         """The file that says how to generate text, if the model has one."""
-        return tuple(path for path in self.companions if path.name == GENERATION_CONFIG)
+        return tuple(file for file in self.companions if file.name == GENERATION_CONFIG)
 
     def check_sums(self, share: Axis = SINGLE, progress: Progress = no_progress) -> None:
         """Compare this rank's share of all recorded checksums. Hugging Face directories have none.
@@ -121,8 +125,24 @@ def open_model(
     if (directory / ADAPTER_CONFIG).is_file():
         return _open_adapter(directory, base, derived)
     spec = read_spec(directory)
-    weights = HuggingFaceWeights(directory)
-    return StoredModel(directory, "huggingface", spec, weights, _companions(directory))
+    files = HuggingFaceWeights(directory, spec.hf_config.get("transformers_weights"))
+    weights = under_our_names(files, spec)
+    spec = with_separate_head(spec, weights)
+    return StoredModel(directory, "huggingface", spec, weights, find_companions(directory))
+
+
+def with_separate_head(spec: ModelSpec, weights: Weights) -> ModelSpec:
+    """Return the spec with ``tied_embeddings`` as the files have it.
+
+    transformers does not tie a head that is in the files and differs from the embedding, whatever
+    ``tie_word_embeddings`` says.
+    """
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    is_tied = spec.tied_embeddings and {embedding, head} <= set(weights.names())
+    if not is_tied or are_equal(weights, embedding, head):
+        return spec
+    config = {**spec.hf_config, "tie_word_embeddings": False}
+    return replace(spec, tied_embeddings=False, hf_config=config)
 
 
 def _open_checkpoint(
@@ -131,8 +151,9 @@ def _open_checkpoint(
     weights = ShardedWeights(directory)
     manifest = weights.manifest
     spec = spec_from_config(manifest.config, str(directory))
-    companions = _companions(directory)
+    companions = find_companions(directory)
     if manifest.kind == "model":
+        spec = with_separate_head(spec, weights)
         return StoredModel(directory, "sharded", spec, weights, companions, manifest)
     try:
         base_path, lora = manifest.base["path"], manifest.trained["lora"]
@@ -150,19 +171,20 @@ def _open_checkpoint(
 def _open_adapter(
     directory: Path, base: str | Path | None, derived: tuple[Path, ...]
 ) -> StoredModel:
-    adapter = AdapterWeights(directory)
-    base_path = adapter.config.get("base_model_name_or_path")
+    files = AdapterWeights(directory)
+    base_path = files.config.get("base_model_name_or_path")
     base_model = _open_base(directory, base, base_path, derived)
+    adapter = under_our_names(files, base_model.spec)
     has_config = (directory / "config.json").is_file()
     spec = read_spec(directory) if has_config else base_model.spec
-    merged = MergedWeights(base_model.weights, adapter, adapter.scale, spec.tied_embeddings)
+    merged = MergedWeights(base_model.weights, adapter, files.scale, spec.tied_embeddings)
     _check_shapes(base_model, spec, directory)
-    companions = _companions(directory) or base_model.companions
+    companions = find_companions(directory) or base_model.companions
     return StoredModel(directory, "adapter", spec, merged, companions, None, adapter, base_model)
 
 
 def _open_base(
-    directory: Path, given: str | Path | None, noted: object, derived: tuple[Path, ...]
+    directory: Path, given: str | Path | None, noted: Any, derived: tuple[Path, ...]
 ) -> StoredModel:
     path, derived = given or noted, (*derived, directory)
     try:
@@ -186,7 +208,3 @@ def _check_shapes(base: StoredModel, spec: ModelSpec, directory: Path) -> None:
                 f"tensor {name} in {base.directory} has shape {list(shape)}, but {directory} is "
                 f"for {list(layout.full_shape)}: give the model it was trained on with --base"
             )
-
-
-def _companions(directory: Path) -> tuple[Path, ...]:
-    return tuple(path for name in COMPANIONS if (path := directory / name).is_file())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from megalard.files.atomic_folder import AtomicFolder
 from megalard.files.reading import cannot_read, read_json
 from megalard.files.safetensors import DamagedFile, Entry, TensorFile, write_tensor_file
 from megalard.files.writing import cannot_write, sync_files
-from megalard.parallel.tensor.layout import Layout
+from megalard.model.layout import Layout
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -100,6 +99,11 @@ class AdapterWeights:
         path = self.directory / ADAPTER_WEIGHTS
         self.config = _read_config(self.directory / ADAPTER_CONFIG)
         self.scale = _scale(self.config, self.directory)
+        if not path.exists() and path.with_suffix(".bin").exists():
+            raise UserError(
+                f"the adapter {self.directory} is stored as adapter_model.bin, a pickle, which is "
+                "not read: load it with peft and save it again, which writes safetensors"
+            )
         try:
             self._file = TensorFile(path)
         except OSError as error:
@@ -138,10 +142,10 @@ class AdapterWeights:
         return [self._file.path]
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """Return the full tensor in fp32."""
-        assert layout is None, "adapters are read as full tensors"
+        """Return the tensor, or the slice of a layout, in fp32."""
         try:
-            return self._file.read(self._names[name]).float()
+            tensor = self._file.read(self._names[name]).float()
+            return tensor if layout is None else layout.cut(tensor)
         except OSError as error:
             raise cannot_read(self._file.path, error) from None
         except DamagedFile as error:
@@ -208,6 +212,12 @@ def check_lora(directory: Path, trained: dict) -> None:
     Raises:
         UserError: the run trained weights.
     """
+    changed = [name for name in trained["tensors"] if not name.endswith(("lora_A", "lora_B"))]
+    if trained["mode"] == "lora" and changed:
+        raise UserError(
+            f"an earlier stage of the run of {directory} changed weights, such as {changed[0]}, "
+            "which an adapter does not hold: export it as a Hugging Face model"
+        )
     if trained["mode"] != "lora":
         raise UserError(
             f"{directory} trained weights (trainable.mode {trained['mode']}), not LoRA "
@@ -251,10 +261,11 @@ def write_adapter(
             ("config.json", config),
         ):
             (folder.path / name).write_text(json.dumps(value, indent=2) + "\n")
-        for file in options.companions:
-            shutil.copyfile(file, folder.path / file.name)
+        for companion in options.companions:
+            companion.write(folder.path)
         sync_files(folder.path)
         options.before_commit()
+        options.check(folder.path)
         folder.commit()
     except OSError as error:
         raise cannot_write(directory, error) from None

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
-from megalard.errors import UserError
-from megalard.parallel.tensor.layout import Layout
+from megalard.errors import UserError, shown
+from megalard.model.layout import Layout
 
 BLOCK_ELEMENTS = 2**22  # 16 MiB of fp32
 
@@ -54,8 +54,33 @@ def tensor_bytes(weights: Weights, name: str) -> int:
     return torch.Size(weights.shape(name)).numel() * weights.dtype(name).itemsize
 
 
+def no_tensor(name: str, weights: Weights) -> UserError:
+    """Return the error of a tensor that is missing, with a name from the files that is similar."""
+    names = weights.names()
+    last = name.rpartition("layers.")[2].partition(".")[2] or name
+    similar = next((other for other in names if other.endswith(last)), names[0] if names else None)
+    hint = f" (its files name tensors such as {shown(similar)})" if similar else ""
+    return UserError(
+        f"{weights.directory} has no tensor {name}, which its config.json implies{hint}"
+    )
+
+
+def are_equal(weights: Weights, name: str, other: str) -> bool:
+    """Whether two matrices hold the same values. A block of rows of each is read at a time."""
+    shape = weights.shape(name)
+    if shape != weights.shape(other) or len(shape) != 2:
+        return False
+    rows = max(1, BLOCK_ELEMENTS // shape[1])
+    for start in range(0, shape[0], rows):
+        block = Layout(shape, 0, start, min(rows, shape[0] - start), 1)
+        x, y = weights.read(name, block), weights.read(other, block)
+        if not torch.equal(x.float(), y.float()):
+            return False
+    return True
+
+
 def trained_parts(name: str, trained: Iterable[str]) -> list[str]:
-    """Return the trained tensors that make up a weight: itself, or LoRA's A and B, or none."""
+    """Return the trained tensors of a weight: itself, LoRA's A and B, all three, or none."""
     stem = name.removesuffix("weight")
     return [part for part in (name, f"{stem}lora_A", f"{stem}lora_B") if part in trained]
 
@@ -186,12 +211,14 @@ class MergedWeights:
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
         """Return the tensor, or the slice of a layout, in the base's dtype."""
-        parts = trained_parts(name, self._trained_names)
+        parts, dtype = trained_parts(name, self._trained_names), self.base.dtype(name)
         if not parts:
             return self.base.read(name, layout)
         if parts == [name]:
-            return self.trained.read(name, layout).to(self.base.dtype(name))
+            return self.trained.read(name, layout).to(dtype)
         # The full tensor is merged and then cut, because a product of slices may round differently.
-        lora_a, lora_b = (self.trained.read(part) for part in parts)
-        merged = merge_lora(name, self.base.read(name), lora_a, lora_b, self.scale)
+        # Where an earlier stage changed the weight itself, the pair is added to that.
+        lora_a, lora_b = (self.trained.read(part) for part in parts[-2:])
+        original = self.trained.read(name) if name in parts else self.base.read(name)
+        merged = merge_lora(name, original, lora_a, lora_b, self.scale).to(dtype)
         return merged if layout is None else layout.cut(merged).contiguous()

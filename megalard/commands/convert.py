@@ -79,10 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Convert and report."""
     from megalard.checkpoint import convert
+    from megalard.checkpoint.build import check_complete
     from megalard.checkpoint.huggingface import bytes_of_rank
     from megalard.checkpoint.inspection import readable
     from megalard.checkpoint.open import open_model
     from megalard.checkpoint.sharded.save_load import checkpoint_axis
+    from megalard.checkpoint.stored_names import StoredWeights
     from megalard.checkpoint.weights import size_of
     from megalard.checkpoint.write_options import WriteOptions
     from megalard.parallel.agreement import checked_on_all_ranks
@@ -96,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         file_bytes = convert.parse_size(options.file_size)
         model = open_model(options.source, options.base)
         convert.check_target(options.target)
-        convert.check_complete(model.weights, model.spec)
+        check_complete(model.weights, model.spec)
         weights = model.trained if is_adapter and model.trained else model.weights
         if is_import:
             convert.weight_layouts(weights, model.spec, mesh.tp)
@@ -113,7 +115,8 @@ def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     title, share = f"{options.direction} {options.source.name}", total // mesh.world.size
     if not is_import and not is_adapter:
-        share = bytes_of_rank(weights, file_bytes, mesh.world)
+        stored = StoredWeights(weights, model.spec)
+        share = bytes_of_rank(stored, file_bytes, mesh.world)
     if mesh.world.size > 1:
         title += f", one of {mesh.world.size} parts"
     with byte_bar(title, share, mesh.world) as advance:

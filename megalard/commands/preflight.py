@@ -20,7 +20,11 @@ TAKES_OVERRIDES = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.epilog = "configuration keys:\n\n" + describe_keys()
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the sections below")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with the sections below, or the name of a recipe",
+    )
     parser.set_defaults(preflight=True)
 
 

@@ -44,10 +44,17 @@ def run(options: argparse.Namespace) -> int:
     """Tokenize and report."""
     from megalard.data.token_store_writer import build_store
     from megalard.data.tokenizer import load_tokenizer
+    from megalard.reporter import Reporter
 
     start = time.perf_counter()
     tokenizer = load_tokenizer(options.model)
-    store = build_store(options.paths, tokenizer, options.output, text_key=options.text_key)
+    store = build_store(
+        options.paths,
+        tokenizer,
+        options.output,
+        text_key=options.text_key,
+        warn=Reporter(True).warning,
+    )
     print(
         f"{store.path}: {len(store.tokens)} tokens in {len(store.documents) - 1} documents, "
         f"{store.tokens.dtype}, ready after {time.perf_counter() - start:.1f} s"

@@ -98,7 +98,8 @@ def _verify(options: argparse.Namespace) -> bool:
 
     if options.logits_only and options.logits is None:
         raise UserError("--logits-only needs --logits TEXT")
-    models = [open_model(path, options.base) for path in (options.a, options.b)]
+    a, b = (open_model(path, options.base) for path in (options.a, options.b))
+    models = [a, b]
     # The text is read before the tensors, which may take hours.
     text = options.logits
     tokens = None if text is None else compare.read_tokens(models, text, options.tokens)
@@ -107,19 +108,19 @@ def _verify(options: argparse.Namespace) -> bool:
         with byte_bar("checksums", checked_bytes) as advance:
             for model in models:
                 model.check_sums(progress=advance)
-    with byte_bar("tensors", size_of(models[0].weights)) as advance:
-        lines = compare.tensor_differences(*models, advance)
+    with byte_bar("tensors", size_of(a.weights)) as advance:
+        lines = compare.tensor_differences(a, b, advance)
     for line in lines[: options.lines]:
         print(line)
     if len(lines) > options.lines:
         print(f"and {len(lines) - options.lines} more")
     names = [f"{model.directory} ({model.kind})" for model in models]
-    count = len(models[0].weights.names())
+    count = len(a.weights.names())
     print(f"{names[0]} and {names[1]}: ", end="")
     print(f"{len(lines)} tensors differ" if lines else f"{count} tensors, every bit the same")
     is_same = not lines
     if tokens is not None:
-        difference = compare.logits_difference(*models, tokens)
+        difference = compare.logits_difference(a, b, tokens)
         is_close = difference.relative <= options.tolerance
         is_same = is_close and (is_same or options.logits_only)
         print(

@@ -116,19 +116,20 @@ def allowed_of(field: dataclasses.Field) -> Allowed:
 
 def default_of(field: dataclasses.Field) -> Any:
     """Return a field's default value."""
-    return field.default_factory() if field.default is MISSING else field.default
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def help_texts(cls: type) -> dict[str, str]:
     """Return the help text of every field of a class: the string that follows it in the source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    return {
-        before.target.id: " ".join(after.value.value.split())
-        for before, after in itertools.pairwise(body)
-        if isinstance(before, ast.AnnAssign)
-        and isinstance(after, ast.Expr)
-        and isinstance(after.value, ast.Constant)
-    }
+    statements: Any = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    texts = {}
+    for before, after in itertools.pairwise(statements.body):
+        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and is_text:
+            texts[before.target.id] = " ".join(str(after.value.value).split())
+    return texts
 
 
 def without_none(hint: Any) -> tuple[Any, bool]:

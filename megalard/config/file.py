@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megalard.config.fields import without_none
+from megalard.config.objective import RELATIONS
+from megalard.config.recipes import find_config
 from megalard.config.rules import validate
-from megalard.config.schema import RELATIONS, Config
+from megalard.config.schema import Config
 from megalard.config.yaml_text import parse_file, parse_value
 from megalard.errors import UserError, shown
 
@@ -21,9 +23,14 @@ RENAMED = {"objective.attention_context": "objective.attention_output"}
 # A stream takes these from the section optimizer unless it gives its own.
 STREAM_BATCHES = ("global_batch", "micro_batch")
 
+# A stage takes what it leaves out of these from the section of the same name.
+STAGE_SECTIONS = ("trainable", "data", "optimizer")
+
 
 def load_config(path: str | None, overrides: list[str]) -> Config:
-    """Read a YAML file and apply ``--section.key value`` overrides.
+    """Read a YAML file, given by its path or as a recipe's name, and apply overrides.
+
+    Overrides are words such as ``--section.key value`` and ``--section.key=value``.
 
     The override ``null`` removes a key of the file, so that its default holds again.
 
@@ -31,7 +38,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         UserError: the file cannot be read, a key is unknown (the nearest known key is named), or a
             value has the wrong type or is out of range.
     """
-    tree = in_present_spelling(parse_file(path), _warn) if path is not None else {}
+    tree = in_present_spelling(parse_file(find_config(path)), _warn) if path is not None else {}
     # Judged before the overrides: a recipe's shared value may lose its last user to an override.
     _check_shared_values(tree, None)
     keys = []
@@ -43,6 +50,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         keys.append(present)
     for key in keys:
         _check_shared_values(tree, key)
+    _complete_stages(tree)
     _complete_streams(tree)
     config = _build(Config, tree, "")
     validate(config)
@@ -132,7 +140,7 @@ def _warn(old: str, present: str) -> None:
 
 
 def _check_shared_values(tree: dict, override: str | None) -> None:
-    """Refuse a value of ``data`` or ``optimizer`` that every stream replaces by its own.
+    """Refuse a shared value that every stream, or every stage, replaces by its own.
 
     Args:
         tree: the configuration so far.
@@ -141,25 +149,39 @@ def _check_shared_values(tree: dict, override: str | None) -> None:
     Raises:
         UserError: naming the key that has no effect.
     """
-    streams = tree.get("streams")
-    if not isinstance(streams, dict) or not streams:
+    for group in ("streams", "stages"):
+        entries = tree.get(group)
+        if not isinstance(entries, dict):
+            continue
+        entries = [entry for entry in entries.values() if isinstance(entry, dict)]
+        for key, in_entry in _shared_keys(tree, group):
+            if override in (None, key) and entries and all(_has(e, in_entry) for e in entries):
+                raise UserError(
+                    f"{key} is given, but every {group[:-1]} gives its own: set "
+                    f"{group}.NAME.{'.'.join(in_entry)} instead"
+                )
+
+
+def _shared_keys(tree: dict, group: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the keys that streams or stages take from other sections, with their place in them."""
+    if group == "stages":
+        for section in STAGE_SECTIONS:
+            for path in _leaves(tree.get(section)):
+                yield ".".join((section, *path)), (section, *path)
         return
-    streams = [stream for stream in streams.values() if isinstance(stream, dict)]
-    for key, in_stream in _shared_keys(tree):
-        if override in (None, key) and streams and all(_has(s, in_stream) for s in streams):
-            raise UserError(
-                f"{key} is given, but every stream gives its own: set "
-                f"streams.NAME.{'.'.join(in_stream)} instead"
-            )
-
-
-def _shared_keys(tree: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the keys that streams take from other sections, with their place in a stream."""
     for section, names in (("optimizer", STREAM_BATCHES), ("data", None)):
         values = tree.get(section)
         for name in values if isinstance(values, dict) else ():
             if names is None or name in names:
                 yield f"{section}.{name}", (name,) if names else (section, name)
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            yield from ((str(key), *path) for path in _leaves(value))
+        else:
+            yield (str(key),)
 
 
 def _has(tree: dict, path: tuple[str, ...]) -> bool:
@@ -196,6 +218,31 @@ def _complete_streams(tree: dict) -> None:
     }
 
 
+def _complete_stages(tree: dict) -> None:
+    """Give each stage the values that it takes from other sections, in place."""
+    stages = tree.get("stages")
+    if stages is None:
+        tree.pop("stages", None)
+    if not isinstance(stages, dict) or not stages:
+        return
+    shared = {section: tree.get(section) or {} for section in STAGE_SECTIONS}
+    complete = {}
+    for name, stage in stages.items():
+        if not isinstance(stage, dict | None):
+            complete[name] = stage
+            continue
+        merged = _merged(shared, stage or {})
+        if merged.get("objective"):
+            merged["objective"] = _merged(
+                {"relations": dict.fromkeys(RELATIONS, 0.0)}, merged["objective"]
+            )
+        elif not merged.get("streams"):
+            merged |= {key: tree[key] for key in ("objective", "streams") if tree.get(key)}
+        _complete_streams(merged)
+        complete[str(name)] = merged
+    tree["stages"] = complete
+
+
 def _merged(base: dict, over: dict) -> dict:
     """Return ``over``, completed from ``base``; sections are merged key by key."""
     merged = {**base, **over}
@@ -205,7 +252,7 @@ def _merged(base: dict, over: dict) -> dict:
     return merged
 
 
-def _build(cls: type, tree: Any, prefix: str) -> Any:
+def _build(cls: Any, tree: Any, prefix: str) -> Any:
     """Make a section from a tree of plain values."""
     if tree is None:
         tree = {}
@@ -244,6 +291,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         items = value if isinstance(value, list) else [value]
         (item_hint,) = typing.get_args(hint)
         return [_convert(item_hint, item, key) for item in items]
+    if isinstance(value, bool) and {"yes", "no"} <= set(typing.get_args(hint)):
+        return "yes" if value else "no"  # YAML 1.1 reads the words yes and no as booleans
     expected = str if origin is typing.Literal else hint
     if expected is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         # YAML 1.1 reads 2e-5 as text.
@@ -272,7 +321,7 @@ def _nearest(key: str, names: set[str], prefix: str) -> str:
     return prefix + (here or difflib.get_close_matches(key[:100], names, n=1, cutoff=0.0))[0]
 
 
-def _paths(cls: type, prefix: str) -> list[str]:
+def _paths(cls: Any, prefix: str) -> list[str]:
     paths = []
     for name, hint in typing.get_type_hints(cls).items():
         paths += _paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else []

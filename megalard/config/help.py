@@ -10,6 +10,7 @@ from typing import Any
 
 from megalard.config.fields import allowed_of, default_of, help_texts, without_none
 from megalard.config.file import STREAM_BATCHES
+from megalard.config.recipes import recipes, title
 from megalard.config.schema import Config, StreamConfig
 
 _WIDTH = 96
@@ -30,6 +31,8 @@ def describe_keys() -> str:
             lines += _describe(type(default), f"--{field.name}.")
         else:
             lines += ["", *_describe_streams(help_texts(Config)[field.name])]
+    lines += ["", "recipes, which --config takes by name:"]
+    lines += [f"  {name:<24}{title(path)}" for name, path in recipes().items()]
     return "\n".join(lines)
 
 

@@ -6,7 +6,14 @@ The range of a single setting is stated at its field; see ``megalard.config.fiel
 from __future__ import annotations
 
 from megalard.config.fields import check_fields
-from megalard.config.schema import CheckpointConfig, Config, ModelConfig, RopeConfig, StreamConfig
+from megalard.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RopeConfig,
+    StreamConfig,
+)
 from megalard.errors import UserError
 
 
@@ -23,8 +30,11 @@ def validate(config: Config) -> None:
     )
     check_fields(config)
     _check_rope(config.rope, config.model)
-    for name, stream in config.all_streams().items():
-        _check_stream(name if config.streams else None, stream)
+    for stage, stage_config in config.all_stages().items():
+        prefix = f"stages.{stage}." if config.stages else ""
+        for name, stream in stage_config.all_streams().items():
+            _check_stream(prefix, name if stage_config.streams else None, stream)
+    _check_kept_optimizers(config)
     _check_checkpoint(config.checkpoint)
 
 
@@ -50,15 +60,39 @@ def _check_rope(rope: RopeConfig, model: ModelConfig) -> None:
     )
 
 
-def _check_stream(name: str | None, stream: StreamConfig) -> None:
+def _check_data(prefix: str, data: DataConfig) -> None:
+    _require(
+        data.end_token is None or data.eos == "yes",
+        f"{prefix}data.end_token is given, so {prefix}data.eos must be yes, not {data.eos}",
+    )
+    _require(
+        not (data.drop_tails and data.packing),
+        f"{prefix}data.drop_tails is true, so {prefix}data.packing must be false: packing leaves "
+        "no tails",
+    )
+
+
+def _check_kept_optimizers(config: Config) -> None:
+    before = None
+    for name, stage in config.stages.items():
+        _require(
+            not stage.keep_optimizer or (before is not None and stage.trainable == before),
+            f"stages.{name}.keep_optimizer is true, so the stage must come after a stage with the "
+            "same trainable section",
+        )
+        before = stage.trainable
+
+
+def _check_stream(prefix: str, name: str | None, stream: StreamConfig) -> None:
     """Check one stream; ``name`` is None for the stream of the sections objective and data."""
-    prefix = "" if name is None else f"streams.{name}."
+    prefix += "" if name is None else f"streams.{name}."
     _require(
         bool(stream.data.paths), f"{prefix}data.paths is not set: give text files or directories"
     )
+    _check_data(prefix, stream.data)
     _require(
         bool(stream.objective.active_terms()),
-        f"the objective{'' if name is None else f' of stream {name}'} is empty: give relations, "
+        f"{prefix}objective is empty: give relations, "
         "attention_output, hidden_cosine, logits_kl or language_modelling a weight",
     )
 

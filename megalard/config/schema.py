@@ -12,7 +12,8 @@ import zlib
 from dataclasses import dataclass
 from typing import Literal
 
-from megalard.config.fields import allowed_of, section, setting
+from megalard.config.fields import section, setting
+from megalard.config.objective import ObjectiveConfig
 
 ROPE_TYPES = ("linear", "abf", "yarn", "llama3", "longrope", "table", "checkpoint")
 RopeType = Literal["linear", "abf", "yarn", "llama3", "longrope", "table", "checkpoint"]
@@ -78,106 +79,6 @@ class TrainableConfig:
 
 
 @dataclass(frozen=True)
-class Relation:
-    """A relation compares the rows of one operand with the columns of another.
-
-    Attributes:
-        rows, columns: the operands, each q, k or v. Everything else follows: the relation has as
-            many heads as its rows, and it depends on the projections of both operands.
-    """
-
-    rows: str
-    columns: str
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """The different operands that the relation reads."""
-        return tuple(dict.fromkeys((self.rows, self.columns)))
-
-
-def _relation(weight: float, rows: str, columns: str) -> float:
-    return setting(weight, at_least=0, extra=Relation(rows, columns))
-
-
-@dataclass(frozen=True)
-class RelationWeights:
-    """Weight of each relation in the loss. A relation of weight zero is not computed."""
-
-    q: float = _relation(1.0, rows="q", columns="q")
-    """Q Qᵀ."""
-    k: float = _relation(1.0, rows="k", columns="k")
-    """K Kᵀ."""
-    v: float = _relation(1.0, rows="v", columns="v")
-    """V Vᵀ."""
-    qk: float = _relation(0.0, rows="q", columns="k")
-    """Q Kᵀ, the attention map itself, which q and k alone do not determine. It is not part of the
-    published method."""
-
-
-RELATIONS: dict[str, Relation] = {
-    field.name: allowed_of(field).extra for field in dataclasses.fields(RelationWeights)
-}
-
-
-def _term(compares_with_teacher: bool) -> float:
-    """Declare the weight of a term of the loss; zero leaves the term out."""
-    return setting(0.0, at_least=0, extra=_Term(compares_with_teacher))
-
-
-@dataclass(frozen=True)
-class _Term:
-    compares_with_teacher: bool
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What the student learns: a weighted sum of terms."""
-
-    relations: RelationWeights = section(RelationWeights)
-    layers: list[int] | None = setting(None, at_least=0, distinct=True)
-    """Layers whose relations and attention outputs are compared, counted from 0; every layer when
-    not given."""
-    attention_output: float = _term(compares_with_teacher=True)
-    """Weight of the squared error of each head's attention output, relative to the squared norm of
-    the teacher's."""
-    hidden_cosine: float = _term(compares_with_teacher=True)
-    """Weight of 1 - cosine between the hidden states at ``hidden_depths``, summed over them."""
-    hidden_depths: list[float] = setting([1.0], above=0, at_most=1, distinct=True)
-    """Shares of the depth: 0.5 is the output of the middle layer, 1 the last hidden state, after
-    the final norm."""
-    logits_kl: float = _term(compares_with_teacher=True)
-    """Weight of KL(teacher || student) over the vocabulary."""
-    logits_positions: int | None = setting(None, at_least=1)
-    """The KL of the logits is taken at the last k positions of a block; at all when not given."""
-    language_modelling: float = _term(compares_with_teacher=False)
-    """Weight of the cross-entropy of the next token. Alone it needs no teacher, and blocks may be
-    as long as the student's window."""
-
-    def active_relations(self) -> dict[str, float]:
-        """Return the relations that have a weight, in the order of ``RELATIONS``."""
-        weights = {name: getattr(self.relations, name) for name in RELATIONS}
-        return {name: weight for name, weight in weights.items() if weight != 0}
-
-    def active_terms(self) -> list[str]:
-        """Return the names of the terms that have a weight."""
-        names = ["relations"] if self.active_relations() else []
-        return names + [
-            field.name
-            for field in dataclasses.fields(self)
-            if isinstance(allowed_of(field).extra, _Term) and getattr(self, field.name) > 0
-        ]
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any term compares the student with the teacher."""
-        fields = {field.name: allowed_of(field).extra for field in dataclasses.fields(self)}
-        return any(
-            name == "relations" or fields[name].compares_with_teacher
-            for name in self.active_terms()
-        )
-
-
-@dataclass(frozen=True)
 class DataConfig:
     """The text that the student is trained on."""
 
@@ -191,9 +92,18 @@ class DataConfig:
     positions: Literal["contiguous", "skip-gaussian", "skip-uniform"] = setting("contiguous")
     """The positions at which the student reads a block. The skip- types place the head and the tail
     of the block at the ends of the student's window and the middle somewhere between."""
+    bos: Literal["auto", "yes", "no"] = setting("auto")
+    """Whether every document begins with the BOS token; auto does what the tokenizer does."""
+    eos: Literal["auto", "yes", "no"] = setting("auto")
+    """Whether every document ends with the end token; auto does what the tokenizer does."""
+    end_token: str | None = setting(None)
+    """eos yes: the text of the end token, where it is not the tokenizer's EOS. The EOS of a chat
+    model may end a turn and not a document."""
     packing: bool = setting(True)
     """true fills blocks across documents, each of which attends to itself only; false puts one
     document into a block."""
+    drop_tails: bool = setting(False)
+    """packing false: leave out the end of a document that does not fill a block."""
     cache: str | None = setting(None, path=True)
     """Directory of the tokenized text; ``tokens`` in the output directory when not given. Streams
     of different text that name the same directory get a subdirectory each."""
@@ -227,6 +137,9 @@ class OptimizerConfig:
     """The peak learning rate."""
     warmup_steps: int = setting(4, at_least=0)
     """Steps of the warm-up. It starts above zero and reaches the peak at its last step."""
+    start_at_zero: bool = setting(False)
+    """Begin the schedule one step earlier, at a learning rate of zero, as the authors do. The first
+    step then changes nothing."""
     min_ratio: float = setting(0.9, at_least=0, at_most=1)
     """The learning rate at the end of the cosine, relative to the peak."""
     betas: list[float] = setting([0.9, 0.95], at_least=0, below=1, length=2)
@@ -241,6 +154,28 @@ class OptimizerConfig:
     """Blocks per step, over all ranks and micro-batches."""
     micro_batch: int = setting(1, at_least=1)
     """Blocks per forward pass of one rank."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One of several phases of a run. Each goes on from the weights that the one before it left.
+
+    A stage takes what it leaves out from the sections ``trainable``, ``data`` and ``optimizer``. If
+    it names an objective, that has only the terms that it names; otherwise it has the objective or
+    the streams of the run.
+    """
+
+    trainable: TrainableConfig = section(TrainableConfig)
+    objective: ObjectiveConfig = section(ObjectiveConfig)
+    data: DataConfig = section(DataConfig)
+    streams: dict[str, StreamConfig] = dataclasses.field(default_factory=dict)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    keep_optimizer: bool = setting(False)
+    """Go on with the optimizer state of the stage before, which must train the same parameters.
+    Otherwise the state starts anew, and LoRA adapters are merged into the weights first."""
+    export: bool = setting(False)
+    """Save the student as ``stage-NAME`` when the stage ends. The last stage always gives
+    ``student``."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +199,10 @@ class EvaluationConfig:
     """Perplexity by length and agreement with the teacher, before and after training."""
 
     paths: list[str] = setting([], path=True, may_be_empty=True)
-    """Held-out text, in the forms that ``data.paths`` takes; no evaluation when empty."""
+    """Held-out text, in the forms that ``data.paths`` takes."""
+    holdout: int = setting(32768, at_least=0)
+    """Without ``paths``, tokens taken from the end of the training text for evaluation: at most
+    this many and at most a fiftieth of the text. Zero takes none, and nothing is evaluated."""
     lengths: list[int] | None = setting(None, at_least=2)
     """Context lengths in tokens; M/4, M/2, M, ... f*M when not given."""
     max_tokens: int = setting(65536, at_least=2)
@@ -319,11 +257,48 @@ class Config:
     data: DataConfig = section(DataConfig)
     streams: dict[str, StreamConfig] = dataclasses.field(default_factory=dict)
     """Streams by name, in place of the one stream that ``objective`` and ``data`` describe."""
+    stages: dict[str, StageConfig] = dataclasses.field(default_factory=dict)
+    """Stages by name, in the order in which they run; without them the run has one stage."""
     optimizer: OptimizerConfig = section(OptimizerConfig)
     parallel: ParallelConfig = section(ParallelConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     run: RunConfig = section(RunConfig)
+
+    def all_stages(self) -> dict[str, Config]:
+        """Return the configuration of each stage as of a run with one stage, by name.
+
+        Without ``stages`` there is one stage, called main.
+        """
+        if not self.stages:
+            return {"main": self}
+        return {
+            name: dataclasses.replace(
+                self,
+                trainable=stage.trainable,
+                objective=stage.objective,
+                data=stage.data,
+                streams=stage.streams,
+                optimizer=stage.optimizer,
+                stages={},
+                # The first stage has the seed of a run with one stage.
+                run=dataclasses.replace(
+                    self.run, seed=self.run.seed + (zlib.crc32(name.encode()) if number else 0)
+                ),
+            )
+            for number, (name, stage) in enumerate(self.stages.items())
+        }
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of all stages."""
+        return sum(stage.optimizer.steps for stage in self.all_stages().values())
+
+    @property
+    def tokens(self) -> int:
+        """The number of training tokens of all stages."""
+        stages = self.all_stages().values()
+        return sum(stage.optimizer.steps * stage.tokens_per_step for stage in stages)
 
     def all_streams(self) -> dict[str, StreamConfig]:
         """Return the streams of a step. Without ``streams`` there is one, called main."""

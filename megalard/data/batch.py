@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class Batch:
         position_bs: int64 [b, s], the position of a token within its document's part of the block,
             from 0; 0 on padding. The teacher reads at these positions.
         student_position_bs: int64 [b, s], the positions at which the student reads.
+        reach_bs, student_reach_bs: int64 [b, s], one more than the largest position in the token's
+            document, of teacher and student; 0 on padding.
         place_s: int64 [s], the place of each token in its block.
         doc_start_bn, doc_end_bn: int32 [b, n], the half-open interval of the block that the token's
             document takes; both 0 on padding.
@@ -40,6 +43,8 @@ class Batch:
     target_bs: torch.Tensor
     position_bs: torch.Tensor
     student_position_bs: torch.Tensor
+    reach_bs: torch.Tensor
+    student_reach_bs: torch.Tensor
     place_s: torch.Tensor
     doc_start_bn: torch.Tensor
     doc_end_bn: torch.Tensor
@@ -67,7 +72,7 @@ class Batch:
 
     def for_student(self) -> Batch:
         """Return the batch with the positions of the student."""
-        return replace(self, position_bs=self.student_position_bs)
+        return replace(self, position_bs=self.student_position_bs, reach_bs=self.student_reach_bs)
 
     def cut(self, axis: Axis) -> Batch:
         """Return this rank's share of a new batch along the cp axis.
@@ -82,13 +87,15 @@ class Batch:
             target_bs=shard.cut(self.target_bs, 1),
             position_bs=shard.cut(self.position_bs, 1),
             student_position_bs=shard.cut(self.student_position_bs, 1),
+            reach_bs=shard.cut(self.reach_bs, 1),
+            student_reach_bs=shard.cut(self.student_reach_bs, 1),
             place_s=shard.cut(self.place_s, 0),
             shard=shard,
         )
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""
-        tensors = {
+        tensors: dict[str, Any] = {
             field.name: to_device(value, torch.device(device))
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
@@ -98,7 +105,7 @@ class Batch:
 
 def collate(
     blocks: Sequence[Block],
-    samples: Sequence[int] | None = None,
+    samples: Sequence[int] | np.ndarray | None = None,
     student_positions: Sequence[np.ndarray] | None = None,
 ) -> Batch:
     """Return a batch with one row per block, in order; all blocks have the same length.
@@ -121,15 +128,16 @@ def collate(
         target_bs[row, start : end - 1] = tokens_bs[row, start + 1 : end]
         doc_start_bn[row, start:end] = start
         doc_end_bn[row, start:end] = end
+    student_position_bs = position_bs
+    if student_positions is not None:
+        student_position_bs = torch.from_numpy(np.stack(student_positions))
     return Batch(
         tokens_bs=tokens_bs,
         target_bs=target_bs,
         position_bs=position_bs,
-        student_position_bs=(
-            position_bs
-            if student_positions is None
-            else torch.from_numpy(np.stack(student_positions))
-        ),
+        student_position_bs=student_position_bs,
+        reach_bs=_reach(position_bs, documents),
+        student_reach_bs=_reach(student_position_bs, documents),
         place_s=torch.arange(tokens_bs.shape[1]),
         doc_start_bn=doc_start_bn,
         doc_end_bn=doc_end_bn,
@@ -137,3 +145,11 @@ def collate(
         sample_b=torch.as_tensor(range(len(blocks)) if samples is None else samples),
         shard=SequenceShard(tokens_bs.shape[1]),
     )
+
+
+def _reach(position_bs: torch.Tensor, documents: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    """Return one more than the largest position in each token's document: int64 [b, s]."""
+    reach_bs = torch.zeros_like(position_bs)
+    for row, start, end in documents:
+        reach_bs[row, start:end] = position_bs[row, end - 1] + 1
+    return reach_bs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -109,7 +108,7 @@ class BatchLoader:
             for share in shares
         ]
 
-    def _student_positions(self, step: int, share: Sequence[int]) -> list[np.ndarray] | None:
+    def _student_positions(self, step: int, share: np.ndarray) -> list[np.ndarray] | None:
         """Draw positions for rows of the global batch; they do not depend on who reads a row."""
         if self.positions == "contiguous":
             return None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from megalard.errors import UserError
@@ -15,19 +16,53 @@ JSON_LINES_SUFFIX = ".jsonl"
 _SUFFIXES = (*TEXT_SUFFIXES, JSON_LINES_SUFFIX)
 
 
+@dataclass(frozen=True)
+class PassedOver:
+    """The files of directories that are not read, because their suffix is not one of text.
+
+    Attributes:
+        files, bytes: how many, and their size together.
+        suffixes: their suffixes, the one with most bytes first.
+        example: one of them.
+    """
+
+    files: int
+    bytes: int
+    suffixes: tuple[str, ...]
+    example: Path
+
+    def describe(self) -> str:
+        """Return the part of a sentence that names them."""
+        suffixes = ", ".join(suffix or "no suffix" for suffix in self.suffixes[:4])
+        return f"{self.files} files of {self.bytes:,} bytes ({suffixes}), such as {self.example}"
+
+
 def list_files(paths: Iterable[str | Path]) -> list[Path]:
     """Return the files of ``paths`` in the given order; files of a directory are sorted by path.
 
-    Directories are read recursively. Hidden directories and files with other suffixes are skipped.
+    Directories are read recursively, through links too. Hidden files and directories and files with
+    other suffixes are passed over.
 
     Raises:
         UserError: a path is missing, unreadable or has another suffix, a directory contains no text
-            file, or no path was given.
+            file or more bytes that are passed over than text, or no path was given.
     """
-    files = []
+    return survey(paths)[0]
+
+
+def survey(paths: Iterable[str | Path]) -> tuple[list[Path], PassedOver | None]:
+    """Return the files of ``paths`` as ``list_files``, and what is passed over in directories.
+
+    Raises:
+        UserError: as ``list_files``.
+    """
+    files: list[Path] = []
+    others: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += _files_in(path)
+            texts, not_read = _files_in(path)
+            files += texts
+            others += not_read
         elif not path.exists():
             raise UserError(f"data path {path} does not exist: check its spelling")
         elif path.suffix.lower() not in _SUFFIXES:
@@ -42,22 +77,64 @@ def list_files(paths: Iterable[str | Path]) -> list[Path]:
     for file in files:
         if not os.access(file, os.R_OK):
             raise UserError(f"data file {file} is not readable: change its permissions")
-    return files
+    return files, _passed_over(others)
 
 
-def _files_in(directory: Path) -> list[Path]:
+def _files_in(directory: Path) -> tuple[list[Path], list[Path]]:
+    """Return the text files of a directory and the files that are passed over, sorted by path."""
+
     def refuse(error: OSError) -> None:
         raise UserError(f"data directory {error.filename} cannot be read: {error.strerror}")
 
-    files = []
-    for parent, directories, names in os.walk(directory, onerror=refuse):
-        directories[:] = [name for name in directories if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if Path(name).suffix.lower() in _SUFFIXES]
+    files: list[Path] = []
+    others: list[Path] = []
+    entered = set()
+    for parent, directories, names in os.walk(directory, onerror=refuse, followlinks=True):
+        # A link to a directory that was entered before, such as to a parent, has no end.
+        identity = (os.stat(parent).st_dev, os.stat(parent).st_ino)
+        if identity in entered:
+            directories[:] = []
+            continue
+        entered.add(identity)
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = Path(parent, name)
+            (files if path.suffix.lower() in _SUFFIXES else others).append(path)
+    passed_over = _passed_over(sorted(others))
     if not files:
+        content = f", only {passed_over.describe()}" if passed_over else ""
         raise UserError(
-            f"data directory {directory} contains no {', '.join(_SUFFIXES)} file: add some text"
+            f"data directory {directory} contains no {', '.join(_SUFFIXES)} file{content}: add "
+            "some text, or convert it"
         )
-    return sorted(files)
+    size = sum(_size(file) for file in files)
+    if passed_over and passed_over.bytes > size:
+        raise UserError(
+            f"most of the data directory {directory} would be passed over: {passed_over.describe()}"
+            f", where {len(files)} files of {size:,} bytes are text. Convert them to .jsonl, or "
+            "give the text files by name"
+        )
+    return sorted(files), sorted(others)
+
+
+def _passed_over(files: list[Path]) -> PassedOver | None:
+    if not files:
+        return None
+    sizes: dict[str, int] = {}
+    for file in files:
+        suffix = "".join(file.suffixes[-2:]) if file.suffix in (".gz", ".zst") else file.suffix
+        sizes[suffix] = sizes.get(suffix, 0) + _size(file)
+    suffixes = tuple(sorted(sizes, key=lambda suffix: -sizes[suffix]))
+    return PassedOver(len(files), sum(sizes.values()), suffixes, files[0])
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # a link that leads nowhere
+        return 0
 
 
 def read_documents(
@@ -147,18 +224,53 @@ def _text_of_line(line: str, text_key: str, where: str) -> str:
     return text
 
 
-def fingerprint(paths: Iterable[str | Path], text_key: str = "text") -> str:
-    """Return a sha256 of the path, size and modification time of every file, and of the key.
+class Text:
+    """The documents of some paths, and what identifies them.
+
+    Args:
+        paths: files and directories, as for ``list_files``.
+        text_key: the key of the text in a JSON line.
+
+    Attributes:
+        files: a sha256 of the path, size and modification time of every file, and of the key.
+        content: a sha256 of the documents in their order.
 
     Raises:
         UserError: as ``list_files``.
     """
-    digest = hashlib.sha256(json.dumps(text_key).encode())
-    for file in list_files(paths):
-        stat = file.stat()
-        entry = [os.fspath(file.resolve()), stat.st_size, stat.st_mtime_ns]
-        digest.update(json.dumps(entry).encode())
-    return digest.hexdigest()
+
+    def __init__(self, paths: Iterable[str | Path], text_key: str = "text"):
+        self.paths, self.text_key = list(paths), text_key
+        digest = hashlib.sha256(json.dumps(text_key).encode())
+        for file in list_files(self.paths):
+            stat = file.stat()
+            entry = [os.fspath(file.resolve()), stat.st_size, stat.st_mtime_ns]
+            digest.update(json.dumps(entry).encode())
+        self.files = digest.hexdigest()
+        self._content: str | None = None
+
+    def documents(self, advance: Callable[[int], object] | None = None) -> Iterator[str]:
+        """Yield the documents, as ``read_documents``; at the end ``content`` is known."""
+        digest = hashlib.sha256()
+        for document in read_documents(self.paths, self.text_key, advance):
+            data = document.encode()
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+            yield document
+        self._content = digest.hexdigest()
+
+    @property
+    def content(self) -> str:
+        """The identity of the documents; they are read if they have not been."""
+        if self._content is None:
+            for _ in self.documents():
+                pass
+        assert self._content is not None
+        return self._content
+
+    def is_known_as(self, content: str, files: str) -> bool:
+        """Whether recorded identities are of this text. It may have moved or been touched."""
+        return files == self.files or content == self.content
 
 
 def total_bytes(paths: Iterable[str | Path]) -> int:

@@ -1,22 +1,29 @@
 """Read a token store without loading it: its files are memory-mapped.
 
-``data.token_store_writer`` describes the files.
+``data.token_store_writer`` describes the files. Each part of the tokens is compared with its
+checksum when it is first read.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megalard.data.boundaries import Boundaries
 from megalard.data.tokenizer import Tokenizer
 from megalard.errors import RankError, UserError, shown
+from megalard.files.reading import read_json
 
-FORMAT, VERSION = "megalard token store", 1
+FORMAT, VERSION = "megalard token store", 2
 TOKENS, DOCUMENTS, META = "tokens.bin", "documents.npy", "meta.json"
-_FIELDS = {
+CHECKSUMS = "checksums.npy"
+# Tokens per checksum: 128 or 256 KiB, so that a read of any block compares little more than it.
+TOKENS_PER_SUM = 2**16
+_FIELDS: dict[str, type] = {
     "dtype": str,
     "tokens": int,
     "documents": int,
@@ -25,6 +32,14 @@ _FIELDS = {
     "eos_id": int,
     "tokenizer": str,
     "sources": str,
+}
+# Stores of version 1 have no checksums, no BOS, and the EOS id after each document.
+_NEW_FIELDS: dict[str, type] = {
+    "before": list,
+    "after": list,
+    "source_files": str,
+    "documents_crc32": int,
+    "checksums_crc32": int,
 }
 _REMAKE = "delete it and make it again with megalard prepare"
 
@@ -41,9 +56,14 @@ class TokenStore:
             ``tokens[documents[i] : documents[i + 1]]``, with its eos id.
         vocab_size: the vocabulary size of the tokenizer.
         largest_id: the largest id that occurs.
-        eos_id: the id that ends every document.
+        eos_id: the tokenizer's EOS id, with which blocks are padded.
+        boundaries: the special tokens around each document.
         tokenizer_fingerprint: identifies the tokenizer that made the store.
-        sources_fingerprint: identifies the text that the store was made from.
+        sources_fingerprint: identifies the content of the text that the store was made from; of its
+            files in version 1.
+        source_files: identifies the files by path, size and modification time.
+        version: of the format.
+        checksums: uint32, the CRC-32 of every ``TOKENS_PER_SUM`` tokens; None in version 1.
     """
 
     path: Path
@@ -52,8 +72,13 @@ class TokenStore:
     vocab_size: int
     largest_id: int
     eos_id: int
+    boundaries: Boundaries
     tokenizer_fingerprint: str
     sources_fingerprint: str
+    source_files: str
+    version: int
+    checksums: np.ndarray | None
+    _is_compared: np.ndarray | None = field(repr=False, default=None)
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
@@ -75,6 +100,10 @@ class TokenStore:
                 f"token store {path} is truncated: {TOKENS} has {size} bytes where {META} promises "
                 f"{meta['tokens'] * dtype.itemsize}; {_REMAKE}"
             )
+        checksums = None
+        if meta["version"] > 1:
+            checksums = _read_checksums(path, meta)
+            _compare_file(path / DOCUMENTS, meta["documents_crc32"])
         shape = (meta["documents"] + 1,)
         if documents.dtype != np.int64 or documents.shape != shape or not _cover(documents, meta):
             raise UserError(
@@ -88,16 +117,29 @@ class TokenStore:
             vocab_size=meta["vocab_size"],
             largest_id=meta["largest_id"],
             eos_id=meta["eos_id"],
+            boundaries=Boundaries(tuple(meta["before"]), tuple(meta["after"])),
             tokenizer_fingerprint=meta["tokenizer"],
             sources_fingerprint=meta["sources"],
+            source_files=meta["source_files"],
+            version=meta["version"],
+            checksums=checksums,
+            _is_compared=None if checksums is None else np.zeros(len(checksums), bool),
         )
+
+    def head(self, tokens: int) -> TokenStore:
+        """Return the store of the first ``tokens`` tokens; the last document may be cut."""
+        documents = self.documents[: np.searchsorted(self.documents, tokens)]
+        documents = np.concatenate([documents, [tokens]])
+        return replace(self, tokens=self.tokens[:tokens], documents=documents)
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Return a copy of the tokens from ``start`` to ``end``: int64 [end - start].
 
         Raises:
-            RankError: an id is larger than every id that was written: the file is damaged.
+            RankError: the file is damaged there: its checksum differs, or an id is larger than
+                every id that was written.
         """
+        self._compare(start, end)
         tokens = self.tokens[start:end].astype(np.int64)
         if tokens.size and tokens.max() > self.largest_id:
             raise RankError(
@@ -106,13 +148,52 @@ class TokenStore:
             )
         return tokens
 
+    def _compare(self, start: int, end: int) -> None:
+        """Compare the parts that hold these tokens with their checksums, once per process."""
+        if self.checksums is None or self._is_compared is None:
+            return
+        for part in range(start // TOKENS_PER_SUM, -(-end // TOKENS_PER_SUM)):
+            if self._is_compared[part]:
+                continue
+            first = part * TOKENS_PER_SUM
+            # A store that ends earlier than its file still has the file behind it.
+            tokens = self._file_tokens()[first : first + TOKENS_PER_SUM]
+            if zlib.crc32(tokens.data) != self.checksums[part]:
+                raise RankError(
+                    f"token store {self.path} is damaged: {TOKENS} does not have its checksum "
+                    f"between tokens {first} and {first + len(tokens)}; {_REMAKE}"
+                )
+            self._is_compared[part] = True
+
+    def _file_tokens(self) -> np.ndarray:
+        base = self.tokens.base
+        return base if isinstance(base, np.memmap) else self.tokens
+
+    def check_boundaries(self, boundaries: Boundaries) -> None:
+        """Refuse other special tokens around documents than those that the store has.
+
+        Raises:
+            UserError: naming the settings.
+        """
+        for name, wanted, held in (
+            ("bos", boundaries.before, self.boundaries.before),
+            ("eos", boundaries.after, self.boundaries.after),
+        ):
+            if wanted != held:
+                place = "before" if name == "bos" else "after"
+                raise UserError(
+                    f"token store {self.path} has the ids {list(held)} {place} each document, and "
+                    f"data.{name} asks for {list(wanted)}: set data.{name} as the store was made, "
+                    "or tokenize again"
+                )
+
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Refuse a model whose tokenizer is not the tokenizer that made the store.
 
         Raises:
             UserError: the fingerprints or the eos ids differ.
         """
-        if self.tokenizer_fingerprint != tokenizer.fingerprint:
+        if not tokenizer.is_known_as(self.tokenizer_fingerprint):
             raise UserError(
                 f"token store {self.path} was made with the tokenizer of fingerprint "
                 f"{self.tokenizer_fingerprint[:12]} but the model's is "
@@ -120,7 +201,7 @@ class TokenStore:
             )
         if self.eos_id != tokenizer.eos_id:
             raise UserError(
-                f"token store {self.path} ends its documents with id {self.eos_id} but the model's "
+                f"token store {self.path} was made with the eos id {self.eos_id} but the model's "
                 f"eos id is {tokenizer.eos_id}: tokenize again with this model"
             )
 
@@ -138,6 +219,35 @@ class TokenStore:
             )
 
 
+def _read_checksums(path: Path, meta: dict) -> np.ndarray:
+    _compare_file(path / CHECKSUMS, meta["checksums_crc32"])
+    try:
+        checksums = np.load(path / CHECKSUMS, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"token store {path} is damaged ({error}): {_REMAKE}") from error
+    if checksums.dtype != np.uint32 or checksums.shape != (-(-meta["tokens"] // TOKENS_PER_SUM),):
+        raise UserError(f"token store {path} is damaged: {CHECKSUMS} is too short; {_REMAKE}")
+    return checksums
+
+
+def _compare_file(path: Path, crc32: int) -> None:
+    try:
+        actual = file_crc32(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {_REMAKE}") from error
+    if actual != crc32:
+        raise UserError(f"{path} is damaged: it does not have its checksum; {_REMAKE}")
+
+
+def file_crc32(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**22):
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
 def _cover(documents: np.ndarray, meta: dict) -> bool:
     """Whether the offsets increase strictly from 0 to the number of tokens."""
     return bool(
@@ -149,20 +259,24 @@ def _read_meta(path: Path) -> dict:
     if not (path / META).is_file():
         raise UserError(f"{path} is not a token store (no {META}): make one with megalard prepare")
     try:
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
+        meta: Any = read_json(path / META)
     except (OSError, ValueError) as error:
         raise UserError(f"{path / META} cannot be read ({error}): {_REMAKE}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UserError(f"{path / META} does not describe a token store: choose another directory")
-    if meta.get("version") != VERSION:
+    if meta.get("version") not in (1, VERSION):
         raise UserError(
-            f"token store {path} has version {meta.get('version')} and this program reads "
-            f"{VERSION}: {_REMAKE}"
+            f"token store {path} has version {shown(meta.get('version'))} and this program reads "
+            f"1 and {VERSION}: {_REMAKE}"
         )
-    for field, kind in _FIELDS.items():
-        value = meta.get(field)
-        if type(value) is not kind or (kind is int and value < 0):
-            raise UserError(f"{path / META} has {shown(value)} for {field}: {_REMAKE}")
+    wanted = _FIELDS if meta["version"] == 1 else {**_FIELDS, **_NEW_FIELDS}
+    for name, kind in wanted.items():
+        value: Any = meta.get(name)
+        is_bad = type(value) is not kind or (isinstance(value, int) and value < 0)
+        if is_bad or (kind is list and not all(type(id) is int for id in value)):
+            raise UserError(f"{path / META} has {shown(value)} for {name}: {_REMAKE}")
+    if meta["version"] == 1:
+        meta |= {"before": [], "after": [meta["eos_id"]], "source_files": meta["sources"]}
     if meta["dtype"] not in ("uint16", "uint32") or meta["documents"] < 1:
         raise UserError(
             f"{path / META} names the dtype {meta['dtype']} and {meta['documents']} documents: "

@@ -1,8 +1,10 @@
 """Write a token store: a directory of tokenized documents that is written once.
 
-tokens.bin       the ids of every document and its eos id, uint16 or uint32, end to end
+tokens.bin       the ids of every document and its special tokens, uint16 or uint32, end to end
 documents.npy    int64 [documents + 1], where each document starts and the last one ends
-meta.json        counts, dtype, and the fingerprints of the tokenizer and the text
+checksums.npy    uint32, the CRC-32 of every 65536 tokens
+meta.json        counts, dtype, special tokens, checksums of the two files above, and the
+                 fingerprints of the tokenizer and the text
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -18,7 +21,18 @@ from pathlib import Path
 import numpy as np
 
 from megalard.data import sources
-from megalard.data.token_store import DOCUMENTS, FORMAT, META, TOKENS, VERSION, TokenStore
+from megalard.data.boundaries import Boundaries, boundaries_of
+from megalard.data.token_store import (
+    CHECKSUMS,
+    DOCUMENTS,
+    FORMAT,
+    META,
+    TOKENS,
+    TOKENS_PER_SUM,
+    VERSION,
+    TokenStore,
+    file_crc32,
+)
 from megalard.data.tokenizer import Tokenizer
 from megalard.errors import UserError
 from megalard.progress import byte_bar
@@ -34,42 +48,52 @@ def build_store(
     output: str | Path,
     *,
     text_key: str = "text",
+    boundaries: Boundaries | None = None,
+    warn: Callable[[str], object] = print,
 ) -> TokenStore:
     """Tokenize ``paths`` into ``output``, or open ``output`` if it already is this store.
 
-    Two stores are the same if the paths, sizes and modification times of their text files, the text
-    key and the tokenizer are the same. If several processes write the same directory, the first to
+    Two stores are the same if they have the same documents, tokenizer and special tokens. The
+    documents are read again only if the paths, sizes or modification times of the files differ. If
+    several processes write the same directory, the first to
     finish provides it and the others open it.
 
     Args:
         paths: files and directories, as for ``sources.list_files``.
         output: the directory of the store; missing, empty, or this same store.
+        boundaries: the special tokens around each document; what the tokenizer puts around a text
+            when not given.
+        warn: called with a sentence about files that are passed over.
 
     Raises:
         UserError: as ``sources.read_documents``; ``output`` contains something else or cannot be
             written.
     """
     paths, output = list(paths), Path(output)
-    source = sources.fingerprint(paths, text_key)
-    existing = _open_same(output, tokenizer, source)
+    boundaries = boundaries or boundaries_of(tokenizer)
+    text = sources.Text(paths, text_key)
+    existing = _open_same(output, tokenizer, boundaries, text)
     if existing is not None:
         return existing
+    passed_over = sources.survey(paths)[1]
+    if passed_over is not None:
+        warn(f"{passed_over.describe()} are not text that is read, and are passed over")
     with byte_bar("tokenizing", sources.total_bytes(paths)) as advance:
-        documents = sources.read_documents(paths, text_key, advance)
-        return write_store(documents, tokenizer, output, source)
+        return write_store(text, tokenizer, output, boundaries, advance)
 
 
 def write_store(
-    documents: Iterable[str], tokenizer: Tokenizer, output: str | Path, source: str
+    text: sources.Text,
+    tokenizer: Tokenizer,
+    output: str | Path,
+    boundaries: Boundaries,
+    advance: Callable[[int], object] | None = None,
 ) -> TokenStore:
-    """Write the store of ``documents`` and open it.
+    """Write the store of a text and open it.
 
     The store is written under a hidden name next to ``output`` and then renamed, so that a run that
     stops meanwhile leaves no ``output``. A killed process may leave the hidden directory
     (``.NAME.partial-XXXXXXXX``), which nothing reads and anybody may delete.
-
-    Args:
-        source: the fingerprint of the documents.
 
     Raises:
         UserError: ``output`` contains something else or cannot be written; there is no document.
@@ -78,8 +102,8 @@ def write_store(
     partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
-        _write_files(documents, tokenizer, partial, source)
-        _move_into_place(partial, output, lambda: _open_same(output, tokenizer, source))
+        _write_files(text, tokenizer, partial, boundaries, advance)
+        _move_into_place(partial, output, lambda: _open_same(output, tokenizer, boundaries, text))
     except OSError as error:
         raise UserError(
             f"token store {output} cannot be written ({error.strerror or error}): "
@@ -90,24 +114,34 @@ def write_store(
     return TokenStore.open(output)
 
 
-def _write_files(documents: Iterable[str], tokenizer: Tokenizer, folder: Path, source: str) -> None:
+def _write_files(
+    text: sources.Text,
+    tokenizer: Tokenizer,
+    folder: Path,
+    boundaries: Boundaries,
+    advance: Callable[[int], object] | None,
+) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     lengths = []
-    largest = tokenizer.eos_id
+    largest, sums = tokenizer.eos_id, _Checksums()
     with open(folder / TOKENS, "wb") as file:
-        for texts in _batched(documents):
-            rows = tokenizer.encode_batch(texts)
-            for row in rows:
-                row.append(tokenizer.eos_id)
+        for texts in _batched(text.documents(advance)):
+            encoded = tokenizer.encode_batch(texts)
+            rows = [row for ids in encoded if (row := boundaries.around(ids))]
+            if not rows:
+                continue
             lengths.append(np.fromiter(map(len, rows), np.int64, len(rows)))
             ids = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths[-1].sum()))
             largest = max(largest, int(ids.max()))
             assert largest < tokenizer.vocab_size, "the tokenizer gave an id outside its vocabulary"
-            file.write(ids.astype(dtype).data)
+            tokens = ids.astype(dtype)
+            sums.add(tokens)
+            file.write(tokens.data)
     if not lengths:
         raise UserError("there is no document to tokenize: give files that contain text")
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype("<i8")
     np.save(folder / DOCUMENTS, offsets)
+    np.save(folder / CHECKSUMS, sums.finish())
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -117,10 +151,43 @@ def _write_files(documents: Iterable[str], tokenizer: Tokenizer, folder: Path, s
         "vocab_size": tokenizer.vocab_size,
         "largest_id": largest,
         "eos_id": tokenizer.eos_id,
+        "before": list(boundaries.before),
+        "after": list(boundaries.after),
         "tokenizer": tokenizer.fingerprint,
-        "sources": source,
+        "sources": text.content,
+        "source_files": text.files,
+        "documents_crc32": file_crc32(folder / DOCUMENTS),
+        "checksums_crc32": file_crc32(folder / CHECKSUMS),
     }
     (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+class _Checksums:
+    """CRC-32 of every ``TOKENS_PER_SUM`` tokens of a stream of arrays."""
+
+    def __init__(self) -> None:
+        self._sums: list[int] = []
+        self._crc = self._count = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Add the next tokens of the stream."""
+        while len(tokens):
+            part = tokens[: TOKENS_PER_SUM - self._count]
+            self._crc = zlib.crc32(part.data, self._crc)
+            self._count += len(part)
+            tokens = tokens[len(part) :]
+            if self._count == TOKENS_PER_SUM:
+                self._close()
+
+    def finish(self) -> np.ndarray:
+        """Return the sums: uint32 [parts]."""
+        if self._count:
+            self._close()
+        return np.array(self._sums, np.uint32)
+
+    def _close(self) -> None:
+        self._sums.append(self._crc)
+        self._crc, self._count = 0, 0
 
 
 def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -144,7 +211,9 @@ def _move_into_place(partial: Path, output: Path, same: Callable[[], TokenStore 
             raise
 
 
-def _open_same(output: Path, tokenizer: Tokenizer, source: str) -> TokenStore | None:
+def _open_same(
+    output: Path, tokenizer: Tokenizer, boundaries: Boundaries, text: sources.Text
+) -> TokenStore | None:
     """Return the store at ``output`` if it is the same store, or None if nothing is there.
 
     Raises:
@@ -162,11 +231,13 @@ def _open_same(output: Path, tokenizer: Tokenizer, source: str) -> TokenStore | 
             f"{output} is not empty and is not a token store: choose another output directory"
         )
     store = TokenStore.open(output)
-    if store.tokenizer_fingerprint != tokenizer.fingerprint or store.eos_id != tokenizer.eos_id:
+    is_same = tokenizer.is_known_as(store.tokenizer_fingerprint)
+    if not is_same or store.eos_id != tokenizer.eos_id:
         difference = "with another tokenizer"
-    elif store.sources_fingerprint != source:
+    elif not text.is_known_as(store.sources_fingerprint, store.source_files):
         difference = "from other text, or the text has changed since"
     else:
+        store.check_boundaries(boundaries)
         return store
     raise UserError(
         f"token store {output} was made {difference}: delete it or choose another output directory"

@@ -1,29 +1,21 @@
-"""The tokenizer of a model directory: text to ids, without special tokens."""
+"""The tokenizer of a model directory: text to the ids that transformers gives, and back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import sentencepiece
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megalard.errors import UserError
+from megalard.errors import UserError, printable, shown
+from megalard.quiet import quiet_transformers
 
-# The files that others need in order to load the same tokenizer.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+# The files that a tokenizer is loaded from, any one of them.
+_DEFINING_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -31,91 +23,70 @@ class Tokenizer:
     """A function from text to ids, and its inverse.
 
     Attributes:
+        directory: where it was loaded from.
         encode_batch: converts a list of texts to a list of id lists. It adds no special token and
-            truncates nothing.
+            truncates nothing. A special token that is spelled out in a text becomes its id.
         decode: converts ids to text and leaves special tokens out.
-        eos_id: the id that is written after each document.
+        starts_with, ends_with: the ids that the tokenizer puts before and after a text.
+        bos_id: the BOS id; None if the tokenizer has none.
+        eos_id: the EOS id, with which blocks are padded.
+        vocabulary: token to id.
         vocab_size: one more than the largest id that the tokenizer returns.
-        fingerprint: the sha256, in hexadecimal, of the file that defines the encoding.
-        files: the files to copy next to an exported model.
+        fingerprint: a sha256, in hexadecimal, of everything that determines the ids.
+        file_fingerprint: the sha256 of the defining file, by which earlier versions knew it.
     """
 
+    directory: Path
     encode_batch: Callable[[list[str]], list[list[int]]]
     decode: Callable[[Sequence[int]], str]
+    starts_with: tuple[int, ...]
+    ends_with: tuple[int, ...]
+    bos_id: int | None
     eos_id: int
     vocab_size: int
+    vocabulary: dict[str, int] = field(repr=False)
     fingerprint: str
-    files: tuple[Path, ...]
+    file_fingerprint: str
+
+    def is_known_as(self, fingerprint: str) -> bool:
+        """Whether a recorded fingerprint is of this tokenizer."""
+        return fingerprint in (self.fingerprint, self.file_fingerprint)
+
+    def id_of(self, token: str) -> int:
+        """Return the id of a token.
+
+        Raises:
+            UserError: the vocabulary does not have it.
+        """
+        if token not in self.vocabulary:
+            raise UserError(
+                f"the tokenizer in {self.directory} has no token {shown(token)}: choose one of "
+                "its vocabulary"
+            )
+        return self.vocabulary[token]
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
-    """Load ``tokenizer.json`` or, if there is none, a sentencepiece ``tokenizer.model``.
+    """Load the tokenizer that ``AutoTokenizer`` loads from a directory.
 
-    ``tokenizer.json`` is used as it is written. The classes of transformers for model families,
-    which may replace parts of it, are not consulted, and Python code in the directory is never run.
+    A directory with ``tokenizer.json`` alone, which ``AutoTokenizer`` does not read, is accepted
+    too. Python code in the directory is never run.
 
     Raises:
-        UserError: the directory or both files are missing, the file is damaged, or no end token is
-            named.
+        UserError: the directory has no tokenizer, it is damaged, or no end token is named.
     """
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise UserError(f"model directory {model_dir} does not exist: check its spelling")
-    if (model_dir / "tokenizer.json").is_file():
-        return _load_fast(model_dir)
-    if (model_dir / "tokenizer.model").is_file():
-        return _load_sentencepiece(model_dir)
-    raise UserError(
-        f"model directory {model_dir} has neither tokenizer.json nor tokenizer.model: "
-        "copy the model's tokenizer there"
-    )
-
-
-def _load_fast(model_dir: Path) -> Tokenizer:
-    path = model_dir / "tokenizer.json"
-    try:
-        fast = PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
-    # The parser, which is written in Rust, raises bare Exceptions.
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as a tokenizer ({error}): copy it again") from error
-    backend = fast.backend_tokenizer
-    # The file may ask for truncation or padding, which are meant for inference.
-    backend.no_truncation()
-    backend.no_padding()
-
-    def encode_batch(texts: list[str]) -> list[list[int]]:
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    return _finish(
-        model_dir,
-        path,
-        encode_batch,
-        lambda ids: fast.decode(list(ids), skip_special_tokens=True),
-        fast.eos_token_id,
-        max(fast.get_vocab().values(), default=-1) + 1,
-    )
-
-
-def _load_sentencepiece(model_dir: Path) -> Tokenizer:
-    path = model_dir / "tokenizer.model"
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
+    if not has_tokenizer(model_dir):
         raise UserError(
-            f"{path} cannot be read as a sentencepiece model: copy it again, or add tokenizer.json"
-        ) from error
-    return _finish(
-        model_dir,
-        path,
-        lambda texts: pieces.encode(texts, out_type=int, add_bos=False, add_eos=False),
-        lambda ids: pieces.decode(list(ids)),
-        pieces.eos_id() if pieces.eos_id() >= 0 else None,
-        pieces.vocab_size(),
-    )
-
-
-def _finish(model_dir, path, encode_batch, decode, eos_id, vocab_size) -> Tokenizer:
+            f"model directory {model_dir} has neither tokenizer.json nor tokenizer.model: "
+            "copy the model's tokenizer there"
+        )
+    tokenizer = _load(model_dir)
+    vocabulary = tokenizer.get_vocab()
+    vocab_size = max(vocabulary.values(), default=-1) + 1
+    eos_id = tokenizer.eos_token_id
     if eos_id is None:
         eos_id = _eos_of_config(model_dir)
     if eos_id is None or not 0 <= eos_id < vocab_size:
@@ -123,22 +94,106 @@ def _finish(model_dir, path, encode_batch, decode, eos_id, vocab_size) -> Tokeni
             f"the tokenizer in {model_dir} has no end token (eos id {eos_id} of {vocab_size} ids): "
             "name eos_token in tokenizer_config.json or eos_token_id in config.json"
         )
+    starts_with, ends_with = _around(tokenizer)
     return Tokenizer(
-        encode_batch=encode_batch,
-        decode=decode,
+        directory=model_dir,
+        encode_batch=_encoder(tokenizer),
+        decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        starts_with=starts_with,
+        ends_with=ends_with,
+        bos_id=tokenizer.bos_token_id,
         eos_id=eos_id,
         vocab_size=vocab_size,
-        fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
-        files=tuple(file for name in TOKENIZER_FILES if (file := model_dir / name).is_file()),
+        vocabulary=vocabulary,
+        fingerprint=_fingerprint(tokenizer, model_dir),
+        file_fingerprint=_file_fingerprint(model_dir),
     )
 
 
-def _eos_of_config(model_dir: Path) -> int | None:
-    """Return ``eos_token_id`` of config.json, the first of a list; None if there is none."""
+def has_tokenizer(model_dir: Path) -> bool:
+    """Whether a directory has the files of a tokenizer."""
+    return any((model_dir / name).is_file() for name in _DEFINING_FILES[:3])
+
+
+def _load(model_dir: Path) -> PreTrainedTokenizerBase:
+    needs_no_class = (model_dir / "tokenizer.json").is_file()
+    has_class = (model_dir / "config.json").is_file() or "tokenizer_class" in _config_of(model_dir)
+    loader: Any = PreTrainedTokenizerFast if needs_no_class and not has_class else AutoTokenizer
     try:
-        eos_id = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if isinstance(eos_id, list):
-        eos_id = eos_id[0] if eos_id else None
-    return eos_id if isinstance(eos_id, int) else None
+        with quiet_transformers():
+            return loader.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    # The parser of tokenizer.json, which is written in Rust, raises bare Exceptions.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"the tokenizer in {model_dir} cannot be loaded by transformers "
+            f"({printable(reason, 300)}): copy its files again, or add tokenizer.json"
+        ) from None
+
+
+def _config_of(model_dir: Path) -> dict:
+    try:
+        config = json.loads((model_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    # The file may ask for truncation or padding, which are meant for inference.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    return encode_batch
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that a tokenizer puts before and after a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return tuple(full[:start]), tuple(full[start + len(plain) :])
+    return (), ()
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        # Neither changes the ids of a text that is encoded without special tokens.
+        for key in ("truncation", "padding", "post_processor", "decoder"):
+            content.pop(key, None)
+        content["split_special_tokens"] = backend.encode_special_tokens
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    added = {str(id): str(token) for id, token in tokenizer.added_tokens_decoder.items()}
+    text = json.dumps([_file_fingerprint(model_dir), added, type(tokenizer).__name__])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_fingerprint(model_dir: Path) -> str:
+    path = next(p for name in _DEFINING_FILES if (p := model_dir / name).is_file())
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _eos_of_config(model_dir: Path) -> int | None:
+    """Return ``eos_token_id`` of config.json or generation_config.json, the first of a list."""
+    for name in ("config.json", "generation_config.json"):
+        try:
+            eos_id = json.loads((model_dir / name).read_text(encoding="utf-8"))["eos_token_id"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(eos_id, list):
+            eos_id = eos_id[0] if eos_id else None
+        if type(eos_id) is int:
+            return eos_id
+    return None

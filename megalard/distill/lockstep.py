@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch.profiler import record_function
@@ -11,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from megalard.data.batch import Batch
 from megalard.distill.reach import LayerDepth, Reach
-from megalard.model.decoder import Context, Decoder, DecoderLayer, Ops, Qkv
+from megalard.model.decoder import Decoder
+from megalard.model.layers import DecoderLayer
+from megalard.model.ops import Context, Ops, Qkv
 
 
 @dataclass
@@ -79,10 +82,20 @@ def lockstep(
         if teacher is not None:
             with torch.no_grad(), record_function("teacher"):
                 teacher_state = _run(
-                    teacher.layers[layer], x_t, teacher_context, teacher.ops, *options
+                    cast(DecoderLayer, teacher.layers[layer]),
+                    x_t,
+                    teacher_context,
+                    teacher.ops,
+                    *options,
                 )
             x_t = teacher_state.residual
-        arguments = (student.layers[layer], x_s, student_context, student_ops, *options)
+        arguments = (
+            cast(DecoderLayer, student.layers[layer]),
+            x_s,
+            student_context,
+            student_ops,
+            *options,
+        )
         with record_function("student"):
             if activation_checkpointing and torch.is_grad_enabled():
                 student_state = checkpoint(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from megalard.config.schema import ObjectiveConfig, StreamConfig
+from megalard.config.objective import ObjectiveConfig
+from megalard.config.schema import StreamConfig
 from megalard.data.batch import Batch
 from megalard.distill.lockstep import lockstep
 from megalard.distill.reach import Reach, deepest

@@ -6,8 +6,9 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,12 +19,13 @@ from megalard.checkpoint.build import (
     read_parameter,
     set_parameter,
 )
-from megalard.checkpoint.weights import Weights
+from megalard.checkpoint.weights import Weights, merge_lora
 from megalard.config.schema import LoraConfig, TrainableConfig
 from megalard.errors import UserError
-from megalard.model.decoder import Decoder, Projection
+from megalard.model.decoder import Decoder
 from megalard.model.lora import Dropout, DropoutKey, initial_a
 from megalard.model.names import projection_name
+from megalard.model.projection import Projection
 from megalard.model.rope import RopeTable
 from megalard.model.spec import ModelSpec
 from megalard.parallel.mesh import Axis
@@ -37,16 +39,29 @@ class Student:
     Attributes:
         decoder: has the teacher's parameter objects wherever the weights are equal.
         trained: name to fp32 parameter, this rank's slice.
+        carried: name to fp32 weight, this rank's slice in host memory: what earlier stages changed
+            and this stage does not train. The decoder has it rounded to its dtype.
         dropout: the seed that LoRA's dropout masks are drawn from.
     """
 
     decoder: Decoder
     trained: dict[str, nn.Parameter]
     dropout: DropoutKey
+    carried: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> dict[str, torch.Tensor]:
+        """What distinguishes the student from the model it started from, by name."""
+        return {**self.carried, **self.trained}
+
+    def use_carried(self) -> None:
+        """Copy the carried weights into the decoder, after they were loaded."""
+        for name, value in self.carried.items():
+            get_parameter(self.decoder, name).data.copy_(value)
 
 
 def build_student(
-    teacher: Decoder,
+    start: Decoder,
     spec: ModelSpec,
     rope: RopeTable,
     axis: Axis,
@@ -55,42 +70,57 @@ def build_student(
     seed: int,
     weights: Weights | None = None,
     masters: Weights | None = None,
+    earlier: Mapping[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Student:
-    """Make the student of a loaded teacher.
+    """Make a student that starts from a loaded decoder.
 
     Args:
-        teacher: the loaded teacher, whose dtype and device the frozen weights have.
+        start: the teacher or, after an earlier stage, that stage's student. Its frozen parameters
+            are shared.
         spec, rope: the student's shape and its scaled table of positions.
         axis: the tp axis.
         trainable: which parameters are trained.
         is_reached: whether the loss depends on a parameter. Other parameters are not trained.
         seed: the seed of LoRA's initial values.
-        weights: the files of a student with weights of its own; None starts from the teacher's.
-        masters: the files that trained weights are read from, because the teacher may hold them
-            rounded to its dtype; None takes the teacher's.
+        weights: the files of a student with weights of its own; None starts from those of
+            ``start``.
+        masters: the files that trained weights are read from, because ``start`` may hold them
+            rounded to its dtype; None takes those of ``start``.
+        earlier: fp32 weights that earlier stages changed, this rank's slices.
+        dtype: dtype of the frozen weights; that of the embedding of ``start`` when not given.
 
     Raises:
-        UserError: the student's files do not match the teacher, or nothing is trained.
+        UserError: the student's files do not match ``start``, or nothing is trained.
     """
     decoder = empty_decoder(spec, rope, axis)
     if weights is not None:
-        _check_match(teacher.spec, spec)
-    frozen = teacher.model.embed_tokens.weight
+        _check_match(start.spec, spec)
+    embedding, earlier = start.model.embed_tokens.weight, earlier or {}
+    device, dtype = embedding.device, dtype or embedding.dtype
     trained: dict[str, nn.Parameter] = {}
+    carried: dict[str, torch.Tensor] = {}
     for name in list(decoder.layouts):
         if _is_trained_weight(name, trainable) and is_reached(name):
             files = weights or masters
-            if files is None:
-                value = get_parameter(teacher, name).detach()
+            if name in earlier:
+                value = earlier[name]
+            elif files is None:
+                value = get_parameter(start, name).detach()
             else:
                 value = read_parameter(decoder, name, files)
-            trained[name] = nn.Parameter(value.to(frozen.device, torch.float32, copy=True))
+            trained[name] = nn.Parameter(value.to(device, torch.float32, copy=True))
             set_parameter(decoder, name, trained[name])
+            continue
+        if name in earlier:
+            value = carried[name] = earlier[name].to("cpu", torch.float32)
         elif weights is None:
-            set_parameter(decoder, name, get_parameter(teacher, name))
+            set_parameter(decoder, name, get_parameter(start, name))
+            continue
         else:
-            value = read_parameter(decoder, name, weights).to(frozen.device, frozen.dtype)
-            set_parameter(decoder, name, nn.Parameter(value, requires_grad=False))
+            value = read_parameter(decoder, name, weights)
+        frozen = nn.Parameter(value.to(device, dtype), requires_grad=False)
+        set_parameter(decoder, name, frozen)
     key = DropoutKey()
     if trainable.mode == "lora":
         trained |= _add_lora(decoder, axis, trainable.lora, is_reached, seed, key)
@@ -99,7 +129,44 @@ def build_student(
             "nothing is trained: the loss does not depend on any of the weights that "
             "trainable chooses"
         )
-    return Student(decoder, trained, key)
+    return Student(decoder, trained, key, carried)
+
+
+def changed_weights(
+    names: Iterable[str], trainable: TrainableConfig, is_reached: Callable[[str], bool]
+) -> set[str]:
+    """Return the weights that a stage changes: those it trains or adds LoRA pairs to."""
+    if trainable.mode == "lora":
+        ends = tuple(f"self_attn.{target}_proj.weight" for target in trainable.lora.targets)
+        return {name for name in names if name.endswith(ends) and is_reached(name)}
+    return {name for name in names if _is_trained_weight(name, trainable) and is_reached(name)}
+
+
+def merged_weights(student: Student, masters: Weights) -> dict[str, torch.Tensor]:
+    """Return what a finished stage leaves: fp32 weights by name, this rank's slices.
+
+    LoRA pairs are merged.
+
+    Args:
+        student: the student of the stage.
+        masters: the files that the weights came from.
+    """
+    decoder, trained = student.decoder, student.trained
+    merged: dict[str, torch.Tensor] = dict(student.carried)
+    for name, parameter in trained.items():
+        stem, _, kind = name.rpartition(".")
+        if kind not in ("lora_A", "lora_B"):
+            merged[name] = parameter.detach()
+        elif kind == "lora_A":
+            weight = f"{stem}.weight"
+            value = merged.get(weight)
+            if value is None:
+                value = read_parameter(decoder, weight, masters)
+            lora_a, lora_b = parameter.detach(), trained[f"{stem}.lora_B"].detach()
+            scale = cast(Projection, decoder.get_submodule(stem)).lora_scale
+            value = value.to(parameter.device, torch.float32, copy=True)
+            merged[weight] = merge_lora(weight, value, lora_a, lora_b, scale)
+    return merged
 
 
 def _is_trained_weight(name: str, trainable: TrainableConfig) -> bool:
@@ -118,13 +185,13 @@ def _add_lora(
 ) -> dict[str, nn.Parameter]:
     """Give projections their LoRA pairs, and return the pairs."""
     spec, device = decoder.spec, decoder.model.embed_tokens.weight.device
-    trained = {}
+    trained: dict[str, nn.Parameter] = {}
     for layer in range(spec.num_layers):
         for number, target in enumerate(("q", "k", "v", "o")):
             prefix = projection_name(layer, target)
             if target not in lora.targets or not is_reached(f"{prefix}.weight"):
                 continue
-            projection: Projection = decoder.get_submodule(prefix)
+            projection = cast(Projection, decoder.get_submodule(prefix))
             out_features, in_features = decoder.layouts[f"{prefix}.weight"].full_shape
             pair_seed = (seed * 1_000_003 + layer * 4 + number) & 0x7FFFFFFF
             full_pair = {
@@ -146,11 +213,17 @@ def _add_lora(
 
 
 def _check_match(teacher: ModelSpec, student: ModelSpec) -> None:
-    for field in ("vocab_size", "num_layers", "num_heads", "num_kv_heads"):
-        student_value, teacher_value = getattr(student, field), getattr(teacher, field)
+    if student.vocab_size != teacher.vocab_size:
+        raise UserError(
+            f"the student's vocabulary has {student.vocab_size} entries but the teacher's "
+            f"{teacher.vocab_size}: resize the student's embedding with transformers "
+            f"(model.resize_token_embeddings({teacher.vocab_size})) and save it again"
+        )
+    for name in ("num_layers", "num_heads", "num_kv_heads"):
+        student_value, teacher_value = getattr(student, name), getattr(teacher, name)
         if student_value != teacher_value:
             raise UserError(
-                f"the student's {field} is {student_value} but the teacher's is {teacher_value}: "
+                f"the student's {name} is {student_value} but the teacher's is {teacher_value}: "
                 "relations compare the same layers and heads, so model.student must have the "
                 "teacher's shape"
             )

@@ -16,7 +16,7 @@ from megalard.errors import UserError, shown
 from megalard.evaluation.measure import check_lengths, cut_windows, default_lengths, length_multiple
 from megalard.evaluation.plots import draw
 from megalard.evaluation.report import Entry, print_tables, write_json
-from megalard.evaluation.samples import sentence_filler, text_filler
+from megalard.evaluation.samples import Sample, sentence_filler, text_filler
 from megalard.evaluation.suite import Suite, make_samples, read_text, run_suite
 from megalard.evaluation.tasks import TASKS
 from megalard.model.decoder import Decoder
@@ -97,7 +97,7 @@ def compare_models(request: Request, mesh: Mesh) -> None:
     for warning in _warnings(job):
         reporter.warning(warning)
     teacher = None if job.teacher is None else _load(job.teacher, mesh, job.dtype)
-    teacher_window = job.teacher.spec.max_positions if job.teacher else 0
+    teacher_window = job.teacher.window if job.teacher else 0
     names = short_names([model.directory for model in job.models])
     entries = []
     with token_bar(job.suite.tokens(teacher_window) * len(names), mesh.world) as bar:
@@ -109,7 +109,7 @@ def compare_models(request: Request, mesh: Mesh) -> None:
                 decoder, job.suite, mesh, job.dtype, teacher, teacher_window, advance=advance
             )
             del decoder  # before the next model is loaded
-            window, directory = model.spec.max_positions, str(model.directory)
+            window, directory = model.window, str(model.directory)
             entries.append(
                 Entry(name, results, window=window, directory=directory, kind=model.kind)
             )
@@ -142,7 +142,9 @@ def _check(request: Request, mesh: Mesh) -> _Job:
     if request.task_lengths:
         task_lengths = choose_lengths(request.task_lengths, models, mesh.tp.size, mesh.cp.size)
 
-    text, windows, samples, skipped = None, {}, {}, ()
+    text, windows = None, {}
+    samples: dict[str, dict[int, list[Sample]]] = {}
+    skipped: tuple[tuple[str, int], ...] = ()
     if request.text:
         filler_tokens = _FILLER_TOKENS if request.filler == "text" else 0
         count = max(request.max_tokens, filler_tokens, *lengths)
@@ -239,7 +241,7 @@ def choose_lengths(
         UserError: a length is not a length, or tp and cp do not divide it.
     """
     if given is None:
-        windows = [model.spec.max_positions for model in models]
+        windows = [model.window for model in models]
         lengths = default_lengths(min(windows), max(windows) / min(windows))
         multiple = length_multiple(tp, cp)
         return sorted({length // multiple * multiple for length in lengths} - {0})
@@ -271,14 +273,14 @@ def _warnings(job: _Job) -> list[str]:
     lengths = {*job.suite.windows, *(n for by in job.suite.samples.values() for n in by)}
     lines = []
     for model in job.models:
-        beyond = sorted(length for length in lengths if length > model.spec.max_positions)
+        beyond = sorted(length for length in lengths if length > model.window)
         if beyond:
             lines.append(
-                f"{model.directory} has a window of {model.spec.max_positions} tokens and is "
+                f"{model.directory} has a window of {model.window} tokens and is "
                 f"measured beyond it, at {', '.join(map(str, beyond))}"
             )
     if job.teacher:
-        window = job.teacher.spec.max_positions
+        window = job.teacher.window
         beyond = sorted(length for length in job.suite.windows if length > window)
         if beyond:
             lines.append(

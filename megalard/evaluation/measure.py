@@ -15,6 +15,7 @@ from megalard.errors import UserError
 from megalard.model.decoder import Decoder
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import Mesh
+from megalard.parallel.ops import tensor_axis
 from megalard.parallel.tensor.vocab import arg_max, cross_entropy, kl_divergence
 
 _LOGIT_ROWS = 1024
@@ -223,7 +224,7 @@ def _window_sums(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return sums over a pass: [intervals, 5] of loss, kl, agreements, correct, tokens."""
-    axis, first_id = model.ops.axis, model.first_vocab_row
+    axis, first_id = tensor_axis(model), model.first_vocab_row
     target = batch.target_bs.flatten()
     rows = (target >= 0).nonzero()[:, 0]
     target = target.index_select(0, rows)

@@ -14,6 +14,7 @@ from megalard.evaluation.samples import Sample
 from megalard.model.decoder import Decoder
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import Mesh
+from megalard.parallel.ops import tensor_axis
 from megalard.parallel.tensor.vocab import arg_max, cross_entropy
 
 
@@ -65,7 +66,7 @@ def score(
         target = batch.target_bs.flatten().index_select(0, rows)
         hidden = normed_hidden(model, batch, rows, dtype)
         logits = F.linear(hidden, model.head_weight.to(dtype)).float()
-        axis, first_id = model.ops.axis, model.first_vocab_row
+        axis, first_id = tensor_axis(model), model.first_vocab_row
         values = sums.new_zeros(len(rows), 2)
         values[:, 0] = arg_max(logits, first_id, axis) == target
         values[:, 1] = cross_entropy(logits, target, first_id, axis)

@@ -249,7 +249,8 @@ def _compose(
     if count < 0:
         raise TooShort(task, length, needed)
     text, line_end = filler.take(count, rng)
-    pieces, used = [opening], 0
+    pieces: list[Sequence[int] | np.ndarray] = [opening]
+    used = 0
     for (depth, _), line in zip(statements, lines, strict=True):
         place = max(used, _near_line_end(line_end, round(depth * count)))
         pieces += [_with_line_end(text, line_end, used, place, filler.newline), line]

@@ -87,7 +87,7 @@ class Draw:
         return self._new(lambda: f"{self._one_of(ADJECTIVES)} {self._one_of(NOUNS)}")
 
     def _one_of(self, words: Sequence[str]) -> str:
-        return words[self.rng.integers(len(words))]
+        return words[int(self.rng.integers(len(words)))]
 
     def variable(self) -> str:
         """Return the name of a variable, five capital letters."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -30,10 +32,16 @@ class AtomicFolder:
 
     Args:
         replace: whether a directory that has the final name is replaced.
+        is_ours: whether an entry of a replaced directory was written by us. Other entries are kept.
     """
 
-    def __init__(self, directory: Path, replace: bool = False):
-        self.directory, self.replace = directory, replace
+    def __init__(
+        self,
+        directory: Path,
+        replace: bool = False,
+        is_ours: Callable[[str], bool] = lambda name: True,
+    ):
+        self.directory, self.replace, self.is_ours = directory, replace, is_ours
         self.path = directory.with_name(directory.name + ".partial")
         self._mark: IO[bytes] | None = None
 
@@ -67,6 +75,7 @@ class AtomicFolder:
         """
         directory, old = self.directory, None
         if self.replace and directory.is_dir() and any(directory.iterdir()):
+            self._keep_others()
             old = directory.with_name(f"{directory.name}.old-{secrets.token_hex(4)}")
             (directory / _MARK).touch()
             directory.rename(old)
@@ -86,6 +95,17 @@ class AtomicFolder:
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 
+    def _keep_others(self) -> None:
+        """Take the files that somebody put into the old directory over into the new one."""
+        for entry in self.directory.iterdir():
+            target = self.path / entry.name
+            if entry.name == _MARK or self.is_ours(entry.name) or target.exists():
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, target, symlinks=True, copy_function=_link_or_copy)
+            else:
+                _link_or_copy(entry, target)
+
     def abandon(self) -> None:
         """Remove the directory if it was begun and not committed."""
         if self._mark is not None:
@@ -102,6 +122,13 @@ class AtomicFolder:
                 old.rename(self.directory)
             else:
                 _remove_marked(old)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _remove_marked(folder: Path) -> None:

@@ -200,7 +200,7 @@ class TensorSlice:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def in_file_order(tensors: Mapping[str, Entry]) -> list[str]:

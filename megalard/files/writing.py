@@ -29,8 +29,11 @@ def cannot_write(directory: Path, error: OSError) -> UserError:
 
 
 def sync_files(directory: Path) -> None:
-    """Wait until every file of a directory, and the names of the files, are on the disk."""
+    """Wait until all files below a directory, and their names, are on the disk."""
     for path in directory.iterdir():
+        if path.is_dir():
+            sync_files(path)
+            continue
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     sync_directory(directory)

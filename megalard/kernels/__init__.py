@@ -1,11 +1,6 @@
-"""Namespace of the Triton kernels, which live in the repository's top-level ``kernels/``.
+"""The Triton kernels, whose sources are in the repository's top-level ``kernels/``.
 
-An installed wheel carries them inside this package; in a checkout they are found by appending
-that folder to the package's path. Import them only as ``megalard.kernels.<name>``.
+In a checkout ``megalard/kernels/relation_kl`` is a link to ``kernels/relation_kl``; a wheel has the
+files themselves. Import kernels only as ``megalard.kernels.<name>``: a top-level package called
+``kernels`` would shadow a package of that name that transformers imports.
 """
-
-from pathlib import Path
-
-_checkout = Path(__file__).resolve().parents[2] / "kernels"
-if _checkout.is_dir():
-    __path__.append(str(_checkout))

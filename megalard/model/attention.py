@@ -12,7 +12,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,9 @@ except ImportError:
 try:
     from torch.nn.attention.varlen import varlen_attn
 
-    _VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters.keys()
+    _VARLEN_OPTIONS = set(inspect.signature(varlen_attn).parameters)
 except ImportError:
-    _VARLEN_OPTIONS = ()
+    _VARLEN_OPTIONS = set()
 
 _BLOCK_ROWS = 1024
 
@@ -242,7 +242,8 @@ def _flash(q, k, v, pack: _Packing, sides: tuple[int, int]):
 
 
 def _varlen(q, k, v, pack: _Packing, sides: tuple[int, int]):
-    groups, options = q.shape[1] // k.shape[1], {}
+    groups = q.shape[1] // k.shape[1]
+    options: dict[str, Any] = {}
     if groups > 1 and "enable_gqa" in _VARLEN_OPTIONS:
         options["enable_gqa"] = True
     elif groups > 1:

@@ -43,11 +43,9 @@ def merged_attention(
 def uses_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether torch would compute causal attention of such q, k and v with cuDNN."""
     square = min(q.shape[2], k.shape[2])
-    choice = torch._fused_sdp_choice(
-        *(x[:, :, :square] for x in (q, k, v)),
-        is_causal=True,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    q, k, v = (x[:, :, :square] for x in (q, k, v))
+    is_grouped = q.shape[1] != k.shape[1]
+    choice = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=is_grouped)
     return choice == SDPBackend.CUDNN_ATTENTION.value
 
 
@@ -70,7 +68,8 @@ class _MergedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
-        grad, grad_q, grad_k, grad_v = grad.transpose(1, 2), *map(torch.zeros_like, (q, k, v))
+        grad = grad.transpose(1, 2)
+        grad_q, grad_k, grad_v = map(torch.zeros_like, (q, k, v))
         for row, rows, rectangle, triangle in _parts(ctx.spans):
             for columns, causal in ((triangle, True), (rectangle, False)):
                 if columns.stop == columns.start:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NORMS = ("input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm")
+NORMS = ("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm", "norm")
+QK_NORMS = ("q_norm", "k_norm")
 VOCAB_PARALLEL = ("embed_tokens", "lm_head")
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_PARALLEL = ("o_proj", "down_proj")

@@ -7,19 +7,21 @@ the frequencies in transformers that it was trained with.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megalard.config.schema import RopeConfig
 from megalard.errors import UserError
+from megalard.model.export_config import export_config
+from megalard.model.families import FAMILIES
 from megalard.model.fuse import fused_on_gpu
 from megalard.model.spec import ModelSpec
+from megalard.model.transformers_config import as_transformers_reads
+from megalard.quiet import quiet_transformers
 from megalard.transfer import to_device
 
 
@@ -28,27 +30,64 @@ class RopeTable:
     """The table of rotary positions of one model.
 
     Attributes:
-        inv_freq: fp32 [head_dim / 2], the inverse frequencies.
+        inv_freq: fp32 [rotary_dim / 2], the inverse frequencies.
         attention_scaling: the factor on cos and sin that YaRN and longrope have. The student's Q/Q
             and K/K relations carry its square, which is part of these methods.
+        long_inv_freq: fp32 [rotary_dim / 2], the inverse frequencies of documents of more than
+            ``original_positions`` tokens; None if they are the same (all types but longrope).
+        original_positions: the longest document that ``inv_freq`` is for.
     """
 
     inv_freq: torch.Tensor
     attention_scaling: float
+    long_inv_freq: torch.Tensor | None = None
+    original_positions: int = 0
 
-    def cos_sin(self, position_bs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin, each fp32 [b, 1, s, head_dim], for positions [b, s]."""
-        angle = position_bs[..., None].float() * to_device(self.inv_freq, position_bs.device)
+    def cos_sin(
+        self, position_bs: torch.Tensor, reach_bs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin of positions, each fp32 [b, 1, s, rotary_dim].
+
+        Args:
+            position_bs: [b, s].
+            reach_bs: [b, s], one more than the largest position in the token's document.
+        """
+        inv_freq = to_device(self.inv_freq, position_bs.device)
+        if self.long_inv_freq is not None:
+            is_long = (reach_bs > self.original_positions)[..., None]
+            inv_freq = torch.where(
+                is_long, to_device(self.long_inv_freq, position_bs.device), inv_freq
+            )
+        angle = position_bs[..., None].float() * inv_freq
         angle = torch.cat((angle, angle), dim=-1).unsqueeze(1)
         return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
+
+    def same_as(self, other: RopeTable) -> bool:
+        """Whether two tables give the same rotations at every position and length."""
+
+        def lists(table: RopeTable) -> list[torch.Tensor]:
+            return [table.inv_freq, *([] if table.long_inv_freq is None else [table.long_inv_freq])]
+
+        return (
+            self.attention_scaling == other.attention_scaling
+            and len(lists(self)) == len(lists(other))
+            and all(map(torch.equal, lists(self), lists(other)))
+            and (self.long_inv_freq is None or self.original_positions == other.original_positions)
+        )
 
 
 @fused_on_gpu
 def apply_rope(x_bhsd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (i, i + d/2), which is the layout of Hugging Face's Llama, in fp32."""
-    lower, upper = x_bhsd.chunk(2, dim=-1)
-    rotated = torch.cat((-upper, lower), dim=-1)
-    return (x_bhsd * cos + rotated * sin).to(x_bhsd.dtype)
+    """Rotate the pairs (i, i + r/2) of the first r features, in fp32.
+
+    This is the layout of Hugging Face's Llama, where r is head_dim.
+    """
+    rotary_dim = cos.shape[-1]
+    rotary, rest = x_bhsd[..., :rotary_dim], x_bhsd[..., rotary_dim:]
+    lower, upper = rotary.chunk(2, dim=-1)
+    turned = torch.cat((-upper, lower), dim=-1)
+    rotated = (rotary * cos + turned * sin).to(x_bhsd.dtype)
+    return rotated if rest.shape[-1] == 0 else torch.cat((rotated, rest), dim=-1)
 
 
 def rope_table(spec: ModelSpec) -> RopeTable:
@@ -57,30 +96,71 @@ def rope_table(spec: ModelSpec) -> RopeTable:
     Raises:
         UserError: transformers cannot build a table from what ``config.json`` says.
     """
-    if spec.rope["rope_type"] == "dynamic":
+    kind = spec.rope["rope_type"]
+    if kind == "dynamic":
         raise UserError(
             "rope_type 'dynamic' depends on the length that is read, so there is no fixed table to "
             "distill: give a model with another RoPE"
         )
+    long, original = None, spec.rope.get("original_max_position_embeddings") or 0
     try:
-        config = LlamaConfig(
-            hidden_size=spec.num_heads * spec.head_dim,
-            num_attention_heads=spec.num_heads,
-            num_key_value_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            max_position_embeddings=spec.max_positions,
-            rope_parameters=dict(spec.rope),
-        )
-        embedding = LlamaRotaryEmbedding(config)
-        if not embedding.inv_freq.isfinite().all():
-            raise ValueError("its frequencies are not finite")
-    except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+        with quiet_transformers():
+            config = as_transformers_reads(spec.hf_config, "the model")
+            config.head_dim = spec.head_dim
+            embedding = FAMILIES[spec.family].rotary()(config)
+            if kind == "longrope":
+                long, _ = ROPE_INIT_FUNCTIONS[kind](config, None, seq_len=original + 1)
+        table = RopeTable(embedding.inv_freq.clone(), float(embedding.attention_scaling))
+        _check_table(table.inv_freq, spec)
+        if long is not None:
+            _check_table(long, spec)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         missing = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(
             f"config.json describes a RoPE that transformers cannot build, {json.dumps(spec.rope)} "
             f"({missing}): correct it, or download it again"
         ) from None
-    return RopeTable(embedding.inv_freq.clone(), float(embedding.attention_scaling))
+    if long is not None and not torch.equal(long, table.inv_freq):
+        table = replace(table, long_inv_freq=long, original_positions=original)
+    return table
+
+
+def _check_table(inv_freq: torch.Tensor, spec: ModelSpec) -> None:
+    if not inv_freq.isfinite().all():
+        raise ValueError("its frequencies are not finite")
+    if 2 * len(inv_freq) != spec.rotary_dim:
+        raise ValueError(
+            f"it has {len(inv_freq)} frequencies for {spec.rotary_dim} rotary features of a head"
+        )
+
+
+def is_native(spec: ModelSpec) -> bool:
+    """Whether a model's RoPE is unscaled, whatever type its config.json names."""
+    if spec.rope["rope_type"] == "default":
+        return True
+    table, config = rope_table(spec), as_transformers_reads(spec.hf_config, "the model")
+    config.head_dim = spec.head_dim
+    native, _ = FAMILIES[spec.family].rotary().compute_default_rope_parameters(config)
+    return table.same_as(RopeTable(native, 1.0))
+
+
+def window_of(spec: ModelSpec, native_window: int | None = None) -> int:
+    """Return the number of positions that a model reads.
+
+    That is ``max_position_embeddings`` or, where this is still the window before scaling, the
+    factor of the scaling times that window. Servers take the same product.
+
+    Args:
+        spec: the model.
+        native_window: the window before scaling, which config.json does not name for type linear.
+    """
+    factor = spec.rope.get("factor")
+    original = spec.rope.get("original_max_position_embeddings")
+    if spec.rope["rope_type"] == "linear":
+        original = native_window
+    if not factor or not original:
+        return spec.max_positions
+    return max(spec.max_positions, round(factor * original))
 
 
 def scaled_config(spec: ModelSpec, rope: RopeConfig, native_context: int) -> dict:
@@ -92,38 +172,26 @@ def scaled_config(spec: ModelSpec, rope: RopeConfig, native_context: int) -> dic
         native_context: M in tokens; the student's window is factor * M.
 
     Raises:
-        UserError: the teacher's RoPE is already scaled, or the table file is wrong.
+        UserError: the teacher's RoPE is already scaled, the table file is wrong, or the family
+            cannot describe this type.
     """
-    native = spec.rope
-    if native["rope_type"] != "default" and rope.type != "table":
+    if rope.type != "table" and not is_native(spec):
         raise UserError(
-            f"the teacher's RoPE is already scaled (rope_type '{native['rope_type']}'): give the "
-            "student's inverse frequencies explicitly with rope.type table"
+            f"the teacher's RoPE is already scaled (rope_type '{spec.rope['rope_type']}'): give "
+            "the student's inverse frequencies explicitly with rope.type table"
+        )
+    describable = FAMILIES[spec.family].rope_types
+    if describable is not None and rope.type not in ("abf", *describable):
+        raise UserError(
+            f"rope.type is {rope.type}, which config.json of a {spec.family} model cannot "
+            f"describe: use {' or '.join(('abf', *describable))}"
         )
     parameters = _scaled_parameters(spec, rope, native_context)
-    config = dict(spec.hf_config)
-    config["max_position_embeddings"] = round(rope.factor * native_context)
-    return write_rope(config, parameters, spec.head_dim)
-
-
-def write_rope(config: dict, parameters: dict, head_dim: int) -> dict:
-    """Return a ``config.json`` that describes RoPE in the spellings of transformers 4 and 5.
-
-    transformers 4.57 silently reads a file with only ``rope_parameters`` as native RoPE.
-    """
-    config = dict(config)
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    config["rope_parameters"] = dict(parameters)
-    config["rope_theta"] = parameters["rope_theta"]
-    config["rope_scaling"] = None if parameters["rope_type"] == "default" else scaling
-    if parameters["rope_type"] == "longrope":
-        config["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
-    config["head_dim"] = head_dim
-    return config
+    return export_config(spec, parameters, round(rope.factor * native_context))
 
 
 def _scaled_parameters(spec: ModelSpec, rope: RopeConfig, native_context: int) -> dict:
-    theta, factor, dim = spec.rope["rope_theta"], rope.factor, spec.head_dim
+    theta, factor, dim = spec.rope["rope_theta"], rope.factor, spec.rotary_dim
     if rope.type == "abf":
         new_theta = rope.theta or theta * factor ** (dim / (dim - 2))
         return {"rope_type": "default", "rope_theta": new_theta}
@@ -140,8 +208,8 @@ def _scaled_parameters(spec: ModelSpec, rope: RopeConfig, native_context: int) -
         factors = rope.long_factors or [factor] * (dim // 2)
         if len(factors) != dim // 2 or min(factors) <= 0:
             raise UserError(
-                f"rope.long_factors must be {dim // 2} positive numbers (head_dim / 2), "
-                f"got {len(factors)}"
+                f"rope.long_factors must be {dim // 2} positive numbers (half of the rotary "
+                f"features of a head), got {len(factors)}"
             )
         extra = {}
     else:

@@ -1,53 +1,45 @@
 """The shape and flags of a decoder, read from a Hugging Face ``config.json``.
 
-The decoder is driven by these flags, not by the names of model families. A family whose model
-differs in a way that the flags do not describe is refused by name, with the reason.
+The decoder is driven by these flags, not by the names of model families. A model that the flags do
+not describe is refused, with the reason.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
 
 from megalard.errors import UserError, shown
 from megalard.files.reading import read_json
+from megalard.model.families import FAMILIES, reason_to_refuse
+from megalard.model.families.family import ACTIVATIONS, REASONS, Family
+from megalard.model.transformers_config import as_transformers_reads
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = tuple(FAMILIES)
 
-_COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
+# The largest accepted value of each size, far beyond any model. It keeps a damaged file from being
+# taken at its word before the weights are looked at.
+_COUNTS = {
+    "vocab_size": 2**28,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "max_position_embeddings": 2**40,
+}
+_OPTIONAL_COUNTS = {
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "sliding_window": 2**40,
+    "max_window_layers": 2**40,
+    "original_max_position_embeddings": 2**40,
+}
+_MAY_BE_ZERO = ("sliding_window", "max_window_layers")
 _ROPE_SECTIONS = ("rope_scaling", "rope_parameters")
-_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
-
-# The defaults of transformers where they differ from family to family.
-_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
-_DEFAULTS = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128},
-}
-
-_REFUSED = {
-    "gemma": "it scales embeddings and adds one to its norm weights",
-    "granite": "it multiplies embeddings, residuals, attention and logits by its own constants",
-    "cohere": "it uses layer norms, parallel blocks and interleaved RoPE",
-    "glm": "its RoPE is interleaved and partial, with fused gate and up projections",
-    "olmo": "it norms after the blocks, and its queries and keys over the whole hidden size",
-    "phi": "its q/k/v and gate/up projections are fused",
-    "mixtral": "it is a mixture of experts",
-    "deepseek": "it is a mixture of experts with latent attention",
-    "llama4": "it is a mixture of experts with interleaved RoPE",
-    "falcon": "its blocks run attention and MLP in parallel, with fused projections",
-    "stablelm": "its RoPE is partial and its norms are layer norms",
-    "gpt": "it does not use rotary half-split RoPE with RMS norms and SwiGLU",
-}
 
 
 @dataclass(frozen=True)
@@ -57,10 +49,14 @@ class ModelSpec:
     Attributes:
         windows: one entry per layer. None is full causal attention; with w, query i sees key j only
             if i - j < w.
-        max_positions: the number of positions that the model reads.
+        max_positions: ``max_position_embeddings`` of ``config.json``; see also ``window``.
         rope: the description of RoPE in the spelling of transformers 5 (``rope_type``,
             ``rope_theta``, ...).
         hf_config: the content of config.json, for export.
+        qkv_bias, o_bias, mlp_bias: which projections have a bias.
+        qk_norm: None, or what the norm of queries and keys before RoPE averages over: one
+            ``head``, or the ``full`` width of all heads.
+        norms: whether a layer has its norms ``before`` attention and MLP or ``after`` them.
     """
 
     family: str
@@ -72,15 +68,21 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
     tied_embeddings: bool
     windows: tuple[int | None, ...]
     max_positions: int
     rope: dict = field(hash=False)
     hf_config: dict = field(hash=False, repr=False)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["head", "full"] | None = None
+    norms: Literal["before", "after"] = "before"
+
+    @property
+    def rotary_dim(self) -> int:
+        """The number of features of a head that RoPE rotates."""
+        return int(self.head_dim * (self.rope.get("partial_rotary_factor") or 1.0))
 
 
 def read_spec(model_dir: str | Path) -> ModelSpec:
@@ -108,136 +110,167 @@ def read_spec(model_dir: str | Path) -> ModelSpec:
 
 
 def spec_from_config(config: dict, where: str) -> ModelSpec:
-    """Return the spec of a ``config.json`` dictionary; ``where`` names the file in errors."""
-    family = config.get("model_type")
-    _refuse(config, family, where)
-    hf_config, config = config, {**_DEFAULTS[family], **config}
-    _check_numbers(config, where)
-    try:
-        heads = config["num_attention_heads"]
-        layers = config["num_hidden_layers"]
-        hidden = config["hidden_size"]
-        # The classes of the other families do not read these flags.
-        attention_bias = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
-        return ModelSpec(
-            family=family,
-            vocab_size=config["vocab_size"],
-            hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            qkv_bias=family == "qwen2" or attention_bias,
-            o_bias=attention_bias,
-            mlp_bias=family == "llama" and bool(config.get("mlp_bias")),
-            qk_norm=family == "qwen3",
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            windows=_windows(config, family, layers),
-            max_positions=config["max_position_embeddings"],
-            rope=rope_parameters(config, where),
-            hf_config=hf_config,
-        )
-    except KeyError as error:
-        raise UserError(f"{where}/config.json has no {error}") from None
+    """Return the spec of a ``config.json`` dictionary.
 
-
-def rope_parameters(config: dict, where: str) -> dict:
-    """Return the description of RoPE in the spelling of transformers 5.
-
-    transformers 4 writes ``rope_theta`` and ``rope_scaling`` at top level, and transformers 5
-    writes ``rope_parameters``. The file may have either or both.
+    Args:
+        config: the content of the file.
+        where: the directory of the file, for errors.
 
     Raises:
-        UserError: the file has both and they disagree.
+        UserError: transformers refuses the file, or the decoder would compute the model wrongly.
     """
-    theta = config.get("rope_theta")
-    scaling = dict(config.get("rope_scaling") or {})
-    new = dict(config.get("rope_parameters") or {})
-    for spelling in (scaling, new):
-        old_key = spelling.pop("type", None)
-        if old_key is not None:
-            spelling.setdefault("rope_type", old_key)
-    if new and (theta is not None or scaling):
-        old_type = scaling.get("rope_type", "default")
-        agree = new.get("rope_type", "default") == old_type
-        agree &= theta is None or float(new.get("rope_theta", theta)) == float(theta)
-        agree &= all(new.get(key, value) == value for key, value in scaling.items())
-        if not agree:
-            raise UserError(
-                f"{where}/config.json describes RoPE twice and differently: rope_parameters {new} "
-                f"but rope_theta {theta} with rope_scaling {scaling or None}; correct one of them"
-            )
-    merged = {"rope_type": "default", "rope_theta": 10000.0 if theta is None else theta}
-    merged |= scaling
-    merged |= new
-    merged["rope_theta"] = float(merged["rope_theta"])
-    return merged
+    if config.get("model_type") not in FAMILIES:
+        _refuse_family(config, where)
+    _check_numbers(config, where)
+    _check_rope_spellings(config, where)
+    read = as_transformers_reads(config, where)
+    family = FAMILIES[read.model_type]
+    _check_keys(family, read, config, where)
+    layers, heads = read.num_hidden_layers, read.num_attention_heads
+    rope = {key: value for key, value in read.rope_parameters.items() if key != "type"}
+    fields: dict[str, Any] = {
+        "family": family.model_type,
+        "vocab_size": read.vocab_size,
+        "hidden_size": read.hidden_size,
+        "intermediate_size": read.intermediate_size,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": read.num_key_value_heads,
+        "head_dim": getattr(read, "head_dim", None) or read.hidden_size // heads,
+        "norm_eps": read.rms_norm_eps,
+        "tied_embeddings": bool(read.tie_word_embeddings),
+        "windows": (None,) * layers,
+        "max_positions": read.max_position_embeddings,
+        "rope": rope,
+        "hf_config": config,
+    }
+    if "rope_type" not in rope:
+        _refuse(where, family.model_type, "its layers have different RoPE")
+    try:
+        fields |= family.flags(read)
+    except ValueError as error:
+        _refuse(where, family.model_type, str(error))
+    spec = ModelSpec(**fields)
+    if 0 in spec.windows:
+        _refuse(where, family.model_type, "its sliding_window is 0, so that no token sees another")
+    if spec.num_heads % spec.num_kv_heads:
+        raise UserError(
+            f"{where}/config.json has {spec.num_heads} attention heads, which is not a multiple of "
+            f"its {spec.num_kv_heads} key/value heads: correct it, or download it again"
+        )
+    if spec.rope["rope_type"] == "default" and spec.rope["rope_theta"] is not None:
+        spec.rope["rope_theta"] = float(spec.rope["rope_theta"])
+    return spec
 
 
-def _windows(config: dict, family: str, layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
-    if not window or family == "llama":
-        return (None,) * layers
-    if family == "mistral":
-        return (window,) * layers
-    if not config.get("use_sliding_window", False):
-        return (None,) * layers
-    kinds = config.get("layer_types")
-    if kinds:
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    first = config["max_window_layers"]
-    return tuple(window if layer >= first else None for layer in range(layers))
+def _check_keys(family: Family, read: PretrainedConfig, config: dict, where: str) -> None:
+    """Refuse a model that the flags of the decoder do not describe."""
+    if read.hidden_act not in ACTIVATIONS:
+        _refuse(where, family.model_type, f"its activation is {shown(read.hidden_act)}, not silu")
+    for key, value in family.required_values().items():
+        for section in (config, *_rope_sections(config)):
+            _check_value(family, key, section.get(key), value, where)
+    # A key that the class has and that is in none of the sets: accepted at its default alone.
+    for name, known in type(read).__dataclass_fields__.items():
+        if name in config and not family.knows(name):
+            _check_value(family, name, config[name], known.default, where)
+
+
+def _check_value(family: Family, key: str, value: Any, required: Any, where: str) -> None:
+    if value is None or value == required or (not value and not required):
+        return
+    reason = REASONS.get(key, f"it has {key} {shown(value)}, which the decoder does not compute")
+    _refuse(where, family.model_type, reason)
+
+
+def _refuse_family(config: dict, where: str) -> None:
+    family = config.get("model_type")
+    if family is None:
+        raise UserError(
+            f"{where}/config.json has no model_type: add it (one of {', '.join(SUPPORTED)}), or "
+            "download the file again"
+        )
+    _refuse(where, family, reason_to_refuse(str(family)))
+
+
+def _refuse(where: str, family: Any, reason: str) -> None:
+    raise UserError(
+        f"{where}: model family {shown(family)} is not supported because {reason}; supported are "
+        f"{', '.join(SUPPORTED)}"
+        if family not in FAMILIES
+        else f"{where}: this model of the family {shown(family)} is not supported because {reason}"
+    )
+
+
+def _rope_sections(config: dict) -> list[dict]:
+    return [config.get(key) or {} for key in _ROPE_SECTIONS]
 
 
 def _check_numbers(config: dict, where: str) -> None:
-    """Reject values that are not numbers; missing keys are reported by the caller."""
-    for key in (*_COUNTS, *_OPTIONAL_COUNTS):
-        value, least = config.get(key), 1 if key in _COUNTS else 0
-        optional = key not in config or (value is None and key in _OPTIONAL_COUNTS)
-        if not optional and (type(value) is not int or value < least):
+    """Reject sizes that are not numbers or are absurd, which transformers takes at their word."""
+    for key, most in (_COUNTS | _OPTIONAL_COUNTS).items():
+        value = config.get(key)
+        if key not in config or (value is None and key in _OPTIONAL_COUNTS):
+            continue
+        least = 0 if key in _MAY_BE_ZERO else 1
+        if type(value) is not int or not least <= value <= most:
             raise UserError(
-                f"{where}/config.json has {shown(value)} as {key}, which must be a whole number of "
-                f"at least {least}: correct it, or download it again"
+                f"{where}/config.json has {shown(value)} as {key}, which must be a whole number "
+                f"from {least} to {most:,}: correct it, or download it again"
             )
-    ropes = [config.get(key) or {} for key in _ROPE_SECTIONS]
-    for section, key in ((config, "rms_norm_eps"), *((s, "rope_theta") for s in (config, *ropes))):
-        value = section.get(key)
-        if value is not None and type(value) not in (int, float):
-            raise UserError(
-                f"{where}/config.json has {shown(value)} as {key}, which must be a number: "
-                "correct it, or download it again"
-            )
-
-
-def _refuse(config: dict, family: str | None, where: str) -> None:
-    def refuse(reason: str) -> None:
+    missing = [key for key in _COUNTS if key not in config]
+    if missing:
         raise UserError(
-            f"{where}: model family '{family}' is not supported because {reason}; supported are "
-            f"{', '.join(SUPPORTED)}"
+            f"{where}/config.json has no '{missing[0]}': add it, or download the file again"
         )
-
-    if family not in SUPPORTED:
-        lowered = str(family)
-        if "moe" in lowered:
-            refuse("it is a mixture of experts")
-        known = [name for name in _REFUSED if lowered.startswith(name)]
-        refuse(_REFUSED[max(known, key=len)] if known else "this decoder does not know its layers")
     for key in _ROPE_SECTIONS:
         if not isinstance(config.get(key) or {}, dict):
             raise UserError(
                 f"{where}/config.json has {shown(config[key])} as {key}, which must be a JSON "
                 "object: correct it, or download it again"
             )
-    if config.get("num_local_experts") or config.get("num_experts"):
-        refuse("it is a mixture of experts")
-    if config.get("hidden_act", "silu") != "silu":
-        refuse(f"its activation is {config['hidden_act']}, not silu")
-    if config.get("rope_interleave") or config.get("rope_interleaved"):
-        refuse("its RoPE is interleaved")
-    partial = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
-    if (config.get("partial_rotary_factor") or partial or 1.0) != 1.0:
-        refuse("its RoPE rotates only a part of each head")
-    if config.get("quantization_config"):
-        refuse("its weights are quantized: give the unquantized checkpoint")
+    for section in (config, *_rope_sections(config)):
+        for key in ("rms_norm_eps", "rope_theta", "factor", "partial_rotary_factor"):
+            value = section.get(key)
+            if value is not None and (type(value) not in (int, float) or not _is_finite(value)):
+                raise UserError(
+                    f"{where}/config.json has {shown(value)} as {key}, which must be a finite "
+                    "number: correct it, or download it again"
+                )
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _check_rope_spellings(config: dict, where: str) -> None:
+    """Refuse a file whose two descriptions of RoPE differ.
+
+    transformers 4 writes ``rope_theta`` and ``rope_scaling`` at top level, and transformers 5
+    writes ``rope_parameters``. A file may have either or both.
+
+    Raises:
+        UserError: the file has both and they disagree.
+    """
+    theta = config.get("rope_theta")
+    scaling, new = (_with_rope_type(section) for section in _rope_sections(config))
+    if not new or (theta is None and not scaling):
+        return
+    agree = new.get("rope_type", "default") == scaling.get("rope_type", "default")
+    agree &= theta is None or new.get("rope_theta", theta) == theta
+    agree &= all(new.get(key, value) == value for key, value in scaling.items())
+    if not agree:
+        raise UserError(
+            f"{where}/config.json describes RoPE twice and differently: rope_parameters {new} but "
+            f"rope_theta {theta} with rope_scaling {scaling or None}; correct one of them"
+        )
+
+
+def _with_rope_type(section: dict) -> dict:
+    """Return a RoPE section in which the old key ``type`` has its new name."""
+    section = dict(section)
+    old = section.pop("type", None)
+    return section if old is None else {"rope_type": old, **section}

@@ -96,6 +96,27 @@ class _ReduceScatterTokens(torch.autograd.Function):
         return all_gather_tokens(grad, ctx.axis), None
 
 
+class _AllReduce(torch.autograd.Function):
+    """All-reduce in the forward pass and in the backward pass.
+
+    The sum is used on every rank, so its gradient is the sum of the gradients of all ranks.
+    """
+
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return all_reduce(x.clone(), axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad.clone(), ctx.axis), None
+
+
+def all_reduce_with_gradient(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Sum ``x`` over the axis forward, and the gradients of all ranks backward."""
+    return x if axis.size == 1 else _AllReduce.apply(x, axis)
+
+
 def gather_from_sequence_parallel_region(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """All-gather along the tokens forward, reduce-scatter the gradients backward."""
     return x if axis.size == 1 else _GatherTokens.apply(x, axis)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
-from megalard.model.decoder import Projection, Qkv
+from megalard.model.decoder import Decoder
+from megalard.model.ops import BlockBatch, Qkv
+from megalard.model.projection import Projection
 from megalard.parallel.collectives import gather_from_sequence_parallel_region
 from megalard.parallel.context.attention import ShardedBatch, attend_over_axis
 from megalard.parallel.mesh import SINGLE, Axis
@@ -16,11 +19,17 @@ from megalard.parallel.tensor.linear import (
     row_parallel,
     vocab_parallel_embedding,
 )
+from megalard.parallel.tensor.norm import rms_norm_over_axis
+
+
+def tensor_axis(decoder: Decoder) -> Axis:
+    """Return the tp axis over which a decoder is split."""
+    return cast(ParallelOps, decoder.ops).axis
 
 
 @dataclass(frozen=True)
 class ParallelOps:
-    """One rank's implementation of ``megalard.model.decoder.Ops``.
+    """One rank's implementation of ``megalard.model.ops.Ops``.
 
     Attributes:
         axis: the tp axis; of size 1 in a single process, where nothing is exchanged.
@@ -50,5 +59,10 @@ class ParallelOps:
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         return gather_from_sequence_parallel_region(x, self.axis)
 
-    def attend(self, qkv: Qkv, batch: ShardedBatch, window: int | None) -> torch.Tensor:
-        return attend_over_axis(qkv.q, qkv.k, qkv.v, window, batch)
+    def norm_full_width(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, features: int
+    ) -> torch.Tensor:
+        return rms_norm_over_axis(x, weight, eps, features, self.axis)
+
+    def attend(self, qkv: Qkv, batch: BlockBatch, window: int | None) -> torch.Tensor:
+        return attend_over_axis(qkv.q, qkv.k, qkv.v, window, cast(ShardedBatch, batch))

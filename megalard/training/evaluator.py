@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from megalard.config.schema import Config
-from megalard.evaluation.measure import check_lengths, cut_windows, default_lengths
+from megalard.config.schema import Config, EvaluationConfig
+from megalard.evaluation.measure import check_lengths, cut_windows, default_lengths, length_multiple
 from megalard.evaluation.plots import draw
 from megalard.evaluation.report import Entry, Restoration, print_tables, write_json
 from megalard.evaluation.suite import Suite, run_suite
 from megalard.model.decoder import Decoder
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import Mesh
-from megalard.training.build import open_tokens
 from megalard.training.plan import Plan
+from megalard.training.streams import open_tokens
 
 
 class Evaluator:
-    """Measures before and after training. Without held-out text it does nothing.
+    """Measures before and after training. Without any text to measure on it does nothing.
+
+    Args:
+        held_out: a part of the training text that was taken aside, int64 [tokens]; it is used if
+            the configuration names no held-out text.
 
     Attributes:
         entries: what has been measured so far.
@@ -29,7 +34,14 @@ class Evaluator:
         UserError: on every rank, if the text or the lengths cannot be used.
     """
 
-    def __init__(self, config: Config, plan: Plan, output: Path, mesh: Mesh):
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        output: Path,
+        mesh: Mesh,
+        held_out: np.ndarray | None = None,
+    ):
         self.output, self.mesh = output, mesh
         self.dtype = getattr(torch, config.model.compute_dtype)
         self.restoration = Restoration(plan.native_window, plan.factor)
@@ -38,16 +50,30 @@ class Evaluator:
         evaluation = config.evaluation
         self.settings = {"text": evaluation.paths, "max_tokens": evaluation.max_tokens}
         if not evaluation.paths:
+            if held_out is not None:
+                self._use_training_text(held_out, evaluation, plan)
             return
-        store = open_tokens(
-            evaluation.paths, output / "evaluation-tokens", config.data.text_key, plan, mesh
-        )
+        store = open_tokens(evaluation.paths, output / "evaluation-tokens", config.data, plan, mesh)
         lengths = evaluation.lengths or default_lengths(plan.native_window, plan.factor)
         with checked_on_all_ranks(mesh.world):
             check_lengths(lengths, mesh.tp.size, mesh.cp.size, "evaluation.lengths")
             count = min(len(store.tokens), max(evaluation.max_tokens, *lengths))
             windows = cut_windows(store.read(0, count), lengths, evaluation.max_tokens)
         self.suite = Suite(windows)
+
+    def _use_training_text(
+        self, held_out: np.ndarray, evaluation: EvaluationConfig, plan: Plan
+    ) -> None:
+        """Evaluate on a part of the training text, at the lengths that it is long enough for."""
+        mesh, self.settings = self.mesh, {"training_tokens_held_out": len(held_out)}
+        multiple = length_multiple(mesh.tp.size, mesh.cp.size)
+        lengths = [
+            length
+            for length in evaluation.lengths or default_lengths(plan.native_window, plan.factor)
+            if length <= len(held_out) and length % multiple == 0
+        ]
+        if lengths:
+            self.suite = Suite(cut_windows(held_out, lengths, evaluation.max_tokens))
 
     @property
     def is_active(self) -> bool:
@@ -59,6 +85,17 @@ class Evaluator:
         if self.is_active:
             self._measure("teacher", teacher, None)
             self._measure("scaled", student, teacher)
+
+    def between(self, name: str, teacher: Decoder | None, student: Decoder, tokens: int) -> None:
+        """Measure the student between two stages; a collective call.
+
+        Args:
+            name: how the tables call it.
+            teacher: None if it is not in memory, so that nothing is compared with it.
+            tokens: the number of tokens so far.
+        """
+        if self.is_active:
+            self._measure(name, student, teacher, tokens)
 
     def after(self, teacher: Decoder, student: Decoder, tokens: int) -> None:
         """Measure the restored student; rank 0 prints the table and writes JSON and PNG.

@@ -8,18 +8,23 @@ the source file.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 
+from megalard.checkpoint.companions import Companion
 from megalard.checkpoint.huggingface import plan_files, write_huggingface
+from megalard.checkpoint.read_back import reading_back
+from megalard.checkpoint.stored_names import StoredWeights
 from megalard.checkpoint.weights import Weights, merge_lora, trained_parts
 from megalard.checkpoint.write_options import FILE_BYTES, WriteOptions
 from megalard.distill.student import Student
 from megalard.errors import UserError
+from megalard.model.layout import Layout
+from megalard.model.projection import Projection
 from megalard.parallel.agreement import from_rank_0
 from megalard.parallel.collectives import all_gather_tokens
 from megalard.parallel.mesh import Axis, Mesh
-from megalard.parallel.tensor.layout import Layout
 
 _SHARD_BYTES = FILE_BYTES
 
@@ -29,7 +34,7 @@ def save_student(
     student: Student,
     source: Weights,
     config: dict,
-    companions: tuple[Path, ...],
+    companions: tuple[Companion, ...],
     mesh: Mesh,
 ) -> None:
     """Write the merged student; a collective call of all ranks, in which rank 0 writes.
@@ -49,10 +54,14 @@ def save_student(
     sentence = None
     if mesh.dp.rank == 0:
         merged = _MergedTensors(student, source, mesh.tp)
+        stored = StoredWeights(merged, student.decoder.spec)
+        files = plan_files(stored, _SHARD_BYTES)
+        merged.pending = [part for file in files for name in file for part in stored.parts[name]]
         if mesh.is_rank_0:
-            options = WriteOptions(companions, _SHARD_BYTES)
+            check = reading_back(student.decoder.spec, student.decoder.rope, directory)
+            options = WriteOptions(companions, _SHARD_BYTES, check=check)
             try:
-                write_huggingface(directory, merged, config, options, replace=True)
+                write_huggingface(directory, stored, config, options, replace=True)
             except UserError as error:
                 sentence = str(error)
                 merged.drain()
@@ -64,17 +73,20 @@ def save_student(
 
 
 class _MergedTensors:
-    """The student's tensors in the order of the files. Reading a trained tensor is a collective.
+    """The merged tensors of the student. Reading a trained tensor is a collective call.
 
     Ranks other than rank 0 follow with ``drain``, so that every rank joins every gather in the same
     order.
+
+    Attributes:
+        pending: the tensors that have not been read, in the order in which they will be.
     """
 
     def __init__(self, student: Student, source: Weights, axis: Axis):
         self.student, self.source, self.axis = student, source, axis
         self.directory = source.directory
         self.shape, self.dtype, self.files = source.shape, source.dtype, source.files
-        self._pending = [name for file in plan_files(self, _SHARD_BYTES) for name in file]
+        self.pending: list[str] = []
 
     def names(self) -> list[str]:
         # A tied head in the files is left out: it would differ from a trained embedding, and
@@ -84,29 +96,32 @@ class _MergedTensors:
 
     def drain(self) -> None:
         """Join the gathers that remain."""
-        for name in list(self._pending):
-            if trained_parts(name, self.student.trained):
+        for name in list(self.pending):
+            if trained_parts(name, self.student.changed):
                 self._gather(name)
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
         """Return the merged tensor in the source's dtype, on the CPU."""
         assert layout is None, "the student is exported as full tensors"
-        self._pending.remove(name)
-        parts = trained_parts(name, self.student.trained)
+        self.pending.remove(name)
+        parts = trained_parts(name, self.student.changed)
         if not parts:
             return self.source.read(name)
-        full = self._gather(name)
-        if name in full:
-            return full[name].to("cpu", self.source.dtype(name))
-        scale = self.student.decoder.get_submodule(name.removesuffix(".weight")).lora_scale
-        pair = (full[part] for part in parts)
-        return merge_lora(name, self.source.read(name), *pair, scale).cpu()
+        full, dtype = self._gather(name), self.source.dtype(name)
+        original = full[name] if name in full else self.source.read(name)
+        if parts != [name]:
+            projection = self.student.decoder.get_submodule(name.removesuffix(".weight"))
+            scale = cast(Projection, projection).lora_scale
+            lora_a, lora_b = (full[part] for part in parts[-2:])
+            original = merge_lora(name, original, lora_a, lora_b, scale)
+        return original.to("cpu", dtype)
 
     def _gather(self, name: str) -> dict[str, torch.Tensor]:
-        layouts, trained = self.student.decoder.layouts, self.student.trained
+        decoder, changed = self.student.decoder, self.student.changed
+        device = decoder.model.embed_tokens.weight.device
         return {
-            part: gather_full(trained[part].detach(), layouts[part], self.axis)
-            for part in trained_parts(name, trained)
+            part: gather_full(changed[part].detach().to(device), decoder.layouts[part], self.axis)
+            for part in trained_parts(name, changed)
         }
 
 

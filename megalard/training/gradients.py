@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from megalard.model.layout import Layout
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
-from megalard.parallel.tensor.layout import Layout
 
 
 class GradientBuffer:

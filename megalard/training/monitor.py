@@ -6,6 +6,8 @@ import json
 import math
 import resource
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,33 +16,52 @@ from megalard.reporter import Reporter
 from megalard.training.step import StepResult
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What the steps of a stage cost, for rates and the estimated time.
+
+    Attributes:
+        stage: the name of the stage; None in a run without stages.
+        last_step: the number of its last step, counted from 1 over all stages.
+        tokens_per_step: tokens of one step over all ranks.
+        flops_per_step: the operations of one step over all ranks.
+    """
+
+    stage: str | None
+    last_step: int
+    tokens_per_step: int
+    flops_per_step: float
+
+
 class Monitor:
     """Reports steps. On ranks other than rank 0 it does nothing.
 
     Args:
         output: the output directory of the run.
-        steps: the number of steps of the run, for the estimated time.
-        tokens_per_step: tokens of one step over all ranks.
+        paces: the stages of the run, in order.
         ranks: the number of ranks, for the rate per GPU.
         log_every: steps between reports.
         reporter: prints on rank 0.
         device: the device whose peak memory is reported.
         steps_done: the steps taken before this start. Reports of later steps are removed.
+        peak_flops: the peak FLOP/s of a GPU, for the model FLOP utilization (MFU); None if that is
+            not known.
     """
 
     def __init__(
         self,
         output: Path,
-        steps: int,
-        tokens_per_step: int,
+        paces: Sequence[Pace],
         ranks: int,
         log_every: int,
         reporter: Reporter,
         device: torch.device,
         steps_done: int = 0,
+        peak_flops: float | None = None,
     ):
-        self.steps, self.tokens_per_step, self.log_every = steps, tokens_per_step, log_every
+        self.paces, self.steps, self.log_every = paces, paces[-1].last_step, log_every
         self.ranks, self.reporter, self.device = ranks, reporter, device
+        self.peak_flops = peak_flops
         self.last_time, self.last_step = time.perf_counter(), steps_done
         if reporter.is_rank_0:
             from torch.utils.tensorboard import SummaryWriter
@@ -50,9 +71,15 @@ class Monitor:
             self.metrics = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
             self.board = SummaryWriter(str(output / "tensorboard"), purge_step=steps_done + 1)
 
+    def restart_clock(self, step: int) -> None:
+        """Leave the time since the last report out: it was not spent on steps."""
+        self.last_time, self.last_step = time.perf_counter(), step
+
     def report(self, number: int, result: StepResult) -> None:
-        """Report step ``number``, counted from 1, if a report is due."""
-        is_due = number % self.log_every == 0 or number == self.steps or result.skipped is not None
+        """Report step ``number``, counted from 1 over all stages, if a report is due."""
+        pace = next(pace for pace in self.paces if number <= pace.last_step)
+        is_last = number in (pace.last_step, self.steps)
+        is_due = number % self.log_every == 0 or is_last or result.skipped is not None
         if not self.reporter.is_rank_0 or not is_due:
             return
         now = time.perf_counter()
@@ -63,27 +90,54 @@ class Monitor:
             **{f"loss_{name}": value for name, value in result.parts.items()},
             "gradient_norm": result.gradient_norm,
             "learning_rate": result.learning_rate,
-            "tokens_per_second": self.tokens_per_step / seconds,
+            "tokens_per_second": pace.tokens_per_step / seconds,
             "memory_gib": peak_memory_bytes(self.device) / 2**30,
         }
-        tokens = number * self.tokens_per_step
+        if self.peak_flops is not None:
+            values["mfu"] = pace.flops_per_step / (seconds * self.peak_flops * self.ranks)
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = {"step": number, "tokens": tokens, **finite, "skipped": result.skipped}
+        line = {
+            "step": number,
+            **({} if pace.stage is None else {"stage": pace.stage}),
+            "tokens": self._total(number, lambda pace: pace.tokens_per_step),
+            **finite,
+            "skipped": result.skipped,
+        }
         self.metrics.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, number)
+        self.reporter.line(self._line(number, result, values, pace, seconds))
+        if result.skipped is not None:
+            self.reporter.line(f"skipped {result.skipped}")
+
+    def _line(
+        self, number: int, result: StepResult, values: dict[str, float], pace: Pace, seconds: float
+    ) -> str:
         parts = " ".join(f"{name} {value:.4f}" for name, value in result.parts.items())
         rate = values["tokens_per_second"]
         per_rank = f" ({rate / self.ranks:,.0f} per rank)" if self.ranks > 1 else ""
-        self.reporter.line(
-            f"step {number}/{self.steps}  loss {result.loss:.4f} ({parts})  "
+        mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
+        stage = "" if pace.stage is None else f"{pace.stage} "
+        # Steps of other stages take as long as their operations at the present rate.
+        all_flops = self._total(self.steps, lambda pace: pace.flops_per_step)
+        flops_done = self._total(number, lambda pace: pace.flops_per_step)
+        remaining = (all_flops - flops_done) / pace.flops_per_step * seconds
+        return (
+            f"{stage}step {number}/{self.steps}  loss {result.loss:.4f} ({parts})  "
             f"grad {result.gradient_norm:.3g}  lr {result.learning_rate:.3g}  "
-            f"{rate:,.0f} tokens/s{per_rank}  {values['memory_gib']:.2f} GiB  "
-            f"ETA {_duration((self.steps - number) * seconds)}"
+            f"{rate:,.0f} tokens/s{per_rank}{mfu}  {values['memory_gib']:.2f} GiB  "
+            f"ETA {_duration(remaining)}"
         )
-        if result.skipped is not None:
-            self.reporter.line(f"skipped {result.skipped}")
+
+    def _total(self, number: int, per_step: Callable[[Pace], float]) -> float:
+        """Return the sum over the steps up to ``number`` of what a step of each stage has."""
+        total: float = 0
+        before = 0
+        for pace in self.paces:
+            total += (min(max(number, before), pace.last_step) - before) * per_step(pace)
+            before = pace.last_step
+        return total
 
     def close(self) -> None:
         """Close the files."""

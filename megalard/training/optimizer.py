@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """Return apex's FusedAdam if it is installed and there is a GPU, or torch's fused AdamW."""
-    settings = dict(
+    settings: dict[str, Any] = dict(
         lr=config.learning_rate,
         betas=tuple(config.betas),
         eps=config.eps,
@@ -42,7 +43,7 @@ def update_where(finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None
     """
     if isinstance(optimizer, torch.optim.AdamW):
         # The flag that torch.amp.GradScaler sets: with 1, parameters and state do not change.
-        optimizer.found_inf = 1.0 - finite.float()
+        optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
         optimizer.step()
     elif finite:
         optimizer.step()
@@ -52,11 +53,13 @@ def learning_rate(step: int, config: OptimizerConfig) -> float:
     """Return the learning rate of a step, counted from 0.
 
     A linear warm-up starts above zero and reaches the peak at its last step. A cosine follows and
-    ends at ``min_ratio`` of the peak at the last step of the run.
+    ends at ``min_ratio`` of the peak at the last step of the run. With ``start_at_zero`` every step
+    has the rate of the step before it, and the first has zero.
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+    place = step if config.start_at_zero else step + 1
+    if config.warmup_steps and place <= config.warmup_steps:
+        return config.learning_rate * place / config.warmup_steps
     decay_steps = max(1, config.steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps + 1) / decay_steps)
+    progress = min(1.0, (place - config.warmup_steps) / decay_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * (config.min_ratio + (1 - config.min_ratio) * cosine)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from secrets import token_hex
@@ -47,6 +47,8 @@ _MAY_CHANGE = (
     "rope.table",
 )
 
+_FINISHED = "finished.json"
+
 
 @dataclass(frozen=True)
 class Output:
@@ -57,11 +59,13 @@ class Output:
         is_new: whether the directory was empty, so that bad input may empty it again.
         checkpoint: the newest complete checkpoint, from which the run resumes; None if there is
             none.
+        is_finished: whether this very run has finished, so that nothing is left to do.
     """
 
     directory: Path
     is_new: bool = True
     checkpoint: Path | None = None
+    is_finished: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -171,23 +175,36 @@ def _look(config: Config, directory: Path) -> Output:
                 f"{output.checkpoints}"
             )
         _compare(manifest.training["config"], to_dict(config), directory)
-        return Output(directory, False, path)
+        return Output(directory, False, path, _is_finished(directory, config))
     # A run that was stopped before its first checkpoint begins again.
     note = directory / "run.json"
     not_empty = UserError(f"run.output {directory} is not empty: choose another directory")
     if not note.is_file():
         raise not_empty
-    if (directory / "student").exists() or any(directory.glob("step-*")):
-        raise UserError(
-            f"run.output {directory} holds a run that has exported its student and has no "
-            "checkpoint to resume from: choose another directory"
-        )
     try:
         if note.stat().st_size:  # a run that is killed at once leaves the file empty
             _compare(read_json(note), to_dict(config), directory)
     except (OSError, ValueError, AttributeError):
         raise not_empty from None
-    return output
+    return replace(output, is_finished=_is_finished(directory, config))
+
+
+def mark_finished(output: Output, config: Config) -> None:
+    """Note in the output directory that this run has finished."""
+    path = output.directory / _FINISHED
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    partial.replace(path)
+
+
+def _is_finished(directory: Path, config: Config) -> bool:
+    """Whether a run with these very settings has finished, and its student is there."""
+    try:
+        finished = in_present_spelling(read_json(directory / _FINISHED))
+    except (OSError, ValueError, AttributeError):
+        return False
+    has_student = (directory / "student" / "config.json").is_file()
+    return has_student and finished == json.loads(json.dumps(to_dict(config)))
 
 
 @contextmanager
@@ -208,17 +225,20 @@ def _compare(saved: dict, current: dict, directory: Path) -> None:
     Raises:
         UserError: naming the first setting that differs.
     """
-    saved, current = _flat(in_present_spelling(saved)), _flat(current)
-    for key in sorted(saved.keys() ^ current.keys()):
-        if key.startswith("streams."):
+    for group in ("streams", "stages"):
+        names, now = (list((tree.get(group) or {}).keys()) for tree in (saved, current))
+        if names != now:
             raise UserError(
-                f"run.output {directory} holds a run with other streams (only one of the two runs "
-                f"has {key}): choose another directory, or set it back to resume that "
-                "run"
+                f"run.output {directory} holds a run with other {group} "
+                f"({', '.join(names) or 'none'}, not {', '.join(now) or 'none'}): choose another "
+                "directory, or set them back to resume that run"
             )
+    # Settings that the saved run does not have are newer than the run, which had their defaults.
+    saved, current = _flat(in_present_spelling(saved)), _flat(current)
     for key in sorted(saved.keys() & current.keys()):
-        # The keys of a stream are judged as the keys of that name in other sections.
-        general = re.sub(r"^streams\.[^.]+\.(?=data\.)|^streams\.[^.]+\.(?=micro_)", "", key)
+        # The keys of stages and streams are judged as the keys of that name in other sections.
+        general = re.sub(r"^stages\.[^.]+\.", "", key)
+        general = re.sub(r"^streams\.[^.]+\.(?=data\.|micro_)", "", general)
         if saved[key] != current[key] and not general.startswith(_MAY_CHANGE):
             raise UserError(
                 f"run.output {directory} holds a run with {key} {shown(saved[key])}, not "

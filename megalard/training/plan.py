@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
+from megalard.checkpoint.companions import Companion, for_window, tokenizer_companions
 from megalard.checkpoint.open import StoredModel, open_model
 from megalard.config.schema import Config, StreamConfig
 from megalard.data.sampler import check_global_batch
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
 from megalard.distill.objective import reaches_of
 from megalard.errors import UserError
-from megalard.model.rope import scaled_config, write_rope
+from megalard.model.export_config import export_config
+from megalard.model.rope import rope_table, scaled_config, window_of
 from megalard.model.spec import ModelSpec, spec_from_config
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.context.shard import SequenceShard
@@ -53,9 +54,10 @@ class Plan:
         return Origins(self.source, None if self.source is self.teacher else self.teacher)
 
     @property
-    def companions(self) -> tuple[Path, ...]:
-        """The files that are copied next to every save: tokenizer and generation files."""
-        return (*self.tokenizer.files, *self.source.generation_config)
+    def companions(self) -> tuple[Companion, ...]:
+        """The files that are written next to every save: tokenizer and generation files."""
+        files = (*tokenizer_companions(self.tokenizer.directory), *self.source.generation_config)
+        return for_window(files, self.native_window, self.student.max_positions)
 
 
 def make_plan(config: Config, mesh: Mesh) -> Plan:
@@ -67,33 +69,53 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
     with checked_on_all_ranks(mesh.world):
         teacher = open_model(config.model.teacher)
         source = open_model(config.model.student) if config.model.student else teacher
-        native_window = config.model.native_context or teacher.spec.max_positions
+        native_window = _native_window(config, teacher)
         check_divisible(teacher.spec, mesh.tp.size)
         if config.rope.type == "checkpoint":
-            student_config = write_rope(
-                source.spec.hf_config, source.spec.rope, source.spec.head_dim
-            )
+            window = window_of(source.spec, native_window)
+            student_config = export_config(source.spec, window=window)
         else:
             student_config = scaled_config(source.spec, config.rope, native_window)
         student = spec_from_config(student_config, str(source.directory))
         check_divisible(student, mesh.tp.size)
-        for name, stream in config.all_streams().items():
-            with naming_stream(name, config):
-                _check_stream(stream, native_window, student, mesh)
+        rope_table(student)
+        for stage, stage_config in config.all_stages().items():
+            for name, stream in stage_config.all_streams().items():
+                with naming_stream(name, stage_config, stage):
+                    _check_stream(stream, native_window, student, mesh)
         directory = config.model.tokenizer
         tokenizer = load_tokenizer(directory) if directory else teacher.tokenizer
     return Plan(teacher, source, student, student_config, native_window, tokenizer)
 
 
+def _native_window(config: Config, teacher: StoredModel) -> int:
+    """Return M: the teacher's own window, unless the configuration gives a shorter one."""
+    window, given = window_of(teacher.spec), config.model.native_context
+    if given is not None and given > window:
+        raise UserError(
+            f"model.native_context is {given}, but {teacher.directory} reads {window} positions: "
+            "leave it out, or give a shorter window"
+        )
+    return given or window
+
+
 @contextmanager
-def naming_stream(stream: str, config: Config) -> Iterator[None]:
-    """Name the stream in an error of the block, if there are several streams."""
+def naming_stream(stream: str, config: Config, stage: str = "main") -> Iterator[None]:
+    """Name stage and stream in an error of the block, if there are several of them.
+
+    Args:
+        stream: its name.
+        config: the configuration of the stage.
+        stage: the name of the stage; ``main`` in a run without stages.
+    """
     try:
         yield
     except UserError as error:
-        if not config.streams:
+        names = [f"stage {stage}"] if stage != "main" else []
+        names += [f"stream {stream}"] if config.streams else []
+        if not names:
             raise
-        raise type(error)(f"stream {stream}: {error}") from None
+        raise type(error)(f"{', '.join(names)}: {error}") from None
 
 
 def _check_stream(stream: StreamConfig, native_window: int, student: ModelSpec, mesh: Mesh) -> None:

@@ -1,9 +1,11 @@
-"""Preflight: two real steps and a report, before a long run is paid for."""
+"""Preflight: two real steps of each stage and a report, before a long run is paid for."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -12,27 +14,68 @@ from rich.table import Table
 from megalard.data.loader import StreamLoaders
 from megalard.errors import UserError
 from megalard.kernels.relation_kl import describe_kernels
-from megalard.model.rope import rope_table
+from megalard.model.decoder import Decoder
+from megalard.model.rope import RopeTable
 from megalard.parallel.agreement import gather_objects
+from megalard.parallel.mesh import Mesh
+from megalard.training.models import load_models, next_student
 from megalard.training.monitor import peak_memory_bytes
 from megalard.training.plan import Plan
+from megalard.training.stages import Stage, needs_teacher
 from megalard.training.step import Distiller
+from megalard.training.streams import make_loaders, open_streams
 
 _STEPS = 2
+_ROPE_ROWS = 8
 
 
-def run_preflight(distiller: Distiller, plan: Plan, loaders: StreamLoaders) -> None:
-    """Take two real steps, check the loss and the gradient of every trained tensor, and report.
+def run_preflight(stages: Sequence[Stage], plan: Plan, scratch: Path, mesh: Mesh) -> None:
+    """Take two real steps of each stage, check the losses and gradients, and report.
+
+    Args:
+        scratch: a directory for the tokens, which is removed later.
 
     Raises:
         UserError: a loss or a gradient is not finite, or the gradient of a trained tensor is zero
-            on every rank after the second step. In the first step the gradient of LoRA's A is zero,
-            because B is zero.
+            on every rank after the second step of its stage. In the first step the gradient of
+            LoRA's A is zero, because B is zero.
     """
-    mesh, config = distiller.mesh, distiller.config
+    stores = open_streams(stages, scratch, plan, mesh, read_only=True)
+    first_teacher, student = load_models(stages[0], plan, mesh)
+    teacher: Decoder | None = first_teacher
+    rope, console = first_teacher.rope, Console(width=120)
+    del first_teacher
+    total_minutes, memory = 0.0, 0
+    for number, stage in enumerate(stages):
+        teacher = teacher if needs_teacher(stages[number:]) else None
+        student = next_student(student, stage, plan, mesh) if number else student
+        with make_loaders(stage, stores, plan, mesh) as loaders:
+            distiller = Distiller(teacher, student, stage.config, mesh)
+            seconds, losses = _two_steps(distiller, loaders)
+        memory = max(memory, *gather_objects(peak_memory_bytes(mesh.device), mesh.world))
+        if mesh.is_rank_0:
+            if number == 0:
+                _print_rope(console, rope, student.decoder.rope, plan)
+            if len(stages) > 1:
+                console.print(f"stage {stage.name}")
+            total_minutes += _print_stage(console, distiller, seconds, losses)
+    if mesh.is_rank_0:
+        if len(stages) > 1:
+            console.print(f"all stages: {total_minutes:.1f} minutes")
+        console.print(
+            f"relation kernels: {describe_kernels(mesh.device)}\n"
+            f"ranks: dp {mesh.dp.size} x cp {mesh.cp.size} x tp {mesh.tp.size} on "
+            f"{mesh.device.type}\n"
+            f"peak memory: {memory / 2**30:.2f} GiB on the rank that uses most\n"
+            "preflight passed; nothing was written"
+        )
+
+
+def _two_steps(distiller: Distiller, loaders: StreamLoaders) -> tuple[list[float], list[float]]:
+    """Take the steps and check them; return their seconds and their losses."""
     seconds, losses = [], []
     for number in range(_STEPS):
-        batches = loaders.step(number, mesh.device)
+        batches = loaders.step(number, distiller.mesh.device)
         start = time.perf_counter()
         result = distiller.step(batches, number)
         seconds.append(time.perf_counter() - start)
@@ -40,31 +83,29 @@ def run_preflight(distiller: Distiller, plan: Plan, loaders: StreamLoaders) -> N
         if not math.isfinite(result.loss) or not math.isfinite(result.gradient_norm):
             raise UserError(f"preflight step {number + 1}: loss {result.loss} is not finite")
     _check_gradients(distiller)
-    memory = max(gather_objects(peak_memory_bytes(mesh.device), mesh.world))
-    if not mesh.is_rank_0:
-        return
+    return seconds, losses
 
-    console = Console(width=120)
-    _print_rope(console, distiller, plan)
-    trained = distiller.student.trained
+
+def _print_stage(
+    console: Console, distiller: Distiller, seconds: list[float], losses: list[float]
+) -> float:
+    """Print what two steps of a stage showed; return the minutes of the whole stage."""
+    config, trained = distiller.config, distiller.student.trained
     layouts = distiller.student.decoder.layouts
     total = sum(math.prod(layouts[name].full_shape) for name in trained)
     console.print(f"trained: {total:,} parameters in {len(trained)} tensors")
     for kind, count, shape in _kinds(distiller):
         console.print(f"  {count:4d} x {kind} {list(shape)}")
-    tokens = config.tokens_per_step
-    steps = config.optimizer.steps
+    tokens, steps = config.tokens_per_step, config.optimizer.steps
+    minutes = seconds[-1] * steps / 60
     console.print(
-        f"relation kernels: {describe_kernels(mesh.device)}\n"
-        f"ranks: dp {mesh.dp.size} x cp {mesh.cp.size} x tp {mesh.tp.size} on {mesh.device.type}\n"
         f"loss: {' -> '.join(f'{loss:.5f}' for loss in losses)}\n"
         f"gradients: finite and not zero for all {len(trained)} trained tensors\n"
-        f"peak memory: {memory / 2**30:.2f} GiB on the rank that uses most\n"
         f"time: {seconds[-1]:.2f} s per step of {tokens:,} tokens "
-        f"({tokens / seconds[-1]:,.0f} tokens/s), {seconds[-1] * steps / 60:.1f} minutes for "
-        f"{steps} steps ({tokens * steps:,} tokens)\n"
-        "preflight passed; nothing was written"
+        f"({tokens / seconds[-1]:,.0f} tokens/s), {minutes:.1f} minutes for {steps} steps "
+        f"({tokens * steps:,} tokens)"
     )
+    return minutes
 
 
 def _check_gradients(distiller: Distiller) -> None:
@@ -91,14 +132,19 @@ def _check_gradients(distiller: Distiller) -> None:
         )
 
 
-def _print_rope(console: Console, distiller: Distiller, plan: Plan) -> None:
-    teacher, student = rope_table(plan.teacher.spec), distiller.student.decoder.rope
+def _print_rope(console: Console, teacher: RopeTable, student: RopeTable, plan: Plan) -> None:
+    """Print the frequencies before and after scaling; of many pairs, some."""
     table = Table(title=f"RoPE: window {plan.native_window} -> {plan.student.max_positions}")
     for heading in ("pair", "teacher 1/frequency", "student 1/frequency", "ratio"):
         table.add_column(heading, justify="right")
-    for pair, (t, s) in enumerate(
-        zip(teacher.inv_freq.tolist(), student.inv_freq.tolist(), strict=True)
-    ):
+    pairs = len(teacher.inv_freq)
+    shown = (
+        range(pairs)
+        if pairs <= _ROPE_ROWS
+        else [round(row * (pairs - 1) / (_ROPE_ROWS - 1)) for row in range(_ROPE_ROWS)]
+    )
+    for pair in shown:
+        t, s = float(teacher.inv_freq[pair]), float(student.inv_freq[pair])
         table.add_row(str(pair), f"{1 / t:.6g}", f"{1 / s:.6g}", f"{t / s:.4f}")
     console.print(table)
     console.print(

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 from megalard.checkpoint.sharded.manifest import Manifest, written_by
 from megalard.checkpoint.sharded.save_load import ShardedWeights
-from megalard.config.schema import to_dict
+from megalard.config.schema import Config, to_dict
 from megalard.data.loader import StreamLoaders
 from megalard.data.token_store import TokenStore
 from megalard.errors import UserError
+from megalard.model.spec import ModelSpec, spec_from_config
 from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks
 from megalard.parallel.mesh import Axis
 from megalard.reporter import Reporter
 from megalard.training.origins import Origins
 from megalard.training.output import Output, naming_older_checkpoint
+from megalard.training.plan import Plan
 from megalard.training.run_folder import unfinished
+from megalard.training.stages import Stage, data_key
 from megalard.training.state import optimizer_settings, restore_state
 from megalard.training.step import Distiller
+from megalard.training.streams import Stores
 
 
-def resume(
-    output: Output,
-    distiller: Distiller,
-    origins: Origins,
-    stores: dict[str, TokenStore],
-    axis: Axis,
-    reporter: Reporter,
-) -> tuple[int, dict | None]:
-    """Restore the state of the output's checkpoint, if there is one; a collective call.
+def open_checkpoint(output: Output, plan: Plan, axis: Axis, reporter: Reporter) -> int:
+    """Return how many steps the output's checkpoint has; 0 for a new run. A collective call.
 
-    Returns:
-        The number of steps that are done (0 for a new run), and what the next checkpoint notes of
-        the models (None if their files have not been read).
+    Saves that were not finished are removed.
 
     Raises:
-        UserError: on every rank, if the checkpoint, a model or the text is damaged or has changed.
+        UserError: on every rank, if the checkpoint is of another student.
     """
     for path in unfinished(output.checkpoints) if axis.rank == 0 else ():
         shutil.rmtree(path, ignore_errors=True)
@@ -47,50 +43,81 @@ def resume(
             reporter.line(
                 f"{output.directory} holds no complete checkpoint: the run begins at the start"
             )
-        return 0, None
+        return 0
+    with checked_on_all_ranks(axis):
+        with naming_older_checkpoint(output.checkpoint):
+            manifest = ShardedWeights(output.checkpoint).manifest
+        _check_student(manifest, plan.student)
+    return manifest.training["step"]
+
+
+def restore(
+    output: Output,
+    distiller: Distiller,
+    origins: Origins,
+    stages: Sequence[Stage],
+    stores: Stores,
+    axis: Axis,
+    reporter: Reporter,
+) -> dict | None:
+    """Load the output's checkpoint, if there is one, into the stage it belongs to.
+
+    Returns:
+        What the next checkpoint notes of the models; None if their files have not been read.
+
+    Raises:
+        UserError: on every rank, if the checkpoint, a model or the text is damaged or has changed.
+    """
+    if output.checkpoint is None:
+        return None
     with checked_on_all_ranks(axis):
         with naming_older_checkpoint(output.checkpoint):
             weights = ShardedWeights(output.checkpoint)
-        manifest = weights.manifest
-        _check_data(manifest, stores)
-        _check_student(manifest, distiller.student.decoder.spec.hf_config)
+        _check_data(weights.manifest, stages, stores)
 
     def check() -> None:
         with naming_older_checkpoint(output.checkpoint):
             weights.check_sums(axis)
-        origins.check(manifest, axis)
+        origins.check(weights.manifest, axis)
 
     with checked_meanwhile(check, axis) as wait_for_checksums:
         with naming_older_checkpoint(output.checkpoint):
             restore_state(distiller, weights, axis)
         wait_for_checksums()
-    step = manifest.training["step"]
-    reporter.line(f"resuming from {output.checkpoint} after step {step}")
-    return step, origins.checked_sections(manifest)
+    reporter.line(
+        f"resuming from {output.checkpoint} after step {weights.manifest.training['step']}"
+    )
+    return origins.checked_sections(weights.manifest)
 
 
-def _check_student(manifest: Manifest, config: dict) -> None:
+def _check_student(manifest: Manifest, student: ModelSpec) -> None:
     """Refuse another student, such as a student with another table of inverse frequencies."""
-    current = json.loads(json.dumps(config))
-    for key in sorted(current.keys() | manifest.config.keys()):
-        if current.get(key) != manifest.config.get(key):
+    saved = spec_from_config(manifest.config, str(manifest.directory))
+    for field in fields(ModelSpec):
+        current = getattr(student, field.name)
+        if field.name != "hf_config" and current != getattr(saved, field.name):
             raise UserError(
-                f"the student's {key} is not what {manifest.directory} was trained with: restore "
-                "the model's config.json and rope.table, or choose another run.output"
+                f"the student's {field.name} is not what {manifest.directory} was trained with: "
+                "restore the model's config.json and rope.table, or choose another run.output"
             )
 
 
-def _check_data(manifest: Manifest, stores: dict[str, TokenStore]) -> None:
-    for name, store in stores.items():
-        saved, current = manifest.training["data"][name], _identity(store)
-        for key, value in current.items():
-            if saved[key] != value:
-                stream = f" of stream {name}" if len(stores) > 1 else ""
-                raise UserError(
-                    f"the text{stream} is not the text {manifest.directory} was trained on (its "
-                    f"{key} is {value}, and was {saved[key]}): restore data.paths, or choose "
-                    "another run.output"
-                )
+def _check_data(manifest: Manifest, stages: Sequence[Stage], stores: Stores) -> None:
+    for stage in stages:
+        for name, store in stores[stage.name].items():
+            saved, current = manifest.training["data"][data_key(stage, name)], _identity(store)
+            for key, value in current.items():
+                # Earlier versions knew a text by its files.
+                known = (value, store.source_files) if key == "sources" else (value,)
+                if saved[key] not in known:
+                    stream = (
+                        f" of {data_key(stage, name)}" if len(manifest.training["data"]) > 1 else ""
+                    )
+                    raise UserError(
+                        f"the text{stream} is not the text {manifest.directory} was trained on "
+                        f"(its {key} is {value}, and was {saved[key]}): restore data.paths, or "
+                        "choose another run.output"
+                    )
 
 
 def _identity(store: TokenStore) -> dict:
@@ -102,36 +129,49 @@ def _identity(store: TokenStore) -> dict:
 
 
 def describe_run(
+    config: Config,
+    stage: Stage,
     distiller: Distiller,
     student_config: dict,
-    stores: dict[str, TokenStore],
-    loaders: StreamLoaders,
+    stores: Stores,
+    loaders: Mapping[str, StreamLoaders],
+    stages: Sequence[Stage],
     step: int,
 ) -> dict:
-    """Return the manifest's sections after ``step`` steps, except those of the models."""
-    config, layouts = distiller.config, distiller.student.decoder.layouts
-    trainable = config.trainable
+    """Return the manifest's sections after ``step`` steps, except those of the models.
+
+    Args:
+        config: the configuration of the run.
+        stage: the stage of the step.
+        loaders: the loaders of each stage, by its name.
+    """
+    student = distiller.student
+    layouts, trainable = student.decoder.layouts, stage.config.trainable
     lora = {
         "rank": trainable.lora.rank,
         "alpha": trainable.lora.alpha,
         "dropout": trainable.lora.dropout,
         "targets": trainable.lora.targets,
     }
+    data = {}
+    for other in stages:
+        steps_done = min(max(step, other.steps_before), other.last_step) - other.steps_before
+        for name, loader in loaders[other.name].loaders.items():
+            position = loader.position_after(steps_done)
+            data[data_key(other, name)] = {**_identity(stores[other.name][name]), **position}
     return {
         "kind": "training",
         "config": student_config,
         "trained": {
             "mode": trainable.mode,
             "lora": lora if trainable.mode == "lora" else None,
-            "tensors": {name: list(layouts[name].full_shape) for name in distiller.student.trained},
+            "tensors": {name: list(layouts[name].full_shape) for name in student.changed},
         },
         "training": {
             "step": step,
+            "stage": stage.name,
             "seed": config.run.seed,
-            "data": {
-                name: {**_identity(stores[name]), **loader.position_after(step)}
-                for name, loader in loaders.loaders.items()
-            },
+            "data": data,
             "optimizer": {
                 "class": type(distiller.optimizer).__name__,
                 "groups": optimizer_settings(distiller.optimizer),

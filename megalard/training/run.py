@@ -2,56 +2,72 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 
 from megalard.checkpoint.sharded.save_load import checkpoint_axis
 from megalard.config.schema import Config
-from megalard.kernels.relation_kl import describe_kernels
-from megalard.parallel.mesh import Mesh, allowed_restarts
+from megalard.distill.student import Student
+from megalard.model.decoder import Decoder
+from megalard.parallel.mesh import Mesh
 from megalard.reporter import Reporter
-from megalard.training.build import load_models, make_loaders, open_streams
 from megalard.training.evaluator import Evaluator
 from megalard.training.export import save_student
-from megalard.training.monitor import Monitor
-from megalard.training.output import Output, emptied_on_error
+from megalard.training.flops import peak_flops, step_flops
+from megalard.training.holdout import split_holdout
+from megalard.training.models import load_models, load_teacher, next_student, student_to_restore
+from megalard.training.monitor import Monitor, Pace
+from megalard.training.output import Output, emptied_on_error, mark_finished
 from megalard.training.plan import Plan
-from megalard.training.resume import describe_run, resume
+from megalard.training.resume import describe_run, open_checkpoint, restore
 from megalard.training.saver import Saver
+from megalard.training.stages import MAIN, Stage, needs_teacher, stage_after, stages_of
 from megalard.training.step import Distiller, StepResult
 from megalard.training.stop_signals import StopSignals
+from megalard.training.streams import make_loaders, open_streams
 
 
 class Run:
-    """A run that is built and can be resumed and stepped.
+    """A run that is built and can be resumed and stepped, stage by stage.
 
     Attributes:
         config, plan, output, mesh: what the run was built from.
-        teacher: None if nothing compares with it.
-        distiller: the models, the objectives and the optimizer.
-        loaders: the micro-batches of this rank.
-        evaluator: what is measured before and after.
+        stages: the stages, in order.
+        teacher: None while no stage that remains compares with it.
+        student: the student of the present stage.
+        stage: the present stage.
+        distiller: the models, the objectives and the optimizer of the present stage.
+        evaluator: what is measured before, between and after the stages.
         reporter: prints on rank 0.
-        steps_done: the number of steps taken before this start, after ``resume``.
+        steps_done: the number of steps taken, over all stages.
         monitor, saver: what reports and saves the steps, after ``resume``.
     """
 
+    stage: Stage
+    distiller: Distiller
     monitor: Monitor
     saver: Saver
 
     def __init__(self, config: Config, plan: Plan, output: Output, mesh: Mesh):
         self.config, self.plan, self.output, self.mesh = config, plan, output, mesh
-        self.reporter, self.steps_done = Reporter(mesh.is_rank_0), 0
+        self.stages, self.steps_done = stages_of(config), 0
+        self.reporter = Reporter(mesh.is_rank_0)
+        is_resumed = output.checkpoint is not None
+        self.teacher: Decoder | None
+        self.student: Student
         with ExitStack() as opened:
             with emptied_on_error(output, mesh):
-                self._stores = open_streams(config, output.directory, plan, mesh)
-                self.loaders = opened.enter_context(make_loaders(config, self._stores, plan, mesh))
-                self.evaluator = Evaluator(config, plan, output.directory, mesh)
-                self.teacher, student = load_models(
-                    config, plan, mesh, keep_teacher=self.evaluator.is_active
+                stores = open_streams(
+                    self.stages, output.directory, plan, mesh, is_resumed=is_resumed
                 )
-            self.distiller = Distiller(self.teacher, student, config, mesh)
+                self._stores, held_out = split_holdout(stores, self.stages, plan, output)
+                self._loaders = {
+                    stage.name: opened.enter_context(make_loaders(stage, self._stores, plan, mesh))
+                    for stage in self.stages
+                }
+                self.evaluator = Evaluator(config, plan, output.directory, mesh, held_out)
+                self.teacher, self.student = load_models(self.stages[0], plan, mesh)
             self._opened = opened.pop_all()
 
     def close(self) -> None:
@@ -67,40 +83,69 @@ class Run:
         """
         config, plan, mesh = self.config, self.plan, self.mesh
         axis = checkpoint_axis(mesh)
-        self.steps_done, origin_sections = resume(
-            self.output, self.distiller, plan.origins, self._stores, axis, self.reporter
+        self.steps_done = open_checkpoint(self.output, plan, axis, self.reporter)
+        number = stage_after(self.stages, self.steps_done)
+        self.student = student_to_restore(self.student, self.stages, number, plan, mesh)
+        self._make_distiller(self.stages[number])
+        origin_sections = restore(
+            self.output,
+            self.distiller,
+            plan.origins,
+            self.stages,
+            self._stores,
+            axis,
+            self.reporter,
         )
         self.monitor = Monitor(
             self.output.directory,
-            config.optimizer.steps,
-            config.tokens_per_step,
+            [self._pace(stage) for stage in self.stages],
             mesh.world.size,
             config.run.log_every,
             self.reporter,
             mesh.device,
             self.steps_done,
+            peak_flops(mesh.device),
         )
         self._opened.enter_context(closing(self.monitor))
         self.saver = Saver(
             self.output.checkpoints,
-            self.distiller,
+            config.steps,
             plan.origins,
-            partial(describe_run, self.distiller, plan.student_config, self._stores, self.loaders),
             plan.companions,
             config.checkpoint,
             axis,
             origin_sections,
             self.steps_done,
         )
+        self._save_stage(self.stages[number])
 
-    def steps_left(self) -> range:
-        """Return the numbers of the steps that remain, counted from 1."""
-        return range(self.steps_done + 1, self.config.optimizer.steps + 1)
+    def stages_left(self) -> list[Stage]:
+        """Return the stages of which steps remain."""
+        return [stage for stage in self.stages if stage.last_step > self.steps_done]
 
-    def step(self, number: int) -> StepResult:
-        """Take step ``number``, counted from 1, and report it."""
-        batches = self.loaders.step(number - 1, self.mesh.device)
-        result = self.distiller.step(batches, number - 1)
+    def begin(self, stage: Stage) -> None:
+        """End the stage before and go on with the weights that it left; a collective call."""
+        if self.stage == stage:
+            return
+        self._end_stage()
+        before = self.distiller
+        self.student = next_student(self.student, stage, self.plan, self.mesh)
+        self._make_distiller(stage)
+        if stage.keeps_optimizer:
+            self.distiller.optimizer.state.update(before.optimizer.state)
+        self._save_stage(stage)
+        self.reporter.line(
+            f"stage {stage.name}: {stage.config.optimizer.steps} steps of "
+            f"{stage.config.tokens_per_step:,} tokens ({stage.config.trainable.mode})"
+        )
+        self.monitor.restart_clock(self.steps_done)
+
+    def step(self, stage: Stage, number: int) -> StepResult:
+        """Take step ``number``, counted from 1 over all stages, and report it."""
+        place = number - 1 - stage.steps_before
+        batches = self._loaders[stage.name].step(place, self.mesh.device)
+        result = self.distiller.step(batches, place)
+        self.steps_done = number
         self.monitor.report(number, result)
         return result
 
@@ -115,72 +160,99 @@ class Run:
             self.saver.wait()
             self.reporter.line(f"{signal_name}: saved after step {number} and stopped")
             return True
-        every, steps = self.config.checkpoint.export_every, self.config.optimizer.steps
-        if every > 0 and number % every == 0 and number < steps:
-            self._export(f"step-{number:06d}")
+        self.export_if_due()
         return False
+
+    def export_if_due(self) -> None:
+        """Make the periodic export of the present step, unless it is there already.
+
+        A run that died between a checkpoint and the export that is due with it makes it up.
+        """
+        every, number = self.config.checkpoint.export_every, self.steps_done
+        if every > 0 and 0 < number < self.config.steps and number % every == 0:
+            name = f"step-{number:06d}"
+            if not (self.output.directory / name).exists():
+                self._export(name)
+
+    def _end_stage(self) -> None:
+        """Export and measure the student that a stage leaves; a collective call."""
+        if self.stage.exports:
+            self._export(f"stage-{self.stage.name}")
+        self.evaluator.between(
+            f"after {self.stage.name}", self.teacher, self.student.decoder, self._tokens_done()
+        )
 
     def export_student(self, stop: StopSignals) -> bool:
         """Export the restored student; return whether a signal asks to stop here."""
         self._export("student")
         signal_name, _ = stop.agreed(self.mesh, False)
         if signal_name:
-            self.saver.save(self.config.optimizer.steps)
+            self.saver.save(self.config.steps)
             self.reporter.line(
                 f"{signal_name}: the student is complete; the same command evaluates it"
             )
         return signal_name is not None
 
-    def _export(self, name: str) -> None:
-        plan, student = self.plan, self.distiller.student
-        directory, weights = self.output.directory / name, plan.source.weights
-        save_student(directory, student, weights, plan.student_config, plan.companions, self.mesh)
-
     def evaluate_before(self) -> None:
         """Measure the teacher and the scaled student."""
-        self.evaluator.before(self.teacher, self.distiller.student.decoder)
+        self.evaluator.before(self.teacher, self.student.decoder)
 
     def evaluate_after(self) -> None:
         """Measure the restored student and report what was won."""
-        tokens = self.config.tokens_per_step * self.config.optimizer.steps
-        self.evaluator.after(self.teacher, self.distiller.student.decoder, tokens)
+        if self.evaluator.is_active and self.teacher is None:
+            self.teacher = load_teacher(self.config, self.plan, self.mesh)
+        self.evaluator.after(self.teacher, self.student.decoder, self._tokens_done())
 
-    def report_start(self) -> None:
-        """Print what the run is about to do."""
-        config, plan, mesh = self.config, self.plan, self.mesh
-        spec, trained = plan.teacher.spec, self.distiller.student.trained
-        layouts = self.distiller.student.decoder.layouts
-        parameters = sum(math.prod(layouts[name].full_shape) for name in trained)
-        steps, tokens = config.optimizer.steps, config.tokens_per_step
-        rope = plan.student.rope["rope_type"]
-        lines = [
-            f"model     {spec.family}, {spec.num_layers} layers of {spec.hidden_size}: "
-            f"{plan.teacher.directory}",
-            f"window    {plan.native_window} -> {plan.student.max_positions} tokens (RoPE {rope})",
-            f"ranks     {mesh.world.size} on {mesh.device.type}: dp {mesh.dp.size} x cp "
-            f"{mesh.cp.size} x tp {mesh.tp.size}",
-            f"kernels   {describe_kernels(mesh.device)}",
-            f"trained   {parameters:,} parameters in {len(trained)} tensors "
-            f"({config.trainable.mode})",
-            f"text      {steps} steps of {tokens:,} tokens: {steps * tokens:,} tokens",
-            f"output    {self.output.directory}",
-        ]
-        for line in lines:
-            self.reporter.line(line)
-        if allowed_restarts() and not config.checkpoint.save_every:
-            self.reporter.warning(
-                "checkpoint.save_every is 0, so a restart begins where this start began"
-            )
+    def finish(self) -> None:
+        """Note that the run is complete, so that the same command does nothing more."""
+        if self.mesh.is_rank_0:
+            mark_finished(self.output, self.config)
 
-    def report_end(self) -> None:
-        """Print where the student is and what was won."""
-        directory = self.output.directory / "student"
-        self.reporter.line(f"restored model: {directory}")
-        if not self.evaluator.is_active:
-            return
-        entries, restoration = self.evaluator.entries, self.evaluator.restoration
-        share = restoration.gap_restored(entries[-1], entries)
-        gap = (
-            "there was no short-text gap" if share is None else f"{share:.0%} of the short-text gap"
+    def _make_distiller(self, stage: Stage) -> None:
+        if not needs_teacher(self.stages[self.stages.index(stage) :]):
+            self.teacher = None  # its memory is free, except for weights that the student shares
+        self.stage = stage
+        self.distiller = Distiller(self.teacher, self.student, stage.config, self.mesh)
+
+    def _save_stage(self, stage: Stage) -> None:
+        self.saver.begin_stage(
+            self.distiller,
+            partial(
+                describe_run,
+                self.config,
+                stage,
+                self.distiller,
+                self.plan.student_config,
+                self._stores,
+                self._loaders,
+                self.stages,
+            ),
         )
-        self.reporter.line(f"restored: {gap} on held-out text, with {entries[-1].tokens:,} tokens")
+
+    def _pace(self, stage: Stage) -> Pace:
+        return Pace(
+            None if stage.name == MAIN else stage.name,
+            stage.last_step,
+            stage.config.tokens_per_step,
+            step_flops(stage.config, self.plan.student),
+        )
+
+    def _tokens_done(self) -> int:
+        """Return the number of tokens of the steps that have been taken."""
+        return sum(
+            (min(self.steps_done, stage.last_step) - stage.steps_before)
+            * stage.config.tokens_per_step
+            for stage in self.stages
+            if self.steps_done > stage.steps_before
+        )
+
+    def _export(self, name: str) -> None:
+        plan, directory = self.plan, Path(self.output.directory / name)
+        save_student(
+            directory,
+            self.student,
+            plan.source.weights,
+            plan.student_config,
+            plan.companions,
+            self.mesh,
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megalard.checkpoint.companions import Companion
 from megalard.checkpoint.sharded.save_load import save_sharded
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.config.schema import CheckpointConfig
@@ -25,10 +26,8 @@ class Saver:
 
     Args:
         folder: the directory of the checkpoints.
-        distiller: the state to save.
+        steps: the number of steps of the run, after the last of which a checkpoint is saved.
         origins: the models of the run. Their files are noted with checksums, computed once.
-        sections: returns the sections of the manifest after some step, except ``base`` and
-            ``teacher``.
         companions: files that are copied next to the shards.
         settings: how often to save, and how many checkpoints to keep.
         axis: all ranks, with a process group for CPU tensors that nothing else uses.
@@ -37,20 +36,22 @@ class Saver:
         resumed_step: the step of the checkpoint that the run resumed from; 0 for a new run.
     """
 
+    distiller: Distiller
+    sections: Callable[[int], dict]
+
     def __init__(
         self,
         folder: Path,
-        distiller: Distiller,
+        steps: int,
         origins: Origins,
-        sections: Callable[[int], dict],
-        companions: tuple[Path, ...],
+        companions: tuple[Companion, ...],
         settings: CheckpointConfig,
         axis: Axis,
         origin_sections: dict | None = None,
         resumed_step: int = 0,
     ):
-        self.folder, self.distiller, self.origins = folder, distiller, origins
-        self.sections, self.options = sections, WriteOptions(companions)
+        self.folder, self.steps, self.origins = folder, steps, origins
+        self.options = WriteOptions(companions)
         self.settings, self.axis = settings, axis
         self._origin_sections = origin_sections
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -58,10 +59,22 @@ class Saver:
         self._staging: dict[str, torch.Tensor] = {}
         self._saved_step = resumed_step
 
+    def begin_stage(self, distiller: Distiller, sections: Callable[[int], dict]) -> None:
+        """Save the state of another stage from now on.
+
+        Args:
+            distiller: the state to save.
+            sections: returns the sections of the manifest after some step, except ``base`` and
+                ``teacher``.
+        """
+        self.wait()
+        self.distiller, self.sections = distiller, sections
+        self._staging = {}
+
     def is_due(self, step: int) -> bool:
         """Whether the configuration asks for a checkpoint after this step."""
         every = self.settings.save_every
-        return every > 0 and (step % every == 0 or step == self.distiller.config.optimizer.steps)
+        return every > 0 and (step % every == 0 or step == self.steps)
 
     def save(self, step: int) -> None:
         """Save the state after ``step`` steps, in the background if configured.

@@ -1,4 +1,4 @@
-"""The state of a run as tensors of a checkpoint: fp32 weights, optimizer, random generators.
+"""The state of a stage as tensors of a checkpoint: fp32 weights, optimizer, random generators.
 
 Everything else follows from the step and the configuration and is not saved: the learning rate, the
 blocks that a step reads, and the dropout masks of LoRA are pure functions of them.
@@ -12,8 +12,8 @@ import torch
 
 from megalard.checkpoint.sharded.save_load import ShardedWeights, as_dtensor, load_sharded
 from megalard.errors import UserError
+from megalard.model.layout import Layout
 from megalard.parallel.mesh import Axis
-from megalard.parallel.tensor.layout import Layout
 from megalard.training.step import Distiller
 
 State = dict[str, tuple[torch.Tensor, Layout | None]]
@@ -33,6 +33,8 @@ def training_state(distiller: Distiller) -> State:
             if isinstance(value, torch.Tensor):
                 layout = layouts[name] if value.shape == parameter.shape else None
                 state[f"optimizer.{key}.{name}"] = (value.detach(), layout)
+    for name, value in distiller.student.carried.items():
+        state[name] = (value, layouts[name])
     mesh = distiller.mesh
     state[_rng_name("cpu", mesh.world.rank)] = (torch.get_rng_state(), None)
     if mesh.device.type == "cuda":
@@ -68,13 +70,14 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
     """
     layouts, trained = distiller.student.decoder.layouts, distiller.student.trained
     saved, mesh = weights.manifest.tensors, distiller.mesh
-    different = set(weights.names()) ^ set(trained)
+    changed = distiller.student.changed
+    different = set(weights.names()) ^ set(changed)
     if different:
         raise UserError(
             f"{weights.directory} holds other trained tensors than this run, such as "
             f"{min(different)}: choose another run.output"
         )
-    tensors = {name: as_dtensor(p.detach(), layouts[name], mesh) for name, p in trained.items()}
+    tensors = {name: as_dtensor(p.detach(), layouts[name], mesh) for name, p in changed.items()}
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for number, (name, parameter) in enumerate(trained.items()):
         for key in _optimizer_keys(saved, name):
@@ -94,6 +97,7 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
             value = torch.zeros(weights.shape(name), dtype=torch.uint8)
             generators[device_type] = tensors[name] = value
     load_sharded(weights, tensors, axis)
+    distiller.student.use_carried()
 
     saved_class = weights.manifest.training["optimizer"].get("class")
     current_class = type(distiller.optimizer).__name__

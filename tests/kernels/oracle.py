@@ -1,4 +1,4 @@
-"""Dense float64 relation KL, and the cases that the kernels are compared with it on."""
+"""A dense relation KL in float64, and the cases on which the kernels are compared with it."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,19 @@ from megalard.kernels.relation_kl import IntervalMask, chunk_mask, segment_bound
 
 @dataclass(frozen=True)
 class Case:
-    """One relation: shapes, the token layout and the dtype.
+    """One relation: shapes, the layout of tokens, the dtype.
 
-    ``layout`` names a row of segment ids of length ``total``; rows and columns are the chunks of it
-    that start at ``row_offset`` and ``col_offset``. ``cols_heads`` None: the self relation.
+    Attributes:
+        n, m: Number of rows and columns per sequence; m = 0 means n.
+        d_s, d_t: head_dim of student and teacher.
+        b: Number of sequences.
+        heads, cols_heads: Number of row and column heads; cols_heads = None is the self relation.
+        layout: Where documents and padding lie in the sequence of ``total`` tokens, see
+            ``segment_ids``.
+        causal: Whether a row sees nothing later than itself.
+        row_offset, col_offset: Where the chunks of rows and columns start in the sequence.
+        dtype: dtype of the operands.
+        scale_s, scale_t: Factors of the scores; None means the default.
     """
 
     n: int
@@ -42,11 +51,15 @@ class Case:
 
     @property
     def total(self) -> int:
+        """The number of tokens of the sequence that rows and columns are chunks of."""
         return max(self.row_offset + self.n, self.col_offset + (self.m or self.n))
 
 
 def segment_ids(layout: str, b: int, s: int) -> Tensor:
-    """[b, s] ids, negative = padding; rows of a batch differ where the layout allows it."""
+    """Return the id of each token's document, int64 [b, s]; negative ids are padding.
+
+    The sequences of a batch differ where the layout allows it.
+    """
     ids_bs = torch.zeros(b, s, dtype=torch.int64)
     for i in range(b):
         pad = min(s - 1, s // 3 + 5 * i)
@@ -65,16 +78,23 @@ def segment_ids(layout: str, b: int, s: int) -> Tensor:
 
 
 def dense_allowed(ids_bs: Tensor, causal: bool) -> Tensor:
-    """[b, s, s] bool: same document, not padding, and not later if causal."""
+    """Return the allowed pairs, bool [b, s, s]: same document, no padding, not later if causal."""
     same = (ids_bs[:, :, None] == ids_bs[:, None, :]) & (ids_bs[:, :, None] >= 0)
     return same.tril() if causal else same
 
 
 @dataclass
 class Problem:
-    """Inputs of a case on one device, with the oracle's answers (float64, on the CPU)."""
+    """The inputs of a case on one device, with the results in float64 on the CPU.
 
-    student: list[Tensor]  # rows, and columns unless self
+    Attributes:
+        student, teacher: The rows, and the columns unless this is a self relation.
+        row_weight: fp32 [b, heads, n].
+        kl, lse_s, lse_t: [b, heads, n].
+        grads: The gradients of sum(row_weight * kl), one per tensor of ``student``.
+    """
+
+    student: list[Tensor]
     teacher: list[Tensor]
     mask: IntervalMask
     row_weight: Tensor
@@ -85,14 +105,14 @@ class Problem:
 
     @property
     def operands(self) -> list[Tensor | None]:
-        """In the order of `relation_kl`."""
+        """rows_s, rows_t, cols_s, cols_t, as ``relation_kl`` takes them."""
         pad = [None] * (2 - len(self.student))
         (rows_s, cols_s), (rows_t, cols_t) = self.student + pad, self.teacher + pad
         return [rows_s, rows_t, cols_s, cols_t]
 
     @property
-    def untouched(self) -> list[Tensor]:
-        """[b, 1, length] per student operand: vectors that no allowed pair contains."""
+    def unpaired(self) -> list[Tensor]:
+        """The vectors that no allowed pair contains, bool [b, 1, length] per student operand."""
         mask = self.mask.to("cpu")
         rows = (mask.col_lo_bn >= mask.col_hi_bn)[:, None]
         cols = (mask.row_lo_bm >= mask.row_hi_bm)[:, None]
@@ -100,9 +120,16 @@ class Problem:
 
 
 def make_problem(case: Case, device: str = "cpu", bshd: bool = False, seed: int = 0) -> Problem:
-    """Random operands; student and teacher share a part, as in distillation.
+    """Return random operands of a case, with the results that the kernels must give.
 
-    Vectors are short enough that no row is saturated by its diagonal, where P_s - P_t would cancel.
+    Student and teacher share a part, as in distillation. Vectors are so short that no row is
+    saturated by its diagonal, where P_s - P_t would cancel.
+
+    Args:
+        case: The case.
+        device: Device of the inputs.
+        bshd: Whether the operands are transposed views of [b, length, heads, d] storage.
+        seed: Seed of the operands and weights.
     """
     generator = torch.Generator().manual_seed(seed)
     m = case.m or case.n
@@ -110,10 +137,10 @@ def make_problem(case: Case, device: str = "cpu", bshd: bool = False, seed: int 
     def side(heads: int, length: int) -> list[Tensor]:
         shape = (case.b, length, heads) if bshd else (case.b, heads, length)
         d = max(case.d_s, case.d_t)
-        common = 0.6 * torch.randn(*shape, d, generator=generator)
-        own = common + 0.4 * torch.randn(*shape, d, generator=generator)
-        pair = [common[..., : case.d_t], own[..., : case.d_s]]
-        # The slices stay strided in n, h and b; bshd storage is read through a transposed view.
+        teacher = 0.6 * torch.randn(*shape, d, generator=generator)
+        student = teacher + 0.4 * torch.randn(*shape, d, generator=generator)
+        pair = [teacher[..., : case.d_t], student[..., : case.d_s]]
+        # The slices stay strided in all dimensions but the last.
         pair = [x.to(case.dtype).to(device) for x in pair]
         return [x.transpose(1, 2) if bshd else x for x in pair]
 
@@ -154,7 +181,10 @@ def make_problem(case: Case, device: str = "cpu", bshd: bool = False, seed: int 
     )
 
 
-def _log_softmax(sides: list[Tensor], allowed: Tensor, scale: float | None):
+def _log_softmax(
+    sides: list[Tensor], allowed: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp of each row, and log P of each pair (0 where it is not allowed)."""
     rows, cols = sides[0], sides[-1]
     cols = cols.repeat_interleave(rows.shape[1] // cols.shape[1], dim=1)
     scores = rows @ cols.mT * (rows.shape[3] ** -0.5 if scale is None else scale)
@@ -166,6 +196,6 @@ def _log_softmax(sides: list[Tensor], allowed: Tensor, scale: float | None):
 
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
-    """L2 norm of the difference over that of ``expected``, or over ``floor`` if that is larger."""
+    """Return |actual - expected| / max(|expected|, floor), with L2 norms."""
     difference = (actual.detach().double().cpu() - expected).norm().item()
     return difference / max(expected.norm().item(), floor)

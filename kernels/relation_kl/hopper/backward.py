@@ -1,199 +1,155 @@
-"""Warp-specialised backward of the relation KL for Hopper (Gluon): each pair of tiles once.
+"""Warp-specialized backward of the relation KL for Hopper (Gluon): each tile is visited once.
 
-A block of 128 rows I meets the tiles of 64 columns J that it sees. Two warpgroups of 64 rows each
-compute S, T and D = w (P_s - P_t), keep D for the reducer in shared memory and accumulate D X_J,
-the rows' gradient, in registers. A third warpgroup, the reducer, multiplies D^T X_I, the columns'
-gradient, and adds it to an fp32 buffer in device memory. Four half-products are issued where the
-symmetric sweep of `backward` issues six.
+The equations are in ``triton.backward``, with D = w (P_s - P_t). A program works for a block X of
+128 rows and meets the columns Y that they see in steps of 64. Two row warpgroups of 64 rows each
+compute S, T and D, hand D over in shared memory, and accumulate D Y, the rows' gradient, in
+registers. A third warpgroup, the column reducer, multiplies D^T X, the columns' gradient, and adds
+it to an fp32 buffer in device memory. A producer warp copies the operands ahead. Per tile the
+tensor cores multiply four half-products; the symmetric sweep of ``triton.backward`` needs six.
 
-Deterministic: the blocks of rows that see a tile of columns add to it in a fixed order, later rows
-first, each waiting until a counter in device memory reaches its turn (as the deterministic mode of
-FlashAttention). A block waits only for blocks of a lower program id, which start no later.
+Time runs to the right. The drawing follows step k; a box is work, an arrow is a barrier:
+
+    producer       [Y k ][Y k+1][Y k+2]                    [Y k+3]
+    warp                |                                  ^
+                        | cols_s_ready,                    | cols_free
+                        v cols_t_ready                     |
+    row warp-            [S k][T k  ][exp T, D][store D k] [S k+1][T k+1 ...
+    groups 0, 1               [exp S]          [D Y k    ]
+                                                         |
+                                                         | delta_ready
+                                                         v
+    column         [D^T X k-1][add k-1]                   [D^T X k][add k]
+    reducer                                               [turn   ]
+                                                                 |
+                                                                 | delta_free
+                                                                 v
+    row warpgroups                                                [store D k+2]
+
+Boxes one below the other run at the same time: the lower one on the ordinary units while the tensor
+cores multiply (for D Y and the store, the other way round). "turn" happens at even steps, where a
+tile begins: the reducer passes the last tile on and waits for its turn at the next one. Y has three
+stages and D has two slots, hence Y k+3 and D k+2.
+
+    barrier        arrives                                  waits, before
+    rows_ready     copy engine: the block's rows are there  row warpgroups, before the first S;
+                                                            reducer, before the first D^T X
+    cols_s_ready   copy engine: the student's Y k is there  row warpgroups, before S k
+    cols_t_ready   copy engine: the teacher's Y k is there  row warpgroups, before T k
+    cols_free      both row warpgroups, after D Y k         producer, before the copy of Y k+3
+    delta_ready    both row warpgroups, after store D k     reducer, before D^T X k
+    delta_free     reducer, after D^T X k                   row warpgroups, before store D k+2
+    columns_added  reducer, after its last addition         row warpgroups, before they read tile i
+                                                            of the buffer (self relation, block i)
+
+In a self relation the columns of tile i are the rows of block i, and block i is the last one to add
+to them. So its row warpgroups add tile i to the rows' gradient, and no further launch is needed.
+
+The result is deterministic: the blocks that visit a tile add to it in a fixed order, later rows
+first, each waiting until a counter in device memory reaches its turn (``column_reducer``), as in
+the deterministic mode of FlashAttention. There is no deadlock: a block waits only for blocks of a
+lower program id, which start no later.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..operands import Operands
-from ..triton import tiles as tiling
-from ..triton.backward import FP16_LOG2_GAIN, split_weight
-from .column_buffer import columns_gradient, from_slab, slab_offsets
-from .column_reducer import STEP, TILE, reduce_columns, step_start
-from .scheduler_order import BLOCK, reduction_order
+from ..triton.backward import FP16_LOG2_GAIN, RowStatistics, split_weight
+from ..triton.tiles import LOG2E, Interval, TileSpan, strides_of
+from .column_buffer import columns_gradient
+from .column_reducer import reduce_columns
+from .row_gradient import Inputs, Program, Scales, Sizes, accumulate_rows
+from .scheduler import backward_order, backward_step_start
 from .tiles import (
-    ROWS,
-    descriptor,
-    flat,
-    own_block,
-    rows_by_cols,
-    thread_barrier,
-    tile_range,
+    BACKWARD_BLOCK_ROWS,
+    BACKWARD_TILE_COLUMNS,
+    STEP_COLUMNS,
+    STEPS_PER_TILE,
+    WARPGROUP_ROWS,
+    Descriptors,
+    Place,
+    block_of_program,
+    tile_span,
+    tma_descriptor,
 )
 
-LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
-SECTION_HEADS = 8  # that run side by side
-# Columns from which on the heads of a group add to one buffer, in turns. Fewer are too few tiles to
-# hide the turns: a buffer a head is faster by a third at 8192, by 8 % at 16384, and 7 % slower at
-# 32768 (docs/performance.md).
-SHARED_FROM = 32768
-OWN_BUFFERS_BYTES = 1 << 30  # what one buffer a head may take; beyond it heads share as well
-# 512 threads enter with 128 registers each.
-ROWS_REGISTERS: gl.constexpr = gl.constexpr(192)
+# Number of heads that run at the same time, see ``block_of_program``.
+SECTION_HEADS = 8
+# From this many columns on, the heads of a group add to one buffer, in turns. Shorter sequences
+# have too few tiles to hide the turns: one buffer per head is faster by a third at 8192 columns, by
+# 8 % at 16384, and 7 % slower at 32768 (docs/performance.md).
+SHARED_BUFFER_FROM_COLUMNS = 32768
+# One buffer per head may take this many bytes; if it took more, the heads of a group share one.
+BUFFER_PER_HEAD_BYTES = 1 << 30
+# Registers per thread, after the 512 threads started with 128 each.
+LAUNCH_REGISTERS = 128
+ROW_REGISTERS: gl.constexpr = gl.constexpr(192)
 REDUCER_REGISTERS: gl.constexpr = gl.constexpr(104)
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
+COLUMN_STAGES = 3
+
+
+class Buffers(NamedTuple):
+    """Shared memory of a program.
+
+    Attributes:
+        rows_s, rows_t: [2, 1, 1, 64, d], the block's rows, by warpgroup.
+        cols_s, cols_t: [stages, 1, 1, 64, d], a ring of the columns of a step.
+        delta: [4, 64, 64], D of both row warpgroups in two slots: index slot * 2 + warpgroup. A
+            tile has two steps, so a tile always begins in slot 0.
+    """
+
+    rows_s: gl.shared_memory_descriptor
+    rows_t: gl.shared_memory_descriptor
+    cols_s: gl.shared_memory_descriptor
+    cols_t: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor
+
+
+class Barriers(NamedTuple):
+    """The barriers of a program; the table at the top says who arrives and who waits.
+
+    Attributes:
+        rows_ready, columns_added: One barrier.
+        cols_s_ready, cols_t_ready, cols_free: [stages, 1].
+        delta_ready, delta_free: [2, 1], one barrier per slot.
+    """
+
+    rows_ready: gl.shared_memory_descriptor
+    cols_s_ready: gl.shared_memory_descriptor
+    cols_t_ready: gl.shared_memory_descriptor
+    cols_free: gl.shared_memory_descriptor
+    delta_ready: gl.shared_memory_descriptor
+    delta_free: gl.shared_memory_descriptor
+    columns_added: gl.shared_memory_descriptor
 
 
 @gluon.jit
-def _produce(descs, smem, bars, place, span, STAGES: gl.constexpr):
-    rows_s, rows_t, cols_s, cols_t = descs
-    x_s, x_t, y_s, y_t, d = smem
-    x_ready, s_ready, t_ready, free, d_ready, d_free, reduced = bars
-    ib, ih, ih_cols, start_m = place
-    first, full_first, full_last, last = span
-    mbarrier.expect(x_ready, 2 * (rows_s.block_type.nbytes + rows_t.block_type.nbytes))
-    for group in gl.static_range(2):
-        start = start_m + group * ROWS
-        tma.async_copy_global_to_shared(rows_s, [ib, ih, start, 0], x_ready, x_s.index(group))
-        tma.async_copy_global_to_shared(rows_t, [ib, ih, start, 0], x_ready, x_t.index(group))
-    for step in range(2 * (last - first)):
+def _produce(descriptors, buffers, barriers, place, span, STAGES: gl.constexpr):
+    """Copy the block's rows, then the columns of each step as its stage becomes free."""
+    rows_s, rows_t = descriptors.rows_s, descriptors.rows_t
+    cols_s, cols_t = descriptors.cols_s, descriptors.cols_t
+    ready = barriers.rows_ready
+    mbarrier.expect(ready, 2 * (rows_s.block_type.nbytes + rows_t.block_type.nbytes))
+    for warpgroup in gl.static_range(2):
+        at = [place.batch, place.row_head, place.row_start + warpgroup * WARPGROUP_ROWS, 0]
+        tma.async_copy_global_to_shared(rows_s, at, ready, buffers.rows_s.index(warpgroup))
+        tma.async_copy_global_to_shared(rows_t, at, ready, buffers.rows_t.index(warpgroup))
+    for step in range(STEPS_PER_TILE * (span.end - span.start)):
         stage = step % STAGES
-        start = step_start(step, span)
-        mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
-        ready = s_ready.index(stage)
+        at = [place.batch, place.col_head, backward_step_start(step, span), 0]
+        mbarrier.wait(barriers.cols_free.index(stage), (step // STAGES & 1) ^ 1)
+        ready = barriers.cols_s_ready.index(stage)
         mbarrier.expect(ready, cols_s.block_type.nbytes)
-        tma.async_copy_global_to_shared(cols_s, [ib, ih_cols, start, 0], ready, y_s.index(stage))
-        ready = t_ready.index(stage)
+        tma.async_copy_global_to_shared(cols_s, at, ready, buffers.cols_s.index(stage))
+        ready = barriers.cols_t_ready.index(stage)
         mbarrier.expect(ready, cols_t.block_type.nbytes)
-        tma.async_copy_global_to_shared(cols_t, [ib, ih_cols, start, 0], ready, y_t.index(stage))
-
-
-@gluon.jit
-def _step(
-    acc,
-    smem,
-    bars,
-    rows,
-    start,
-    step,
-    scales,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-    MASKED: gl.constexpr,
-    WEIGHTED: gl.constexpr,
-):
-    """One column tile: D to shared memory for the reducer, D X_J issued onto ``acc``."""
-    x_s, x_t, y_s, y_t, d = smem
-    x_ready, s_ready, t_ready, free, d_ready, d_free, reduced = bars
-    lse_s, lse_t, weight, lo, hi = rows
-    scale_s, scale_t = scales
-    D_S: gl.constexpr = y_s.shape[4]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_S, 16])
-    zero = gl.zeros([ROWS, STEP], gl.float32, mma)
-    stage = step % STAGES
-    phase = step // STAGES & 1
-    mbarrier.wait(s_ready.index(stage), phase)
-    s = rows_by_cols(x_s.index(GROUP), y_s.index(stage), zero)
-    mbarrier.wait(t_ready.index(stage), phase)
-    t = rows_by_cols(x_t.index(GROUP), y_t.index(stage), zero)
-    s = warpgroup_mma_wait(1, deps=[s])
-    p_s = gl.exp2(s * scale_s - gl.expand_dims(lse_s, 1))
-    # long passed; it keeps the exponentials above from moving below the next wait
-    mbarrier.wait(s_ready.index(stage), phase)
-    t = warpgroup_mma_wait(0, deps=[t])
-    delta = p_s - gl.exp2(t * scale_t - gl.expand_dims(lse_t, 1))
-    if WEIGHTED:
-        delta = delta * gl.expand_dims(weight, 1)
-    if MASKED:
-        j = gl.expand_dims(start + gl.arange(0, STEP, gl.SliceLayout(0, mma)), 0)
-        allowed = (j >= gl.expand_dims(lo, 1)) & (j < gl.expand_dims(hi, 1))
-        delta = gl.where(allowed, delta, 0.0)
-    delta = delta.to(y_s.dtype)
-    operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
-    slot = step & 1
-    acc = warpgroup_mma(
-        gl.convert_layout(delta, operand), flat(y_s.index(stage)), acc, is_async=True
-    )
-    mbarrier.wait(d_free.index(slot), (step // 2 & 1) ^ 1)
-    d.index(slot * 2 + GROUP).store(delta)
-    fence_async_shared()
-    thread_barrier()
-    mbarrier.arrive(d_ready.index(slot))
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(free.index(stage))
-    return acc
-
-
-@gluon.jit
-def _rows(
-    common,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-    SELF: gl.constexpr,
-    WEIGHTED: gl.constexpr,
-    HAS_UNIT: gl.constexpr,
-    LOG2_GAIN: gl.constexpr,
-):
-    """64 rows: sweep their column tiles, then write their gradient."""
-    smem, bars, pointers, place, span, scales, out, buffer, sizes = common
-    lse_s, lse_t, weight, unit, col_lo, col_hi = pointers
-    x_ready, s_ready, t_ready, free, d_ready, d_free, reduced = bars
-    scale_s, scale_t, grad_scale = scales
-    first, full_first, full_last, last = span
-    n, grad_n = sizes
-    y_s = smem[2]
-    D_S: gl.constexpr = y_s.shape[4]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_S, 16])
-
-    i = place[3] + GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, mma))
-    inside = i < n
-    lo = gl.load(col_lo + i, mask=inside, other=0)
-    hi = gl.load(col_hi + i, mask=inside, other=0)
-    own_s = gl.load(lse_s + i, mask=inside, other=0.0) * LOG2E - LOG2_GAIN
-    own_t = gl.load(lse_t + i, mask=inside, other=0.0) * LOG2E - LOG2_GAIN
-    own_w = own_s
-    if WEIGHTED:
-        own_w = gl.load(weight + i, mask=inside, other=0.0)
-    rows = (own_s, own_t, own_w, lo, hi)
-    mbarrier.wait(x_ready, 0)
-    acc = gl.zeros([ROWS, D_S], gl.float32, wide)
-    full = 2 * (full_last - full_first)
-    for step in range(full):
-        acc = _step(
-            acc, smem, bars, rows, 0, step, (scale_s, scale_t),
-            GROUP, STAGES, False, WEIGHTED,
-        )  # fmt: skip
-    for step in range(full, 2 * (last - first)):
-        acc = _step(
-            acc, smem, bars, rows, step_start(step, span), step, (scale_s, scale_t),
-            GROUP, STAGES, True, WEIGHTED,
-        )  # fmt: skip
-    grad = acc
-
-    if SELF:  # the block's own columns: this block is the last that adds to them
-        mbarrier.wait(reduced, 0)
-        own = buffer + gl.cast(place[3] + GROUP * ROWS, gl.int64) * D_S
-        own = gl.load(own + slab_offsets(D_S), cache_modifier=".cg")
-        grad += from_slab(own, wide)
-    grad = grad * grad_scale
-    if HAS_UNIT:
-        grad = grad * gl.load(unit)
-    r = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
-    inside = gl.expand_dims(place[3] + r < n, 1)
-    r = gl.expand_dims(r, 1)
-    c = gl.expand_dims(gl.arange(0, D_S, gl.SliceLayout(0, wide)), 0)
-    out += gl.cast(place[3], gl.int64) * grad_n
-    gl.store(out + (r * grad_n + c), grad.to(out.dtype.element_ty), mask=inside)
+        tma.async_copy_global_to_shared(cols_t, at, ready, buffers.cols_t.index(stage))
 
 
 @gluon.jit(do_not_specialize=["b", "heads", "n", "m", "section"])
@@ -202,20 +158,15 @@ def _backward_kernel(
     rows_t,
     cols_s,
     cols_t,
-    lse_s,
-    lse_t,
-    weight,
+    stats,
     unit,
-    col_lo,
-    col_hi,
+    visible,
     spans,
-    last_rows,
+    last_blocks,
     grad,
-    buffer,
+    columns,
     turns,
-    grad_b,
-    grad_h,
-    grad_n,
+    grad_strides,
     b,
     heads,
     group,
@@ -223,127 +174,174 @@ def _backward_kernel(
     n,
     m,
     section,
-    scale_s,
-    scale_t,
-    grad_scale,
+    scales,
     STAGES: gl.constexpr,
     SELF: gl.constexpr,
     WEIGHTED: gl.constexpr,
     HAS_UNIT: gl.constexpr,
     LOG2_GAIN: gl.constexpr,
 ):
-    """128 rows of one head. ``scale_*`` carry log2(e).
+    """Write the gradient of 128 rows of one head, and add to the gradient of the columns they see.
 
-    rows_*, cols_*: TMA descriptors, as in the forward kernel, of blocks of 64 vectors.
-    spans: [2, b, blocks] first and last tile to visit; last_rows: [b, tiles] the last block that
-        visits a tile (`reduction_order`). buffer: [b, heads / share, tiles * TILE, d] fp32, in
-        slabs (`hopper_slab`): ``share`` heads of a group add to the same.
-    turns: [b, heads / share, tiles], zero.
+    Args:
+        rows_s, rows_t: TMA descriptors of [b, heads, n, d], 64 vectors per copy.
+        cols_s, cols_t: TMA descriptors of [b, heads / group, m, d], 64 vectors per copy.
+        stats: ``RowStatistics`` of pointers, [b, heads, n] fp32, contiguous, lse in nats.
+        unit: One fp32 number, a factor of the entire gradient, if HAS_UNIT.
+        visible: ``Interval`` of pointers to [b, n]: the columns that each row sees.
+        spans: int32 [2, b, blocks] of ``scheduler.backward_order``.
+        last_blocks: int32 [b, tiles] of ``scheduler.backward_order``.
+        grad: [b, heads, n, D_S], the rows' gradient; of a self relation the entire gradient.
+        columns: [b, heads / share, tiles * 128, D_S] fp32, in slabs, uninitialized: the columns'
+            gradient, unscaled. ``share`` heads of a group add to the same part.
+        turns: int32 [b, heads / share, tiles], zero: the counters of ``column_reducer``.
+        grad_strides: ``Strides`` of grad.
+        group: Number of row heads per column head.
+        share: Number of row heads per part of ``columns``.
+        section: Number of (sequence, head) pairs in one section, see ``block_of_program``.
+        scales: ``Scales``; the gradient's is scale_s / 2^LOG2_GAIN.
+        SELF: Whether the columns are the rows.
+        WEIGHTED: Whether rows have weights other than 1.
+        LOG2_GAIN: D is multiplied by 2^LOG2_GAIN before it is rounded to the operands' dtype.
     """
-    BLOCK_M: gl.constexpr = 2 * ROWS
     D_S: gl.constexpr = cols_s.block_shape[3]
-    blocks = gl.cdiv(n, BLOCK_M)
-    tiles = gl.cdiv(m, TILE)
-    block, bh = own_block(blocks, b * heads, section, True)
+    blocks = gl.cdiv(n, BACKWARD_BLOCK_ROWS)
+    tiles = gl.cdiv(m, BACKWARD_TILE_COLUMNS)
+    block, bh = block_of_program(blocks, b * heads, section, True)
     ib = bh // heads
     ih = bh % heads
-    start_m = block * BLOCK_M
-    col_lo += gl.cast(ib, gl.int64) * n
-    col_hi += gl.cast(ib, gl.int64) * n
-    seen_first, full_first, full_last, seen_last = tile_range(
-        col_lo, col_hi, start_m, n, BLOCK_M, TILE
+    row_start = block * BACKWARD_BLOCK_ROWS
+    visible = Interval(
+        visible.lo + gl.cast(ib, gl.int64) * n, visible.hi + gl.cast(ib, gl.int64) * n
     )
-    first = gl.load(spans + ib * blocks + block)
-    last = gl.load(spans + (b + ib) * blocks + block)
-    some = full_first < full_last
-    span = (first, gl.where(some, full_first, last), gl.where(some, full_last, last), last)
+    needed = tile_span(visible, row_start, n, BACKWARD_BLOCK_ROWS, BACKWARD_TILE_COLUMNS)
+    # The block also visits tiles that none of its rows sees, see ``backward_order``.
+    start = gl.load(spans + ib * blocks + block)
+    end = gl.load(spans + (b + ib) * blocks + block)
+    any_full = needed.full_start < needed.full_end
+    span = TileSpan(
+        start,
+        gl.where(any_full, needed.full_start, end),
+        gl.where(any_full, needed.full_end, end),
+        end,
+    )
 
-    x_s = gl.allocate_shared_memory(rows_s.dtype, [2] + rows_s.block_shape, rows_s.layout)
-    x_t = gl.allocate_shared_memory(rows_t.dtype, [2] + rows_t.block_shape, rows_t.layout)
-    y_s = gl.allocate_shared_memory(cols_s.dtype, [STAGES] + cols_s.block_shape, cols_s.layout)
-    y_t = gl.allocate_shared_memory(cols_t.dtype, [STAGES] + cols_t.block_shape, cols_t.layout)
+    rows_s_buffer = gl.allocate_shared_memory(rows_s.dtype, [2] + rows_s.block_shape, rows_s.layout)
+    rows_t_buffer = gl.allocate_shared_memory(rows_t.dtype, [2] + rows_t.block_shape, rows_t.layout)
+    cols_s_buffer = gl.allocate_shared_memory(
+        cols_s.dtype, [STAGES] + cols_s.block_shape, cols_s.layout
+    )
+    cols_t_buffer = gl.allocate_shared_memory(
+        cols_t.dtype, [STAGES] + cols_t.block_shape, cols_t.layout
+    )
     delta_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    d = gl.allocate_shared_memory(cols_s.dtype, [4, ROWS, STEP], delta_layout)
-    x_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    reduced = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    s_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    t_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    d_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    d_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(x_ready, 1)
-    mbarrier.init(reduced, 1)
+    delta_buffer = gl.allocate_shared_memory(
+        cols_s.dtype, [4, WARPGROUP_ROWS, STEP_COLUMNS], delta_layout
+    )
+    buffers = Buffers(rows_s_buffer, rows_t_buffer, cols_s_buffer, cols_t_buffer, delta_buffer)
+    rows_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    columns_added = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    cols_s_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    cols_t_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    cols_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    delta_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    delta_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(rows_ready, 1)
+    mbarrier.init(columns_added, 1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(s_ready.index(stage), 1)
-        mbarrier.init(t_ready.index(stage), 1)
-        mbarrier.init(free.index(stage), 2)
+        mbarrier.init(cols_s_ready.index(stage), 1)
+        mbarrier.init(cols_t_ready.index(stage), 1)
+        mbarrier.init(cols_free.index(stage), 2)
     for slot in gl.static_range(2):
-        mbarrier.init(d_ready.index(slot), 2)
-        mbarrier.init(d_free.index(slot), 1)
+        mbarrier.init(delta_ready.index(slot), 2)
+        mbarrier.init(delta_free.index(slot), 1)
+    barriers = Barriers(
+        rows_ready=rows_ready,
+        cols_s_ready=cols_s_ready,
+        cols_t_ready=cols_t_ready,
+        cols_free=cols_free,
+        delta_ready=delta_ready,
+        delta_free=delta_free,
+        columns_added=columns_added,
+    )
 
-    stats = gl.cast(bh, gl.int64) * n
+    row_offset = gl.cast(bh, gl.int64) * n
+    weight = stats.weight
     if WEIGHTED:
-        weight += stats
-    pointers = (lse_s + stats, lse_t + stats, weight, unit, col_lo, col_hi)
-    grad += gl.cast(ib, gl.int64) * grad_b + gl.cast(ih, gl.int64) * grad_h
-    added_to = ib * (heads // share) + ih // share
-    buffer += gl.cast(added_to, gl.int64) * (tiles * TILE * D_S)
-    turns += added_to * tiles
-    last_rows += ib * tiles
-    smem = (x_s, x_t, y_s, y_t, d)
-    bars = (x_ready, s_ready, t_ready, free, d_ready, d_free, reduced)
-    place = (ib, ih, ih // group, start_m)
-    scales = (scale_s, scale_t, grad_scale)
-    common = (smem, bars, pointers, place, span, scales, grad, buffer, (n, grad_n))
+        weight += row_offset
+    stats = RowStatistics(stats.lse_s + row_offset, stats.lse_t + row_offset, weight)
+    grad += gl.cast(ib, gl.int64) * grad_strides.batch + gl.cast(ih, gl.int64) * grad_strides.head
+    part = ib * (heads // share) + ih // share
+    columns += gl.cast(part, gl.int64) * (tiles * BACKWARD_TILE_COLUMNS * D_S)
+    turns += part * tiles
+    last_blocks += ib * tiles
+    place = Place(ib, ih, ih // group, row_start)
+    descriptors = Descriptors(rows_s, rows_t, cols_s, cols_t)
+    program = Program(
+        buffers=buffers,
+        barriers=barriers,
+        inputs=Inputs(stats, unit, visible),
+        place=place,
+        span=span,
+        scales=scales,
+        grad=grad,
+        columns=columns,
+        sizes=Sizes(n, grad_strides.vector),
+    )
     gl.warp_specialize(
         [
-            (_rows, (common, 0, STAGES, SELF, WEIGHTED, HAS_UNIT, LOG2_GAIN)),
-            (_rows, (common, 1, STAGES, SELF, WEIGHTED, HAS_UNIT, LOG2_GAIN)),
-            (reduce_columns, (smem, bars, place, span, buffer, turns, last_rows, share)),
-            (_produce, ((rows_s, rows_t, cols_s, cols_t), smem, bars, place, span, STAGES)),
+            (accumulate_rows, (program, 0, STAGES, SELF, WEIGHTED, HAS_UNIT, LOG2_GAIN)),
+            (accumulate_rows, (program, 1, STAGES, SELF, WEIGHTED, HAS_UNIT, LOG2_GAIN)),
+            (reduce_columns, (buffers, barriers, place, span, columns, turns, last_blocks, share)),
+            (_produce, (descriptors, buffers, barriers, place, span, STAGES)),
         ],
         [4, 4, 1],
-        [ROWS_REGISTERS, REDUCER_REGISTERS, PRODUCER_REGISTERS],
+        [ROW_REGISTERS, REDUCER_REGISTERS, PRODUCER_REGISTERS],
     )
 
 
 def hopper_backward(
     op: Operands, lse_s: Tensor, lse_t: Tensor, row_weight: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """As `backward.triton_backward`."""
+    """Return the gradients of sum_i w_i KL_i, as ``triton.backward.triton_backward`` does.
+
+    One launch computes both gradients. The columns' gradient of two operands takes a second, short
+    launch that brings it from slabs into its place.
+    """
     weight, unit = split_weight(row_weight, op.rows_s.dtype)
     b, heads, n, d = op.rows_s.shape
     m = op.cols_s.shape[2]
-    own_bytes = 4 * b * heads * m * d
-    share = op.group if m >= SHARED_FROM or own_bytes > OWN_BUFFERS_BYTES else 1
-    tiles = -(-m // BLOCK)
-    spans, last_rows = reduction_order(op.mask, op.is_self)
+    block_rows, tile_columns = BACKWARD_BLOCK_ROWS.value, BACKWARD_TILE_COLUMNS.value
+    bytes_with_buffer_per_head = 4 * b * heads * m * d
+    shared = m >= SHARED_BUFFER_FROM_COLUMNS or bytes_with_buffer_per_head > BUFFER_PER_HEAD_BYTES
+    share = op.group if shared else 1
+    tiles = -(-m // tile_columns)
+    spans, last_blocks = backward_order(op.mask, op.is_self)
     log2_gain = FP16_LOG2_GAIN if op.rows_s.dtype == torch.float16 else 0
     grad_scale = op.scale_s * 2.0**-log2_gain
     grad = torch.empty_like(op.rows_s, dtype=out_dtype)
-    buffer = torch.empty(
-        b, heads // share, tiles * BLOCK, d, dtype=torch.float32, device=grad.device
+    columns = torch.empty(
+        b, heads // share, tiles * tile_columns, d, dtype=torch.float32, device=grad.device
     )
     turns = torch.zeros(b, heads // share, tiles, dtype=torch.int32, device=grad.device)
     section = max(1, SECTION_HEADS // op.group) * op.group
     with torch.cuda.device_of(grad):
-        _backward_kernel[(-(-n // BLOCK) * b * heads,)](
-            descriptor(op.rows_s, 64),
-            descriptor(op.rows_t, 64),
-            descriptor(op.cols_s, 64),
-            descriptor(op.cols_t, 64),
-            lse_s.contiguous(),
-            lse_t.contiguous(),
-            lse_s if weight is None else weight,
+        _backward_kernel[(-(-n // block_rows) * b * heads,)](
+            tma_descriptor(op.rows_s, WARPGROUP_ROWS.value),
+            tma_descriptor(op.rows_t, WARPGROUP_ROWS.value),
+            tma_descriptor(op.cols_s, STEP_COLUMNS.value),
+            tma_descriptor(op.cols_t, STEP_COLUMNS.value),
+            RowStatistics(
+                lse_s.contiguous(), lse_t.contiguous(), lse_s if weight is None else weight
+            ),
             lse_s if unit is None else unit,
-            op.mask.col_lo_bn.contiguous(),
-            op.mask.col_hi_bn.contiguous(),
+            Interval(op.mask.col_lo_bn.contiguous(), op.mask.col_hi_bn.contiguous()),
             spans,
-            last_rows,
+            last_blocks,
             grad,
-            buffer,
+            columns,
             turns,
-            *grad.stride()[:3],
+            strides_of(grad),
             b,
             heads,
             op.group,
@@ -351,17 +349,15 @@ def hopper_backward(
             n,
             m,
             section,
-            op.scale_s * tiling.LOG2E.value,
-            op.scale_t * tiling.LOG2E.value,
-            grad_scale,
-            STAGES=3,
+            Scales(op.scale_s * LOG2E.value, op.scale_t * LOG2E.value, grad_scale),
+            STAGES=COLUMN_STAGES,
             SELF=op.is_self,
             WEIGHTED=weight is not None,
             HAS_UNIT=unit is not None,
             LOG2_GAIN=log2_gain,
             num_warps=4,
-            maxnreg=128,
+            maxnreg=LAUNCH_REGISTERS,
         )
     if op.is_self:
         return grad, None
-    return grad, columns_gradient(buffer, turns, op.cols_s, grad_scale, unit, out_dtype)
+    return grad, columns_gradient(columns, turns, op.cols_s, grad_scale, unit, out_dtype)

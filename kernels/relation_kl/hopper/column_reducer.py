@@ -1,4 +1,11 @@
-"""The Hopper backward's third warpgroup: the columns' gradient, added up in a fixed order."""
+"""The third warpgroup of the Hopper backward: it adds up the columns' gradient in a fixed order.
+
+``backward`` has the drawing of all partitions, and the aggregates ``Buffers`` and ``Barriers``.
+
+The blocks that visit a tile take turns. A counter in device memory holds the number of additions to
+the tile so far. A block adds when the counter equals its turn (``scheduler.backward_turn``), and
+then increases the counter. Where heads share a buffer, each of them takes a turn for every block.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -8,32 +15,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .column_buffer import as_slab, slab_offsets
-from .tiles import ROWS, flat, thread_barrier
-
-STEP: gl.constexpr = gl.constexpr(64)  # columns multiplied at a time
-TILE: gl.constexpr = gl.constexpr(128)  # columns between two turns
-
-
-@gluon.jit
-def _tile(index, span):
-    """The index-th tile of columns to visit: full tiles first, then those before and after them."""
-    first, full_first, full_last, last = span
-    full = full_last - full_first
-    edge = first + index - full
-    edge = gl.where(edge < full_first, edge, edge + full)
-    return gl.where(index < full, full_first + index, edge)
+from .column_buffer import slab_offsets, to_slab
+from .scheduler import backward_step_start, backward_tile, backward_turn
+from .tiles import (
+    BACKWARD_BLOCK_ROWS,
+    STEP_COLUMNS,
+    STEPS_PER_TILE,
+    as_matrix,
+    partition_barrier,
+)
 
 
 @gluon.jit
-def step_start(step, span):
-    """The first column of a step: each tile takes two, of 64 columns each."""
-    return _tile(step // 2, span) * TILE + (step & 1) * STEP
-
-
-@gluon.jit
-def _turn(counter):
-    """How many blocks have added to a tile; what they added is visible afterwards."""
+def _read_turn(counter):
+    """Return how many blocks have added to a tile; their additions are visible afterwards."""
     return gl.inline_asm_elementwise(
         """{
             .reg .b32 seen;
@@ -45,54 +40,65 @@ def _turn(counter):
 
 @gluon.jit
 def _pass_turn(counter):
-    """One more block has added to a tile."""
-    thread_barrier()
+    """Let the next block add to a tile, after the additions of all threads of this partition."""
+    partition_barrier()
     gl.atomic_add(counter, 1, sem="release", scope="gpu")
 
 
 @gluon.jit
-def reduce_columns(smem, bars, place, span, buffer, turns, last_rows, share):
-    """D^T X_I of every tile, added to the buffer when it is this block's turn."""
-    x_s, x_t, y_s, y_t, d = smem
-    x_ready, s_ready, t_ready, free, d_ready, d_free, reduced = bars
-    first, full_first, full_last, last = span
-    D_S: gl.constexpr = y_s.shape[4]
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_S, 16])
-    zero = gl.zeros([STEP, D_S], gl.float32, wide)
+def reduce_columns(buffers, barriers, place, span, gradient, turns, last_blocks, share):
+    """Add D^T X of every step to the columns' gradient, each tile when it is this block's turn.
+
+    X are the block's rows of the student.
+
+    Args:
+        buffers, barriers: ``backward.Buffers`` and ``backward.Barriers``.
+        place: ``Place`` of the block.
+        span: ``TileSpan`` of the block.
+        gradient: Pointer to the head's slabs, [tiles * 128, D_S] fp32 (``column_buffer``).
+        turns: Pointer to [tiles] int32: the counters.
+        last_blocks: Pointer to [tiles] int32: the last block that visits each tile.
+        share: Number of row heads that add to the same gradient.
+    """
+    D_S: gl.constexpr = buffers.cols_s.shape[4]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_S, 16])
+    zero = gl.zeros([STEP_COLUMNS, D_S], gl.float32, mma)
     offsets = slab_offsets(D_S)
-    block = place[3] // (2 * ROWS)
-    mbarrier.wait(x_ready, 0)
+    block = place.row_start // BACKWARD_BLOCK_ROWS
+    mbarrier.wait(barriers.rows_ready, 0)
     counter = turns
     turn = 0
-    for step in range(2 * (last - first)):
+    for step in range(STEPS_PER_TILE * (span.end - span.start)):
         slot = step & 1
-        tile = _tile(step // 2, span)
-        target = buffer + gl.cast(step_start(step, span), gl.int64) * D_S + offsets
-        mbarrier.wait(d_ready.index(slot), step // 2 & 1)
+        tile = backward_tile(step // STEPS_PER_TILE, span)
+        start = backward_step_start(step, span)
+        target = gradient + gl.cast(start, gl.int64) * D_S + offsets
+        mbarrier.wait(barriers.delta_ready.index(slot), step // 2 & 1)
         part = warpgroup_mma(
-            d.index(slot * 2).permute((1, 0)), flat(x_s.index(0)), zero,
-            use_acc=False, is_async=True,
+            buffers.delta.index(slot * 2).permute((1, 0)), as_matrix(buffers.rows_s.index(0)),
+            zero, use_acc=False, is_async=True,
         )  # fmt: skip
         part = warpgroup_mma(
-            d.index(slot * 2 + 1).permute((1, 0)), flat(x_s.index(1)), part, is_async=True
-        )
-        # Under these products: the last tile's additions have landed by now, so pass it on, and
-        # wait for this tile's turn.
+            buffers.delta.index(slot * 2 + 1).permute((1, 0)), as_matrix(buffers.rows_s.index(1)),
+            part, is_async=True,
+        )  # fmt: skip
+        # While these products run: the additions of the last tile have landed by now, so pass it
+        # on, and wait for the turn of this tile.
         if slot == 0:
             if step > 0:
                 _pass_turn(counter)
             counter = turns + tile
-            turn = (gl.load(last_rows + tile) - block) * share + place[1] % share
-            seen = _turn(counter)
+            turn = backward_turn(gl.load(last_blocks + tile), block, place.row_head, share)
+            seen = _read_turn(counter)
             while seen < turn:
-                seen = _turn(counter)
+                seen = _read_turn(counter)
         part = warpgroup_mma_wait(0, deps=[part])
-        mbarrier.arrive(d_free.index(slot))
-        if turn == 0:  # the first block to have its turn finds nothing there yet
-            gl.store(target, as_slab(part))
+        mbarrier.arrive(barriers.delta_free.index(slot))
+        if turn == 0:  # nothing was added yet, and the memory is not initialized
+            gl.store(target, to_slab(part))
         else:
-            gl.atomic_add(target, as_slab(part), sem="relaxed", scope="gpu")
-    if last > first:
+            gl.atomic_add(target, to_slab(part), sem="relaxed", scope="gpu")
+    if span.end > span.start:
         _pass_turn(counter)
-    thread_barrier()
-    mbarrier.arrive(reduced)
+    partition_barrier()
+    mbarrier.arrive(barriers.columns_added)

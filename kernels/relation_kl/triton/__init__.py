@@ -1,0 +1,1 @@
+"""The relation KL in Triton. ``backend`` is the module that ``backends`` lists."""

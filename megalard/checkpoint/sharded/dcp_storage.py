@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import (
@@ -130,7 +130,7 @@ class ShardWriter(StorageWriter):
     ) -> list[WriteResult]:
         offsets = {name: {OFFSETS_KEY: list(items[name].index.offset)} for name in entries}
         metadata = {"format": "pt", SHARDING_KEY: json.dumps(offsets), ID_KEY: self.identity}
-        tensors = (planner.resolve_data(items[name]) for name in entries)
+        tensors: Iterator[Any] = (planner.resolve_data(items[name]) for name in entries)
         if isinstance(planner, LazySavePlanner):
             tensors = read_ahead(tensors)
         size, digest = write_tensor_file(
@@ -145,7 +145,7 @@ class ShardWriter(StorageWriter):
         files: dict[str, dict] = {}
         for result in (result for part in results for result in part):
             name, stored = result.index.fqn, result.storage_data
-            saved = metadata.state_dict_metadata[name]
+            saved: Any = metadata.state_dict_metadata[name]
             tensor = tensors.setdefault(
                 name,
                 {"dtype": NAMES[saved.properties.dtype], "shape": list(saved.size), "chunks": []},
@@ -166,10 +166,10 @@ class ShardWriter(StorageWriter):
     def _write_companions(self) -> dict[str, dict]:
         folder, companions = self.folder.path, self.options.companions
         (folder / "config.json").write_text(json.dumps(self.sections["config"], indent=2) + "\n")
-        for source in companions:
-            shutil.copyfile(source, folder / source.name)
+        for companion in companions:
+            companion.write(folder)
         files = {}
-        for name in {"config.json", *(source.name for source in companions)}:
+        for name in {"config.json", *(companion.name for companion in companions)}:
             path = folder / name
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -212,7 +212,8 @@ class ShardReader(StorageReader):
         return False
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
-        tensors, chunks = {}, {}
+        tensors: dict[str, Any] = {}
+        chunks = {}
         for name, tensor in self.manifest.tensors.items():
             boxes = []
             for chunk in tensor["chunks"]:

@@ -14,7 +14,7 @@ import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from megalard import __version__
 from megalard.errors import UserError, shown
@@ -255,7 +255,8 @@ def _overlap(chunks: list[dict]) -> bool:
 
 
 def _check_length(directory: Path, name: str, size: int) -> None:
-    if Path(name).name != name or name == "..":
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name == ".":
         raise UserError(
             f"{directory / MANIFEST} names the file {shown(name)} outside its directory: use "
             "another checkpoint"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from megalard.checkpoint.provenance import check_checksums
 from megalard.checkpoint.sharded.dcp_storage import STATE_PREFIXES, Box, ShardReader, ShardWriter
@@ -27,9 +27,9 @@ from megalard.errors import UserError
 from megalard.files.reading import cannot_read
 from megalard.files.safetensors import DTYPES, DamagedFile, TensorFile
 from megalard.files.writing import Progress, no_progress
+from megalard.model.layout import Layout
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
-from megalard.parallel.tensor.layout import Layout
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -54,7 +54,7 @@ def as_dtensor(local: torch.Tensor, layout: Layout, mesh: Mesh) -> torch.Tensor:
     assert tuple(local.shape) == layout.local_shape
     if mesh.world.size == 1:
         return local
-    placements = [Replicate(), Replicate(), Replicate()]
+    placements: list[Placement] = [Replicate(), Replicate(), Replicate()]
     replicas = mesh.tp.size
     if layout.dim is not None:
         placements[1], replicas = Shard(layout.dim), layout.replicas

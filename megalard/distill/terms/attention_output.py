@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megalard.config.schema import ObjectiveConfig
+from megalard.config.objective import ObjectiveConfig
 from megalard.distill.forward_gradient import with_autograd_now
 from megalard.distill.lockstep import Pair
 from megalard.distill.reach import LayerDepth, Reach

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megalard.config.schema import ObjectiveConfig
+from megalard.config.objective import ObjectiveConfig
 from megalard.data.batch import Batch
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.chunks import sum_of_chunks
 from megalard.distill.terms.term import Term, TermInputs, TermSum
 from megalard.model.decoder import Decoder
+from megalard.parallel.ops import tensor_axis
 from megalard.parallel.tensor.vocab import cross_entropy
 
 
@@ -47,7 +48,7 @@ def cross_entropy_sum(
         student_x: output of the last layer [t/tp, hidden], before the final norm.
         target_bs: int64 [b, s] of this rank's tokens; negative if a token has no target.
     """
-    axis, first_id = student.ops.axis, student.first_vocab_row
+    axis, first_id = tensor_axis(student), student.first_vocab_row
     hidden = student.ops.gather(student.model.norm(student_x))
 
     def chunk_sum(h, target, weight):

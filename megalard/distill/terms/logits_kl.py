@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megalard.config.schema import ObjectiveConfig
+from megalard.config.objective import ObjectiveConfig
 from megalard.data.batch import Batch
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.chunks import sum_of_chunks
 from megalard.distill.terms.term import Term, TermInputs, TermSum
 from megalard.model.decoder import Decoder
+from megalard.parallel.ops import tensor_axis
 from megalard.parallel.tensor.vocab import kl_divergence
 from megalard.transfer import to_device
 
@@ -35,7 +36,14 @@ class LogitsKl(Term):
         self, student_x: torch.Tensor, teacher_x: torch.Tensor | None, inputs: TermInputs
     ) -> TermSum:
         rows = compared_rows(inputs.batch, self.objective.logits_positions)
-        total = logits_kl_sum(inputs.teacher, inputs.student, teacher_x, student_x, rows)
+        total = logits_kl_sum(
+            inputs.teacher,
+            inputs.student,
+            teacher_x,
+            student_x,
+            rows,
+            self.objective.logits_temperature,
+        )
         # Every tp rank has the sum over the full vocabulary and reports its share of it.
         return TermSum.single(total, self.objective.logits_kl, 1.0 / self.axis.size)
 
@@ -66,6 +74,7 @@ def logits_kl_sum(
     teacher_x: torch.Tensor,
     student_x: torch.Tensor,
     rows: torch.Tensor,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """Return Σ over some rows of KL(teacher || student), a scalar to differentiate.
 
@@ -74,8 +83,9 @@ def logits_kl_sum(
     Args:
         teacher_x, student_x: outputs of the last layer [t/tp, hidden], before the final norm.
         rows: as ``compared_rows`` returns them.
+        temperature: both distributions are softmax(logits / temperature).
     """
-    axis = student.ops.axis
+    axis = tensor_axis(student)
     index = to_device(rows, student_x.device)
     student_h = student.ops.gather(student.model.norm(student_x)).index_select(0, index)
     with torch.no_grad():
@@ -84,6 +94,8 @@ def logits_kl_sum(
     def chunk_sum(h_s, h_t, weight_s, weight_t):
         logits_s = F.linear(h_s, weight_s.to(h_s.dtype)).float()
         logits_t = F.linear(h_t, weight_t.to(h_t.dtype)).float()
+        if temperature != 1:
+            logits_s, logits_t = logits_s / temperature, logits_t / temperature
         return kl_divergence(logits_s, logits_t, axis).sum()
 
     weights = student.head_weight, teacher.head_weight

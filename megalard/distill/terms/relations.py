@@ -9,17 +9,19 @@ number of valid rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch.profiler import record_function
 
-from megalard.config.schema import RELATIONS, ObjectiveConfig
+from megalard.config.objective import RELATIONS, ObjectiveConfig
 from megalard.distill.forward_gradient import with_forward_gradient
 from megalard.distill.lockstep import Pair
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.sharded_relations import Operand, RelationPlan, relation_sums
 from megalard.distill.terms.term import Term, TermInputs, TermSum, compared_layers
-from megalard.model.decoder import Decoder, Qkv
+from megalard.model.decoder import Decoder
+from megalard.model.ops import Qkv
 
 
 class Relations(Term):
@@ -68,8 +70,8 @@ class Relations(Term):
                 for kind, operand in operands.items()
             }
             sums, grads = relation_sums(detached, self._factors, plan, with_grad)
-            loss = sum(self._factors[name] * total for name, total in sums.items())
-            value = torch.stack([loss, *sums.values()])
+            totals = [self._factors[name] * total for name, total in sums.items()]
+            value = torch.stack([reduce(torch.add, totals), *sums.values()])
             return value, [grads[kind] for kind in self._operands] if with_grad else ()
 
         inputs = (operand.student for operand in operands.values())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megalard.config.schema import RELATIONS
+from megalard.config.objective import RELATIONS
 from megalard.kernels.relation_kl import (
     IntervalMask,
     Partials,
@@ -34,6 +34,7 @@ from megalard.parallel.collectives import all_reduce
 from megalard.parallel.context.exchange import Exchange
 from megalard.parallel.context.schedule import Part, Round, Task, schedule
 from megalard.parallel.context.shard import SequenceShard
+from megalard.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ class RelationPlan:
             self.shard.positions_of(part.chunk)[self.tokens(part)]
             for part in (task.rows, task.columns)
         )
-        return places_mask(doc_start_bs, doc_end_bs, rows, columns)
+        common = min(len(rows), len(columns))
+        aligned = torch.equal(rows[:common], columns[:common])
+        rows, columns = (to_device(x, doc_start_bs.device) for x in (rows, columns))
+        return places_mask(doc_start_bs, doc_end_bs, rows, columns, aligned=aligned)
 
 
 def relation_sums(

@@ -8,13 +8,14 @@ from functools import cached_property
 
 import torch
 
-from megalard.config.schema import ObjectiveConfig
+from megalard.config.objective import ObjectiveConfig
 from megalard.data.batch import Batch
 from megalard.distill.lockstep import Pair
 from megalard.distill.reach import Reach
 from megalard.distill.terms.sharded_relations import RelationPlan
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
+from megalard.parallel.ops import tensor_axis
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Term(ABC):
 
     def __init__(self, objective: ObjectiveConfig, student: Decoder, kv_replicas: int):
         self.objective = objective
-        self.spec, self.axis = student.spec, student.ops.axis
+        self.spec, self.axis = student.spec, tensor_axis(student)
 
     @staticmethod
     @abstractmethod

@@ -14,13 +14,13 @@ from typing import Protocol
 import torch
 
 from megalard.model import attention
-from megalard.model.decoder import BlockBatch
 from megalard.model.merged_attention import (
     attention_part,
     attention_part_backward,
     merge,
     uses_cudnn,
 )
+from megalard.model.ops import BlockBatch
 from megalard.parallel.collectives import start_all_gather_tokens, start_reduce_scatter_tokens
 from megalard.parallel.context.shard import SequenceShard, Span
 from megalard.parallel.mesh import Axis

@@ -1,4 +1,4 @@
-"""Which slice of each parameter a tensor-parallel rank holds.
+"""Decide which slice of each parameter a tensor-parallel rank holds.
 
 A parameter is a local tensor with the name that it has at Hugging Face. Its ``Layout`` says which
 slice of the full tensor it is, and how many ranks hold the same slice. Each of these replicas
@@ -7,55 +7,17 @@ computes only a part of the slice's gradient, so the gradient has to be summed o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-
 from megalard.errors import UserError
+from megalard.model.layout import Layout, full_layout
 from megalard.model.names import (
     COLUMN_PARALLEL,
     NORMS,
+    QK_NORMS,
     ROW_PARALLEL,
     VOCAB_PARALLEL,
     ParameterName,
 )
 from megalard.model.spec import ModelSpec
-
-
-@dataclass(frozen=True)
-class Layout:
-    """This rank's slice of a parameter.
-
-    Attributes:
-        full_shape: the shape of the full tensor.
-        dim: the dimension that is split; None if every rank holds the full tensor.
-        start, length: this rank's slice along ``dim``.
-        replicas: the number of neighboring tp ranks that hold the same slice: 1, all, or some of
-            them for K/V heads.
-    """
-
-    full_shape: tuple[int, ...]
-    dim: int | None
-    start: int
-    length: int
-    replicas: int
-
-    @property
-    def local_shape(self) -> tuple[int, ...]:
-        """The shape of the slice."""
-        shape = list(self.full_shape)
-        if self.dim is not None:
-            shape[self.dim] = self.length
-        return tuple(shape)
-
-    def cut(self, full: torch.Tensor) -> torch.Tensor:
-        """Return this rank's slice of the full tensor, as a view."""
-        return full if self.dim is None else full.narrow(self.dim, self.start, self.length)
-
-
-def full_layout(full_shape: tuple[int, ...], tp: int = 1) -> Layout:
-    """Return the layout of a tensor that each of ``tp`` ranks holds in full."""
-    return Layout(full_shape, None, 0, 0, tp)
 
 
 def check_divisible(spec: ModelSpec, tp: int) -> None:
@@ -89,17 +51,18 @@ def parameter_layout(
     """Return the layout of a parameter on one rank of ``tp``."""
     parsed = ParameterName.parse(name)
     module, kind = parsed.module, parsed.kind
-    if module in NORMS:
+    if module in NORMS or (module in QK_NORMS and spec.qk_norm == "head"):
         return full_layout(full_shape, tp)
     if module in VOCAB_PARALLEL:
         # The uneven split of torch.chunk and of DTensor: the last ranks may hold fewer rows.
         chunk = -(-full_shape[0] // tp)
         start = min(rank * chunk, full_shape[0])
         return Layout(full_shape, 0, start, min(chunk, full_shape[0] - start), 1)
-    if module in COLUMN_PARALLEL:
+    if module in COLUMN_PARALLEL or module in QK_NORMS:
         if kind == "lora_A":
             return full_layout(full_shape, tp)
-        replicas = kv_replicas(spec, tp) if module in ("k_proj", "v_proj") else 1
+        is_kv = module in ("k_proj", "v_proj", "k_norm")
+        replicas = kv_replicas(spec, tp) if is_kv else 1
         length = full_shape[0] // (tp // replicas)
         return Layout(full_shape, 0, rank // replicas * length, length, replicas)
     if module in ROW_PARALLEL:

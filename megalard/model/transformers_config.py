@@ -1,0 +1,52 @@
+"""Read a ``config.json`` with the configuration classes of transformers.
+
+transformers decides which class reads a file, what a missing key means and which values do not fit
+together. Reading through its classes gives the same defaults and the same refusals.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+
+from megalard.errors import UserError, printable
+from megalard.quiet import quiet_transformers
+
+
+def as_transformers_reads(config: dict, where: str) -> PretrainedConfig:
+    """Return the configuration object that ``AutoConfig`` makes of a ``config.json``.
+
+    Args:
+        config: the content of the file. Code that it names in ``auto_map`` is not run.
+        where: the directory of the file, for errors.
+
+    Raises:
+        UserError: transformers refuses the file.
+    """
+    try:
+        with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(config))
+            read = AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+            # The model does this once more, and then a key next to the RoPE section has priority.
+            read.standardize_rope_params()
+    except (
+        StrictDataclassError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{where}/config.json is refused by transformers ({printable(reason, 300)}): correct "
+            "it, or download it again"
+        ) from None
+    return read

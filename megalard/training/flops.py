@@ -1,0 +1,95 @@
+"""The floating-point operations that a step needs, and the peak rate of known GPUs.
+
+What is computed twice, as under activation checkpointing, counts once. The ratio of the needed
+operations to the peak of the GPUs is the model FLOP utilization (MFU).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megalard.config.objective import RELATIONS
+from megalard.config.schema import Config, StreamConfig, TrainableConfig
+from megalard.distill.objective import reaches_of
+from megalard.distill.reach import LayerDepth, deepest
+from megalard.model.spec import ModelSpec
+
+# Dense bf16 FLOP/s from the vendors' data sheets, by a part of the name of the GPU.
+_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak bf16 FLOP/s of a GPU; None if it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
+
+
+def step_flops(config: Config, spec: ModelSpec) -> float:
+    """Return the operations of one step over all ranks and streams."""
+    return sum(
+        stream_flops(stream, config.trainable, spec) * stream.global_batch
+        for stream in config.all_streams().values()
+    )
+
+
+def stream_flops(stream: StreamConfig, trainable: TrainableConfig, spec: ModelSpec) -> float:
+    """Return the operations for one block of a stream, as if it held a single document."""
+    objective, tokens = stream.objective, stream.data.context_length
+    reach = deepest(reaches_of(objective, spec.num_layers))
+    qkv_layers = reach.layer + 1
+    attention_layers = reach.layer + (reach.depth >= LayerDepth.ATTENTION)
+    whole_layers = reach.layer + (reach.depth == LayerDepth.WHOLE)
+
+    q_features = spec.num_heads * spec.head_dim
+    kv_features = spec.num_kv_heads * spec.head_dim
+    qkv = spec.hidden_size * (q_features + 2 * kv_features)
+    rest = q_features * spec.hidden_size + 3 * spec.hidden_size * spec.intermediate_size
+    head = spec.vocab_size * spec.hidden_size if reach.head else 0
+    weights = qkv * qkv_layers + rest * whole_layers + head
+    pairs = tokens**2 / 2
+    attention = 4 * pairs * q_features * attention_layers
+
+    forward = 2 * tokens * weights + attention
+    # The input of the first layer needs no gradient unless the embedding is trained.
+    untrained_input = 0 if trainable.mode == "all" else qkv
+    backward = 2 * tokens * (weights - untrained_input) + 2.5 * attention
+    models = 2 if objective.needs_teacher else 1
+    total = models * forward + backward
+    total += _trained_products(trainable, spec, qkv_layers, whole_layers, weights) * tokens
+    for name in objective.active_relations():
+        heads = spec.num_heads if RELATIONS[name].rows == "q" else spec.num_kv_heads
+        layers = len(objective.layers or range(spec.num_layers))
+        # Two half-products forward and four backward.
+        total += 6 * 2 * pairs * spec.head_dim * heads * layers
+    return total
+
+
+def _trained_products(
+    trainable: TrainableConfig, spec: ModelSpec, qkv_layers: int, whole_layers: int, weights: int
+) -> float:
+    """Return the operations per token that training adds: weight gradients and LoRA's products."""
+    if trainable.mode == "all":
+        return 2 * weights
+    q_features = spec.num_heads * spec.head_dim
+    kv_features = spec.num_kv_heads * spec.head_dim
+    shapes = {
+        "q": (spec.hidden_size, q_features, qkv_layers),
+        "k": (spec.hidden_size, kv_features, qkv_layers),
+        "v": (spec.hidden_size, kv_features, qkv_layers),
+        "o": (q_features, spec.hidden_size, whole_layers),
+    }
+    if trainable.mode == "weights":
+        return sum(2 * i * o * n for i, o, n in (shapes[name] for name in trainable.weights))
+    lora = trainable.lora
+    # Forward, gradient of the input, and gradient of the pair.
+    return sum(6 * lora.rank * (i + o) * n for i, o, n in (shapes[t] for t in lora.targets))

@@ -1,0 +1,104 @@
+"""Load the teacher, and build the student of each stage."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from megalard.checkpoint.build import empty_decoder, load_decoder
+from megalard.config.schema import Config
+from megalard.distill.objective import is_reached
+from megalard.distill.student import Student, build_student, merged_weights
+from megalard.model.decoder import Decoder
+from megalard.model.rope import rope_table
+from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks
+from megalard.parallel.mesh import Mesh
+from megalard.training.plan import Plan
+from megalard.training.stages import Stage, first_with_same_parameters, weights_changed_before
+
+
+def load_models(stage: Stage, plan: Plan, mesh: Mesh) -> tuple[Decoder, Student]:
+    """Load the frozen teacher and the student of the first stage; a collective call.
+
+    Checksums that the models record (as sharded checkpoints do) are compared meanwhile.
+
+    Raises:
+        UserError: on every rank, if a tensor is missing or has another shape, or a file is damaged.
+    """
+    source = plan.source
+    has_own_weights = source is not plan.teacher
+
+    def check() -> None:
+        plan.teacher.check_sums(mesh.world)
+        if has_own_weights:
+            source.check_sums(mesh.world)
+
+    with checked_meanwhile(check, mesh.world) as wait_for_checksums:
+        with checked_on_all_ranks(mesh.world):
+            teacher = load_teacher(stage.config, plan, mesh)
+            student = _build(
+                stage, plan, mesh, teacher, weights=source.weights if has_own_weights else None
+            )
+        wait_for_checksums()
+    return teacher, student
+
+
+def load_teacher(config: Config, plan: Plan, mesh: Mesh) -> Decoder:
+    """Load the frozen teacher.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    model, dtype = plan.teacher, _dtype(config)
+    rope = rope_table(model.spec)
+    return load_decoder(model.spec, rope, mesh.tp, model.weights, mesh.device, dtype)
+
+
+def next_student(before: Student, stage: Stage, plan: Plan, mesh: Mesh) -> Student:
+    """Return the student of a stage, with the weights that the stage before left."""
+    if stage.keeps_optimizer:
+        return before
+    earlier = merged_weights(before, plan.source.weights)
+    return _build(stage, plan, mesh, before.decoder, earlier=earlier)
+
+
+def student_to_restore(
+    first: Student, stages: list[Stage], number: int, plan: Plan, mesh: Mesh
+) -> Student:
+    """Return the student of a stage for a checkpoint to be loaded into.
+
+    The weights that earlier stages changed are not computed; the checkpoint has them.
+
+    Args:
+        first: the student of the first stage, whose unchanged weights are shared.
+        number: which stage, counted from 0.
+    """
+    start = first_with_same_parameters(stages, number)
+    if start == 0:
+        return first
+    layouts = empty_decoder(plan.student, rope_table(plan.student), mesh.tp).layouts
+    changed = weights_changed_before(stages, start, layouts, plan.student.num_layers)
+    earlier = {name: torch.zeros(layouts[name].local_shape) for name in sorted(changed)}
+    return _build(stages[start], plan, mesh, first.decoder, earlier=earlier)
+
+
+def _build(stage: Stage, plan: Plan, mesh: Mesh, start: Decoder, **options) -> Student:
+    config = stage.config
+    reached = partial(is_reached, streams=config.all_streams(), num_layers=plan.student.num_layers)
+    return build_student(
+        start,
+        plan.student,
+        rope_table(plan.student),
+        mesh.tp,
+        config.trainable,
+        reached,
+        config.run.seed,
+        masters=plan.source.weights,
+        dtype=_dtype(config),
+        **options,
+    )
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return getattr(torch, config.model.compute_dtype)
