@@ -11,10 +11,10 @@ from megalard.checkpoint.build import load_decoder
 from megalard.checkpoint.huggingface import HuggingFaceWeights
 from megalard.data.batch import collate
 from megalard.model.decoder import Decoder
+from megalard.model.layout import Layout
 from megalard.model.rope import rope_table
 from megalard.model.spec import read_spec
 from megalard.parallel.mesh import SINGLE, Axis
-from megalard.parallel.tensor.layout import Layout
 from megalard.training.export import gather_full
 
 # The rounding of fp32 (6e-8) through three layers, against float64. Observed at most 9e-7. A wrong

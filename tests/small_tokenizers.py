@@ -15,15 +15,30 @@ EOS = 256
 CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"] * 20
 
 
-def make_byte_tokenizer(eos_id: int = EOS, vocab_size: int = EOS + 1, name: str = "bytes"):
-    """Return a tokenizer whose ids are UTF-8 bytes, so that stored ids can be read by eye."""
+def make_byte_tokenizer(
+    eos_id: int = EOS,
+    vocab_size: int = EOS + 1,
+    name: str = "bytes",
+    starts_with: tuple[int, ...] = (),
+    bos_id: int | None = None,
+) -> Tokenizer:
+    """Return a tokenizer whose ids are UTF-8 bytes, so that stored ids can be read by eye.
+
+    It puts the end token after a text.
+    """
+    fingerprint = hashlib.sha256(name.encode()).hexdigest()
     return Tokenizer(
+        directory=Path("/byte-tokenizer"),
         encode_batch=lambda texts: [list(text.encode()) for text in texts],
         decode=lambda ids: bytes(i for i in ids if i < EOS).decode(),
+        starts_with=starts_with,
+        ends_with=(eos_id,),
+        bos_id=bos_id,
         eos_id=eos_id,
         vocab_size=vocab_size,
-        fingerprint=hashlib.sha256(name.encode()).hexdigest(),
-        files=(),
+        vocabulary={"</s>": eos_id, **{chr(i): i for i in range(128)}},
+        fingerprint=fingerprint,
+        file_fingerprint=f"file of {fingerprint}",
     )
 
 

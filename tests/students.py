@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
+from megalard.checkpoint.companions import Companion
 from megalard.checkpoint.open import open_model
 from megalard.checkpoint.weights import Weights
+from megalard.config.objective import ObjectiveConfig
 from megalard.config.schema import (
     Config,
     DataConfig,
     LoraConfig,
     ModelConfig,
-    ObjectiveConfig,
     RopeConfig,
     RunConfig,
     TrainableConfig,
@@ -23,9 +24,10 @@ from megalard.distill.student import Student
 from megalard.model.rope import scaled_config
 from megalard.model.spec import spec_from_config
 from megalard.parallel.mesh import Mesh
-from megalard.training.build import load_models
 from megalard.training.export import save_student
+from megalard.training.models import load_models
 from megalard.training.plan import Plan
+from megalard.training.stages import stages_of
 
 NATIVE, FACTOR = 64, 4.0
 TABLE = [1.0, 0.3, 0.02, 0.0005]
@@ -64,9 +66,9 @@ class MadeStudent:
     source: Weights
     config: dict
     mesh: Mesh
-    generation_config: tuple[Path, ...]
+    generation_config: tuple[Companion, ...]
 
-    def save(self, directory: Path, companions: tuple[Path, ...] = ()) -> None:
+    def save(self, directory: Path, companions: tuple[Companion, ...] = ()) -> None:
         """Save the student as a run does."""
         files = (*companions, *self.generation_config)
         save_student(directory, self.student, self.source, self.config, files, self.mesh)
@@ -78,7 +80,7 @@ def make_student(config: Config, mesh: Mesh) -> MadeStudent:
     scaled = scaled_config(teacher.spec, config.rope, NATIVE)
     student_spec = spec_from_config(scaled, "student")
     plan = Plan(teacher, teacher, student_spec, scaled, NATIVE, tokenizer=None)
-    _, student = load_models(config, plan, mesh, keep_teacher=False)
+    _, student = load_models(stages_of(config)[0], plan, mesh)
     return MadeStudent(student, teacher.weights, scaled, mesh, teacher.generation_config)
 
 

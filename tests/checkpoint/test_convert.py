@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from megalard.checkpoint.build import full_layouts
-from megalard.checkpoint.convert import check_complete, check_target, parse_size, unknown_tensors
+from megalard.checkpoint.build import check_complete, full_layouts
+from megalard.checkpoint.convert import check_target, parse_size, unknown_tensors
 from megalard.checkpoint.inspection import describe_checkpoint
 from megalard.checkpoint.open import open_model
 from megalard.checkpoint.sharded.manifest import read_manifest

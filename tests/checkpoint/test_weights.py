@@ -16,7 +16,7 @@ from megalard.checkpoint.weights import (
     size_of,
     trained_parts,
 )
-from megalard.parallel.tensor.layout import Layout
+from megalard.model.layout import Layout
 from tests.command_line import user_error
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megalard.config.schema import RELATIONS, Config, ObjectiveConfig, Relation, to_dict
+from megalard.config.objective import RELATIONS, ObjectiveConfig, Relation
+from megalard.config.schema import Config, to_dict
 from tests.config.loading import load, refusal
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "configs").rglob("*.yaml"))

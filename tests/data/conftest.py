@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalard.data.token_store_writer import write_store
+from tests.data.documents import store_of
 from tests.small_tokenizers import make_byte_tokenizer
 
 
@@ -20,6 +20,6 @@ def make_store(tmp_path, byte_tokenizer):
 
     def make(lengths, name="store"):
         texts = [chr(ord("a") + i % 26) * (length - 1) for i, length in enumerate(lengths)]
-        return write_store(texts, byte_tokenizer, tmp_path / name, "fixture")
+        return store_of(texts, byte_tokenizer, tmp_path / name)
 
     return make

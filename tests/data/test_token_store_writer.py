@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from megalard.data import token_store_writer
+from megalard.data.boundaries import Boundaries
 from megalard.data.token_store import TokenStore
-from megalard.data.token_store_writer import build_store, write_store
+from megalard.data.token_store_writer import build_store
 from megalard.errors import UserError
+from tests.command_line import user_error
+from tests.data.documents import store_of
 from tests.small_tokenizers import EOS, make_byte_tokenizer
 
 
@@ -38,10 +41,10 @@ def test_the_store_does_not_depend_on_the_batches_of_tokenization(
     tmp_path, byte_tokenizer, monkeypatch
 ):
     texts = [chr(97 + i) * (i + 1) for i in range(20)]
-    one = write_store(texts, byte_tokenizer, tmp_path / "one", "s")
+    one = store_of(texts, byte_tokenizer, tmp_path / "one")
     monkeypatch.setattr(token_store_writer, "BATCH_DOCUMENTS", 3)
     monkeypatch.setattr(token_store_writer, "BATCH_CHARACTERS", 30)
-    many = write_store(iter(texts), byte_tokenizer, tmp_path / "many", "s")
+    many = store_of(iter(texts), byte_tokenizer, tmp_path / "many")
     assert np.array_equal(one.tokens, many.tokens)
     assert np.array_equal(one.documents, many.documents)
 
@@ -51,7 +54,7 @@ def test_the_store_does_not_depend_on_the_batches_of_tokenization(
 )
 def test_the_dtype_depends_on_the_vocabulary(tmp_path, vocab_size, dtype):
     tokenizer = make_byte_tokenizer(vocab_size - 1, vocab_size)
-    store = write_store(["a"], tokenizer, tmp_path / "store", "s")
+    store = store_of(["a"], tokenizer, tmp_path / "store")
     assert store.tokens.dtype == dtype
     assert store.tokens.tolist() == [97, vocab_size - 1]
 
@@ -61,16 +64,41 @@ def test_the_same_store_is_used_again_and_another_is_refused(tmp_path, text_file
     build_store([text_file], byte_tokenizer, output)
     written = (output / "tokens.bin").stat().st_mtime_ns
     build_store([text_file], byte_tokenizer, output)
+    # Text that has moved or been touched is the same text.
+    moved = tmp_path / "moved.jsonl"
+    text_file.rename(moved)
+    build_store([moved], byte_tokenizer, output)
     assert (output / "tokens.bin").stat().st_mtime_ns == written
 
-    with pytest.raises(UserError, match="was made with another tokenizer"):
-        build_store([text_file], make_byte_tokenizer(name="other"), output)
-    with pytest.raises(UserError, match="from other text"):
-        build_store([text_file], byte_tokenizer, output, text_key="body")
-    text_file.write_text('{"text": "changed"}\n')
-    with pytest.raises(UserError, match="from other text, or the text has changed since"):
-        build_store([text_file], byte_tokenizer, output)
+    for tokenizer, boundaries, sentence in (
+        (make_byte_tokenizer(name="other"), None, "was made with another tokenizer"),
+        (byte_tokenizer, Boundaries((7,), (EOS,)), "data.bos asks for [7]"),
+    ):
+        message = user_error(build_store, [moved], tokenizer, output, boundaries=boundaries)
+        assert sentence in message
+    moved.write_text('{"text": "changed"}\n')
+    sentence = user_error(build_store, [moved], byte_tokenizer, output)
+    assert "was made from other text, or the text has changed since" in sentence
     assert (output / "tokens.bin").stat().st_mtime_ns == written
+
+
+def test_every_document_gets_the_special_tokens(tmp_path, text_file, byte_tokenizer):
+    boundaries = Boundaries((7, 8), ())
+    store = build_store([text_file], byte_tokenizer, tmp_path / "s", boundaries=boundaries)
+    assert store.tokens.tolist() == [7, 8, *b"ab", 7, 8, *b"cde", 7, 8, *"é".encode()]
+    assert store.boundaries == boundaries and store.documents.tolist() == [0, 4, 9, 13]
+
+
+def test_files_that_are_passed_over_are_a_warning(tmp_path, byte_tokenizer):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("some text")
+    (tmp_path / "data" / "b.csv").write_text("x")
+    warnings: list[str] = []
+    build_store([tmp_path / "data"], byte_tokenizer, tmp_path / "store", warn=warnings.append)
+    assert warnings == [
+        f"1 files of 1 bytes (.csv), such as {tmp_path / 'data' / 'b.csv'} are not text that is "
+        "read, and are passed over"
+    ]
 
 
 def test_an_output_with_something_else_is_left_alone(tmp_path, text_file, byte_tokenizer):
@@ -103,7 +131,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, byte_tokenizer, monkeypat
         raise stop
 
     with pytest.raises((KeyboardInterrupt, UserError)):
-        write_store(documents(), byte_tokenizer, tmp_path / "runs" / "store", "s")
+        store_of(documents, byte_tokenizer, tmp_path / "runs" / "store")
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -129,20 +157,20 @@ def test_the_process_that_finishes_second_opens_the_store_of_the_first(tmp_path,
 
     def documents():
         yield "same"
-        write_store(["same"], byte_tokenizer, output, "s")
+        store_of(["same"], byte_tokenizer, output)
 
-    assert len(write_store(documents(), byte_tokenizer, output, "s").tokens) == 5
+    assert len(store_of(documents, byte_tokenizer, output).tokens) == 5
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
 
     def others():
         yield "same"
-        write_store(["same"], byte_tokenizer, tmp_path / "second", "t")
+        store_of(["same"], byte_tokenizer, tmp_path / "second", "other")
 
     with pytest.raises(UserError, match="from other text"):
-        write_store(others(), byte_tokenizer, tmp_path / "second", "s")
+        store_of(others, byte_tokenizer, tmp_path / "second")
 
 
 def test_text_without_a_document_is_refused(tmp_path, byte_tokenizer):
     with pytest.raises(UserError, match="there is no document to tokenize"):
-        write_store([], byte_tokenizer, tmp_path / "store", "s")
+        store_of([], byte_tokenizer, tmp_path / "store")
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from megalard.data.batch import Batch, collate
 from megalard.distill.lockstep import lockstep
 from megalard.distill.reach import LayerDepth, Reach
-from megalard.model.decoder import DecoderLayer
+from megalard.model.layers import DecoderLayer
 from tests.logits import FP32_TOLERANCE, load, relative_error
 from tests.models import make_model
 

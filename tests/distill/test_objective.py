@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megalard.config.schema import DataConfig, ObjectiveConfig, RelationWeights, StreamConfig
+from megalard.config.objective import ObjectiveConfig, RelationWeights
+from megalard.config.schema import DataConfig, StreamConfig
 from megalard.data.batch import collate
 from megalard.distill.objective import StreamObjective, is_reached, reaches_of
 from megalard.distill.reach import LayerDepth, Reach

@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from megalard.checkpoint.huggingface import HuggingFaceWeights
-from megalard.config.schema import (
-    DataConfig,
-    LoraConfig,
-    ObjectiveConfig,
-    RelationWeights,
-    RopeConfig,
-    StreamConfig,
-    TrainableConfig,
-)
+from megalard.config.objective import ObjectiveConfig, RelationWeights
+from megalard.config.schema import DataConfig, LoraConfig, RopeConfig, StreamConfig, TrainableConfig
 from megalard.distill.objective import is_reached
 from megalard.distill.student import Student, build_student
 from megalard.model.rope import rope_table, scaled_config

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from megalard.data.batch import collate
-from megalard.model.decoder import Projection, Qkv
+from megalard.model.ops import Qkv
+from megalard.model.projection import Projection
 from megalard.parallel.ops import ParallelOps
 
 

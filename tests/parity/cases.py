@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megalard.config.objective import ObjectiveConfig, RelationWeights
 from megalard.config.schema import (
     Config,
     DataConfig,
     LoraConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
-    RelationWeights,
     RopeConfig,
     RunConfig,
     StreamConfig,

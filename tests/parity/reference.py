@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from megalard.config.schema import ObjectiveConfig
+from megalard.config.objective import ObjectiveConfig
 
 _captured: list[tuple[torch.Tensor, ...]] = []
 _allowed: list[torch.Tensor] = []

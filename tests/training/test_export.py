@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalard.errors import UserError
+from megalard.model.layout import Layout, full_layout
 from megalard.model.lora import initial_a
 from megalard.parallel.mesh import Mesh, build_mesh
-from megalard.parallel.tensor.layout import Layout, full_layout
 from megalard.training import export
 from tests.logits import (
     assert_same_logits,

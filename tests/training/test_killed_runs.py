@@ -22,8 +22,8 @@ from megalard.checkpoint.sharded.save_load import (
     save_sharded,
 )
 from megalard.checkpoint.write_options import WriteOptions
+from megalard.model.layout import Layout
 from megalard.parallel.mesh import build_mesh
-from megalard.parallel.tensor.layout import Layout
 from megalard.train import main
 from megalard.training.run_folder import checkpoint_path, checkpoints, discard, unfinished
 from tests.checkpoint.sharded.damage import (

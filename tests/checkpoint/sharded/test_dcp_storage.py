@@ -24,8 +24,8 @@ from megalard.checkpoint.sharded.save_load import (
     save_sharded,
 )
 from megalard.checkpoint.write_options import WriteOptions
+from megalard.model.layout import Layout, full_layout
 from megalard.parallel.mesh import SINGLE, build_mesh
-from megalard.parallel.tensor.layout import Layout, full_layout
 from tests.checkpoint.sharded.test_save_load import SECTIONS
 from tests.ranks import run_ranks
 

@@ -22,8 +22,8 @@ from megalard.checkpoint.sharded.save_load import (
     save_sharded,
 )
 from megalard.checkpoint.write_options import WriteOptions
+from megalard.model.layout import Layout
 from megalard.parallel.mesh import SINGLE, Axis, build_mesh
-from megalard.parallel.tensor.layout import Layout
 from tests.command_line import user_error
 from tests.conversions import to_hugging_face, to_sharded
 from tests.models import FAMILIES, make_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalard.config.schema import ObjectiveConfig
+from megalard.config.objective import ObjectiveConfig
 from megalard.distill.lockstep import LayerState, Pair
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.hidden_cosine import HiddenCosine, cosine_distance_sum, hidden_states

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalard.config.schema import ObjectiveConfig
+from megalard.config.objective import ObjectiveConfig
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.language_modelling import LanguageModelling, cross_entropy_sum
 from megalard.distill.terms.term import TermInputs

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalard.config.schema import ObjectiveConfig
+from megalard.config.objective import ObjectiveConfig
 from megalard.data.batch import collate
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.logits_kl import LogitsKl, compared_rows, logits_kl_sum

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from megalard.config.schema import ObjectiveConfig, RelationWeights
+from megalard.config.objective import ObjectiveConfig, RelationWeights
 from megalard.distill.lockstep import LayerState, Pair
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.relations import Relations
 from megalard.distill.terms.term import TermInputs
-from megalard.model.decoder import Qkv
+from megalard.model.ops import Qkv
 from tests.distill.terms.conftest import DOCUMENTS, LENGTH
 from tests.logits import relative_error
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalard.config.schema import RELATIONS
+from megalard.config.objective import RELATIONS
 from megalard.distill.terms import sharded_relations
 from megalard.distill.terms.sharded_relations import Operand, RelationPlan, relation_sums
 from megalard.parallel.context.shard import SequenceShard

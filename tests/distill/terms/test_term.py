@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalard.config.schema import ObjectiveConfig
+from megalard.config.objective import ObjectiveConfig
 from megalard.distill.terms import TERMS
 from megalard.distill.terms.term import Term, TermInputs, TermSum, compared_layers
 from tests.command_line import user_error

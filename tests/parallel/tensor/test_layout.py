@@ -5,14 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megalard.model.layout import Layout, full_layout
 from megalard.model.spec import ModelSpec, spec_from_config
-from megalard.parallel.tensor.layout import (
-    Layout,
-    check_divisible,
-    full_layout,
-    kv_replicas,
-    parameter_layout,
-)
+from megalard.parallel.tensor.layout import check_divisible, kv_replicas, parameter_layout
 from tests.command_line import user_error
 
 

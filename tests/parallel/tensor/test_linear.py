@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalard.model.decoder import Projection
 from megalard.model.lora import Dropout, DropoutKey
+from megalard.model.projection import Projection
 from megalard.parallel.mesh import SINGLE, build_mesh
 from megalard.parallel.tensor.linear import (
     column_parallel,
