@@ -7,7 +7,8 @@
 #   --model DIR             teacher's Hugging Face directory
 #   --data PATH[,PATH...]   text files, directories of them, or one prepared token directory
 #   --output DIR            where the run writes; the same command resumes the run in it
-#   --config FILE           recipe, such as launch/configs/llama2-7b-x8.yaml
+#   --config FILE           configuration file, or the name of a recipe, such as
+#                           linearard-llama2-7b-x8 (default: none)
 #   --tp N                  tensor-parallel size (default: the recipe's, or 1)
 #   --cp N                  context-parallel size (default: the recipe's, or 1)
 #   --gpus N                processes on this node, one per GPU (default: all GPUs; without a GPU 1
@@ -79,7 +80,9 @@ done
 [ -n "$data" ] || fail "--data is not given: text files or directories, separated by commas"
 [ -n "$output" ] || fail "--output is not given: the directory the run writes to"
 [ -d "$model" ] || fail "--model $model is not a directory"
-[ -z "$config" ] || [ -f "$config" ] || fail "--config $config is not a file"
+if [ -n "$config" ] && [ ! -f "$config" ] && [[ $config = */* || $config = *.yaml ]]; then
+    fail "--config $config is not a file"
+fi
 if [ "$nodes" -gt 1 ]; then
     [ -n "$rendezvous" ] || fail "--nodes $nodes needs --rendezvous HOST:PORT"
     [[ $rendezvous =~ ^.+:[0-9]+$ ]] || fail "--rendezvous must be HOST:PORT, not '$rendezvous'"

@@ -89,11 +89,15 @@ def choose(op: Operands, family: str | None, *, backward: bool) -> BackEnd:
 
 
 def describe_kernels(device: torch.device) -> str:
-    """Return the name of the fastest back end on a device, and why faster ones do not serve it."""
-    reasons = []
+    """Return the name of the fastest back end on a device, and why faster ones do not serve it.
+
+    On a CPU nobody expects another back end, and no reason is given.
+    """
+    reasons: list[str] = []
     for backend in BACKENDS:
         reason = backend.why_not_on(device)
         if reason is None:
-            return f"{backend.NAME} ({'; '.join(reasons)})" if reasons else backend.NAME
+            is_expected = not reasons or device.type == "cpu"
+            return backend.NAME if is_expected else f"{backend.NAME} ({'; '.join(reasons)})"
         reasons.append(reason)
     raise ValueError(f"no back end of the relation serves {device}: {'; '.join(reasons)}")

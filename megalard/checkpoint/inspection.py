@@ -60,7 +60,9 @@ def _describe(manifest: Manifest) -> dict:
 
 
 def _position(training: dict) -> str:
-    steps = training["config"]["optimizer"]["steps"]
+    config = training["config"]
+    stages = (config.get("stages") or {}).values()
+    steps = sum(stage["optimizer"]["steps"] for stage in stages or [config])
     blocks_read = sum(stream["blocks_read"] for stream in training["data"].values())
     return f"{training['step']} of {steps}, seed {training['seed']}, {blocks_read} blocks read"
 

@@ -96,7 +96,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the statements are hidden in: neutral sentences over and over, or --text",
     )
     add("--seed", type=int, default=0, metavar="N", help="another seed makes other samples (0)")
-    add("--bos", action="store_true", help="begin tasks with the bos_token_id of config.json")
+    add(
+        "--bos",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="whether documents, windows and tasks begin with the BOS token (auto: as the "
+        "tokenizer does)",
+    )
+    add(
+        "--eos",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="whether documents end with the EOS token (auto: as the tokenizer does)",
+    )
     add("--tokenizer", type=Path, metavar="DIR", help="one for all models (default: their own)")
     add(
         "--base",

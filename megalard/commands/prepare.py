@@ -32,6 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="the token store to write"
     )
+    for name, token in (("bos", "begins with the BOS"), ("eos", "ends with the end")):
+        parser.add_argument(
+            f"--{name}",
+            choices=("auto", "yes", "no"),
+            default="auto",
+            help=f"whether every document {token} token (auto: as the tokenizer does)",
+        )
+    parser.add_argument(
+        "--end-token",
+        metavar="TOKEN",
+        help="--eos yes: the end token, where it is not the tokenizer's EOS",
+    )
     parser.add_argument(
         "--text-key",
         default="text",
@@ -42,17 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Tokenize and report."""
+    from megalard.data.boundaries import boundaries_of
     from megalard.data.token_store_writer import build_store
     from megalard.data.tokenizer import load_tokenizer
     from megalard.reporter import Reporter
 
     start = time.perf_counter()
     tokenizer = load_tokenizer(options.model)
+    boundaries = boundaries_of(tokenizer, options.bos, options.eos, options.end_token)
     store = build_store(
         options.paths,
         tokenizer,
         options.output,
         text_key=options.text_key,
+        boundaries=boundaries,
         warn=Reporter(True).warning,
     )
     print(

@@ -11,6 +11,7 @@ import torch
 
 from megalard.checkpoint.build import load_decoder
 from megalard.checkpoint.open import StoredModel, open_model
+from megalard.data.boundaries import Choice, boundaries_of
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
 from megalard.errors import UserError, shown
 from megalard.evaluation.measure import check_lengths, cut_windows, default_lengths, length_multiple
@@ -49,7 +50,8 @@ class Request:
         samples: samples for each task, length and depth.
         filler: ``sentences`` or ``text``.
         seed: another seed makes other samples.
-        bos: whether tasks begin with the model's BOS token.
+        bos, eos: the special tokens around documents, and before windows and tasks; see
+            ``megalard.data.boundaries``.
         tokenizer: the directory of one tokenizer for all models.
         base: the base model of runs' checkpoints and adapters, if it has moved.
         dtype: ``bfloat16`` or ``float32``; None for bfloat16 on a GPU and float32 on a CPU.
@@ -68,7 +70,8 @@ class Request:
     samples: int
     filler: str
     seed: int
-    bos: bool
+    bos: Choice
+    eos: Choice
     tokenizer: Path | None
     base: Path | None
     dtype: str | None
@@ -137,6 +140,7 @@ def _check(request: Request, mesh: Mesh) -> _Job:
         check_divisible(model.spec, mesh.tp.size)
         rope_table(model.spec)
     tokenizer = _common_tokenizer(request.tokenizer, all_models)
+    boundaries = boundaries_of(tokenizer, request.bos, request.eos)
     lengths = choose_lengths(request.lengths, models, mesh.tp.size, mesh.cp.size)
     task_lengths = lengths
     if request.task_lengths:
@@ -148,8 +152,8 @@ def _check(request: Request, mesh: Mesh) -> _Job:
     if request.text:
         filler_tokens = _FILLER_TOKENS if request.filler == "text" else 0
         count = max(request.max_tokens, filler_tokens, *lengths)
-        text = read_text(request.text, tokenizer, count, request.text_key)
-        windows = cut_windows(text, lengths, request.max_tokens)
+        text = read_text(request.text, tokenizer, boundaries, count, request.text_key)
+        windows = cut_windows(text, lengths, request.max_tokens, boundaries.before)
     if request.tasks:
         filler = (
             sentence_filler(tokenizer)
@@ -164,7 +168,7 @@ def _check(request: Request, mesh: Mesh) -> _Job:
             sorted({float(depth) for depth in request.depths}),
             request.samples,
             request.seed,
-            _bos(models[0]) if request.bos else (),
+            boundaries.before,
         )
     suite = Suite(windows, samples, skipped)
     if not windows and not samples:
@@ -262,13 +266,6 @@ def parse_length(text: str) -> int:
     return int(number) * unit
 
 
-def _bos(model: StoredModel) -> tuple[int, ...]:
-    bos = model.spec.hf_config.get("bos_token_id")
-    if not isinstance(bos, int):
-        raise UserError(f"{model.directory} names no bos_token_id in config.json: leave out --bos")
-    return (bos,)
-
-
 def _warnings(job: _Job) -> list[str]:
     lengths = {*job.suite.windows, *(n for by in job.suite.samples.values() for n in by)}
     lines = []
@@ -312,7 +309,7 @@ def _settings(request: Request, job: _Job, mesh: Mesh) -> dict:
         "tasks": list(job.suite.samples),
         "depths": sorted({float(depth) for depth in request.depths}),
         "samples_per_depth": request.samples,
-        **{key: settings[key] for key in ("filler", "seed", "bos")},
+        **{key: settings[key] for key in ("filler", "seed", "bos", "eos")},
         "dtype": str(job.dtype).removeprefix("torch."),
         "device": mesh.device.type,
         "layout": {"dp": mesh.dp.size, "cp": mesh.cp.size, "tp": mesh.tp.size},

@@ -87,7 +87,7 @@ def check_lengths(lengths: Sequence[int], tp: int, cp: int, setting: str) -> Non
 
 
 def cut_windows(
-    tokens: np.ndarray, lengths: Sequence[int], max_tokens: int
+    tokens: np.ndarray, lengths: Sequence[int], max_tokens: int, start: Sequence[int] = ()
 ) -> dict[int, np.ndarray]:
     """Cut the same tokens into windows of each length: int64 [windows, length].
 
@@ -97,6 +97,7 @@ def cut_windows(
         tokens: int64 [n].
         max_tokens: how many tokens to read at most. One window of the longest length is always
             read.
+        start: the ids that every window begins with, usually the BOS id or nothing.
 
     Raises:
         UserError: there are fewer tokens than the longest length.
@@ -108,9 +109,33 @@ def cut_windows(
             "more text or shorter lengths"
         )
     tokens = tokens[: min(len(tokens), max(max_tokens, longest)) // longest * longest]
+    if start:
+        return {length: _windows_after(tokens, length, np.array(start)) for length in lengths}
     return {
         length: tokens[: len(tokens) // length * length].reshape(-1, length) for length in lengths
     }
+
+
+def _windows_after(tokens: np.ndarray, length: int, start: np.ndarray) -> np.ndarray:
+    """Return consecutive windows that each begin with ``start``: int64 [windows, length].
+
+    Where the text itself has these ids at the beginning of a window, they are not put twice.
+    """
+    windows, begin, size = [], 0, length - len(start)
+    if size < 1:
+        raise UserError(
+            f"a window of {length} tokens has no room for text after the {len(start)} tokens that "
+            "the tokenizer begins with: choose longer lengths"
+        )
+    while True:
+        if np.array_equal(tokens[begin : begin + len(start)], start):
+            begin += len(start)
+        text = tokens[begin : begin + size]
+        if len(text) < size and windows:
+            return np.stack(windows)
+        # The longest length has room for its first window: it is at most as long as the text.
+        windows.append(np.concatenate([start, text]))
+        begin += size
 
 
 def doubling_edges(length: int) -> list[int]:

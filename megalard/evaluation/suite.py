@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megalard.data.boundaries import Boundaries
 from megalard.data.sources import read_documents
 from megalard.data.token_store import META, TokenStore
 from megalard.data.tokenizer import Tokenizer
@@ -99,11 +100,15 @@ class Results:
 
 
 def read_text(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, count: int, text_key: str = "text"
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    boundaries: Boundaries,
+    count: int,
+    text_key: str = "text",
 ) -> np.ndarray:
     """Return at most ``count`` tokens of text files, directories or one token store, int64.
 
-    Every document ends with the tokenizer's end token, as in a token store.
+    Documents have special tokens around them, as in a token store.
 
     Raises:
         UserError: as ``megalard.data``, or a store was made with another tokenizer.
@@ -114,7 +119,7 @@ def read_text(
         return store.read(0, min(count, len(store.tokens)))
     rows, total = [], 0
     for document in read_documents(paths, text_key):
-        rows.append([*tokenizer.encode_batch([document])[0], tokenizer.eos_id])
+        rows.append(boundaries.around(tokenizer.encode_batch([document])[0]))
         total += len(rows[-1])
         if total >= count:
             break

@@ -163,23 +163,31 @@ def window_of(spec: ModelSpec, native_window: int | None = None) -> int:
     return max(spec.max_positions, round(factor * original))
 
 
-def scaled_config(spec: ModelSpec, rope: RopeConfig, native_context: int) -> dict:
-    """Return the student's ``config.json``: the teacher's, with scaled RoPE in both spellings.
+def scaled_config(
+    spec: ModelSpec, rope: RopeConfig, native_context: int, teacher: ModelSpec | None = None
+) -> dict:
+    """Return the student's ``config.json``: its model's, with scaled RoPE in both spellings.
 
     Args:
-        spec: the teacher.
+        spec: the model that the student starts from.
         rope: type and factor; the other parameters are derived.
         native_context: M in tokens; the student's window is factor * M.
+        teacher: the teacher, if the student starts from another model.
+
+    A teacher's RoPE that is scaled already may be scaled further by the same type.
 
     Raises:
-        UserError: the teacher's RoPE is already scaled, the table file is wrong, or the family
-            cannot describe this type.
+        UserError: the RoPE is already scaled by another type, or in the student alone; the table file is wrong, or
+            the family cannot describe this type.
     """
+    window = round(rope.factor * native_context)
     if rope.type != "table" and not is_native(spec):
-        raise UserError(
-            f"the teacher's RoPE is already scaled (rope_type '{spec.rope['rope_type']}'): give "
-            "the student's inverse frequencies explicitly with rope.type table"
-        )
+        if teacher is not None and teacher.rope != spec.rope:
+            raise UserError(
+                f"the student's RoPE is already scaled (rope_type '{spec.rope['rope_type']}'), and "
+                "the teacher's is not: keep it with rope.type checkpoint"
+            )
+        return export_config(spec, _scaled_further(spec, rope), window)
     describable = FAMILIES[spec.family].rope_types
     if describable is not None and rope.type not in ("abf", *describable):
         raise UserError(
@@ -187,7 +195,19 @@ def scaled_config(spec: ModelSpec, rope: RopeConfig, native_context: int) -> dic
             f"describe: use {' or '.join(('abf', *describable))}"
         )
     parameters = _scaled_parameters(spec, rope, native_context)
-    return export_config(spec, parameters, round(rope.factor * native_context))
+    return export_config(spec, parameters, window)
+
+
+def _scaled_further(spec: ModelSpec, rope: RopeConfig) -> dict:
+    """Return the description of RoPE for a teacher whose RoPE is scaled already."""
+    kind = spec.rope["rope_type"]
+    if kind not in ("linear", "yarn", "llama3") or rope.type != kind:
+        further = f"rope.type {kind} to scale it further, or " if kind != "longrope" else ""
+        raise UserError(
+            f"the teacher's RoPE is already scaled (rope_type '{kind}'): use {further}rope.type "
+            "table, which gives the student's inverse frequencies explicitly"
+        )
+    return {**spec.rope, "factor": spec.rope["factor"] * rope.factor}
 
 
 def _scaled_parameters(spec: ModelSpec, rope: RopeConfig, native_context: int) -> dict:

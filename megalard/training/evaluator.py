@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megalard.config.schema import Config, EvaluationConfig
@@ -15,6 +14,7 @@ from megalard.evaluation.suite import Suite, run_suite
 from megalard.model.decoder import Decoder
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import Mesh
+from megalard.training.holdout import HeldOut
 from megalard.training.plan import Plan
 from megalard.training.streams import open_tokens
 
@@ -23,8 +23,9 @@ class Evaluator:
     """Measures before and after training. Without any text to measure on it does nothing.
 
     Args:
-        held_out: a part of the training text that was taken aside, int64 [tokens]; it is used if
-            the configuration names no held-out text.
+        held_out: a part of the training text that was taken aside; it is used if the
+            configuration names no held-out text.
+        is_resumed: as for ``open_streams``.
 
     Attributes:
         entries: what has been measured so far.
@@ -40,7 +41,8 @@ class Evaluator:
         plan: Plan,
         output: Path,
         mesh: Mesh,
-        held_out: np.ndarray | None = None,
+        held_out: HeldOut | None = None,
+        is_resumed: bool = False,
     ):
         self.output, self.mesh = output, mesh
         self.dtype = getattr(torch, config.model.compute_dtype)
@@ -53,27 +55,31 @@ class Evaluator:
             if held_out is not None:
                 self._use_training_text(held_out, evaluation, plan)
             return
-        store = open_tokens(evaluation.paths, output / "evaluation-tokens", config.data, plan, mesh)
+        directory = output / "evaluation-tokens"
+        store = open_tokens(evaluation.paths, directory, config.data, plan, mesh, is_resumed)
         lengths = evaluation.lengths or default_lengths(plan.native_window, plan.factor)
         with checked_on_all_ranks(mesh.world):
             check_lengths(lengths, mesh.tp.size, mesh.cp.size, "evaluation.lengths")
             count = min(len(store.tokens), max(evaluation.max_tokens, *lengths))
-            windows = cut_windows(store.read(0, count), lengths, evaluation.max_tokens)
+            start = store.boundaries.before
+            windows = cut_windows(store.read(0, count), lengths, evaluation.max_tokens, start)
         self.suite = Suite(windows)
 
     def _use_training_text(
-        self, held_out: np.ndarray, evaluation: EvaluationConfig, plan: Plan
+        self, held_out: HeldOut, evaluation: EvaluationConfig, plan: Plan
     ) -> None:
         """Evaluate on a part of the training text, at the lengths that it is long enough for."""
-        mesh, self.settings = self.mesh, {"training_tokens_held_out": len(held_out)}
+        mesh, tokens = self.mesh, held_out.tokens
+        self.settings = {"training_tokens_held_out": len(tokens)}
         multiple = length_multiple(mesh.tp.size, mesh.cp.size)
         lengths = [
             length
             for length in evaluation.lengths or default_lengths(plan.native_window, plan.factor)
-            if length <= len(held_out) and length % multiple == 0
+            if length <= len(tokens) and length % multiple == 0
         ]
         if lengths:
-            self.suite = Suite(cut_windows(held_out, lengths, evaluation.max_tokens))
+            start = held_out.boundaries.before
+            self.suite = Suite(cut_windows(tokens, lengths, evaluation.max_tokens, start))
 
     @property
     def is_active(self) -> bool:

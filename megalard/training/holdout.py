@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from megalard.checkpoint.sharded.manifest import read_manifest
+from megalard.data.boundaries import Boundaries
 from megalard.data.token_store import TokenStore
 from megalard.training.output import Output
 from megalard.training.plan import Plan
@@ -17,16 +19,29 @@ from megalard.training.streams import Stores
 _SHARE = 50
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """A part of the training text that is only evaluated on.
+
+    Attributes:
+        tokens: int64 [tokens].
+        boundaries: the special tokens around its documents.
+    """
+
+    tokens: np.ndarray
+    boundaries: Boundaries
+
+
 def split_holdout(
     stores: Stores, stages: Sequence[Stage], plan: Plan, output: Output
-) -> tuple[Stores, np.ndarray | None]:
+) -> tuple[Stores, HeldOut | None]:
     """Split the end of the text of the first stream off, for evaluation.
 
     A run that is resumed keeps the split that it began with, whatever the configuration says now.
 
     Returns:
-        The stores without the part that is taken aside, and that part, int64 [tokens]; None if
-        nothing is taken aside.
+        The stores without the part that is taken aside, and that part; None if nothing is taken
+        aside.
     """
     stage = stages[0]
     name = next(iter(stage.config.all_streams()))
@@ -45,7 +60,7 @@ def split_holdout(
         stage: {name: training if other is store else other for name, other in streams.items()}
         for stage, streams in stores.items()
     }
-    return split, store.read(total - count, total)
+    return split, HeldOut(store.read(total - count, total), store.boundaries)
 
 
 def _count(stores: Stores, stages: Sequence[Stage], plan: Plan, store: TokenStore) -> int:

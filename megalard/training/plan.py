@@ -75,7 +75,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
             window = window_of(source.spec, native_window)
             student_config = export_config(source.spec, window=window)
         else:
-            student_config = scaled_config(source.spec, config.rope, native_window)
+            student_config = scaled_config(source.spec, config.rope, native_window, teacher.spec)
         student = spec_from_config(student_config, str(source.directory))
         check_divisible(student, mesh.tp.size)
         rope_table(student)

@@ -66,7 +66,9 @@ class Run:
                     stage.name: opened.enter_context(make_loaders(stage, self._stores, plan, mesh))
                     for stage in self.stages
                 }
-                self.evaluator = Evaluator(config, plan, output.directory, mesh, held_out)
+                self.evaluator = Evaluator(
+                    config, plan, output.directory, mesh, held_out, is_resumed
+                )
                 self.teacher, self.student = load_models(self.stages[0], plan, mesh)
             self._opened = opened.pop_all()
 
