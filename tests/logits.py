@@ -8,12 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megalard.checkpoint.build import load_decoder
-from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.checkpoint.open import open_model
 from megalard.data.batch import collate
 from megalard.model.decoder import Decoder
 from megalard.model.layout import Layout
 from megalard.model.rope import rope_table
-from megalard.model.spec import read_spec
 from megalard.parallel.mesh import SINGLE, Axis
 from megalard.training.export import gather_full
 
@@ -29,9 +28,10 @@ def random_tokens(batch: int, length: int, vocab: int = 67) -> torch.Tensor:
 
 def load(directory: str | Path, axis: Axis = SINGLE) -> Decoder:
     """Load the decoder of a directory in fp32, as the trainer loads a teacher."""
-    spec = read_spec(directory)
-    weights = HuggingFaceWeights(directory)
-    return load_decoder(spec, rope_table(spec), axis, weights, torch.device("cpu"), torch.float32)
+    model = open_model(directory)
+    table = rope_table(model.spec)
+    device = torch.device("cpu")
+    return load_decoder(model.spec, table, axis, model.weights, device, torch.float32)
 
 
 @torch.no_grad()

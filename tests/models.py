@@ -6,7 +6,16 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 _BASE = {
     "vocab_size": 67,
@@ -17,6 +26,9 @@ _BASE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+
+# Phi-3's pad token, which has to be in the vocabulary, and RoPE on half of each head.
+_PHI = {"pad_token_id": 0, "partial_rotary_factor": 0.5}
 
 FAMILIES = {
     "llama": (LlamaConfig, {}),
@@ -30,6 +42,32 @@ FAMILIES = {
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
     "qwen3": (Qwen3Config, {"head_dim": 16}),
+    "ministral": (
+        MinistralConfig,
+        {
+            "head_dim": 8,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "olmo2": (Olmo2Config, {}),
+    "phi3": (Phi3Config, {**_PHI, "sliding_window": 7}),
+    "phi3-longrope": (
+        Phi3Config,
+        {
+            **_PHI,
+            "original_max_position_embeddings": 16,
+            # Half of the 8 features of a head turn: two frequencies.
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.2, 4.0],
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
 }
 
 

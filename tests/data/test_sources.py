@@ -125,11 +125,16 @@ def test_a_directory_that_would_mostly_be_passed_over_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("x")
     (tmp_path / "data.parquet").write_text("y" * 1000)
     sentence = user_error(list_files, [tmp_path])
-    assert f"most of the data directory {tmp_path} would be passed over: 1 files of 1,000" in sentence
+    assert (
+        f"most of the data directory {tmp_path} would be passed over: 1 files of 1,000" in sentence
+    )
     assert sentence.endswith("Convert them to .jsonl, or give the text files by name")
     (tmp_path / "README.md").unlink()
     sentence = user_error(list_files, [tmp_path])
-    assert "contains no .txt, .md, .py, .jsonl file, only 1 files of 1,000 bytes (.parquet)" in sentence
+    assert (
+        "contains no .txt, .md, .py, .jsonl file, only 1 files of 1,000 bytes (.parquet)"
+        in sentence
+    )
 
 
 def test_links_are_followed_and_a_circle_ends(tmp_path):
