@@ -14,13 +14,13 @@ REQUIRED = ("model.teacher", "run.output")
 
 
 def keys_of(cls, prefix: str = "") -> list[str]:
-    """Return the dotted keys of a section, without those of named streams."""
+    """Return the dotted keys of a section, without the entries of streams and stages."""
     keys = []
     for field in dataclasses.fields(cls):
         factory = field.default_factory
         if dataclasses.is_dataclass(factory):
             keys += keys_of(factory, f"{prefix}{field.name}.")
-        elif field.name != "streams":
+        elif field.name not in ("streams", "stages"):
             keys.append(prefix + field.name)
     return keys
 
@@ -46,6 +46,9 @@ def test_every_key_has_its_default_or_is_required():
         "  --streams.NAME.weight  (default: 1.0; greater than 0)",
         "  --streams.NAME.micro_batch  (default: the value of --optimizer.micro_batch; at least 1)",
         "  --streams.NAME.objective.KEY, --streams.NAME.data.KEY  (the keys of those sections)",
+        "  --stages.NAME.streams.NAME.KEY  (the keys of a stream)",
+        "  --stages.NAME.keep_optimizer  (default: false)",
+        "  --data.eos  (default: auto; auto | yes | no)",
     ],
 )
 def test_a_key_has_its_range_and_choices(line):
@@ -56,10 +59,21 @@ def test_sections_have_headings_and_keys_their_meaning():
     lines = describe_keys().splitlines()
     headings = [line.split(":")[0] for line in lines if line and not line.startswith(" ")]
     sections = [field.name for field in dataclasses.fields(Config)]
+    assert {"streams", "stages"} < set(sections)
     assert [heading for heading in headings if heading in sections] == sections
     place = next(i for i, line in enumerate(lines) if line.startswith("  --data.text_key"))
     assert lines[place + 1] == "        Key of the text in .jsonl files."
-    assert max(map(len, lines)) <= 120 and "``" not in "\n".join(lines)
+    keys = lines[: lines.index("recipes, which --config takes by name:")]
+    assert max(map(len, keys)) <= 110 and "``" not in "\n".join(lines)
+
+
+def test_recipes_are_listed_with_their_title():
+    lines = describe_keys().splitlines()
+    start = lines.index("recipes, which --config takes by name:")
+    names = [line.split()[0] for line in lines[start + 1 :]]
+    assert "linearard-llama2-7b-x8" in names and names == sorted(names)
+    line = next(line for line in lines[start:] if "linearard-llama2-7b-x8" in line)
+    assert line.endswith(" LinearARD for LLaMA2-7B from 4K to 32K: both stages as published")
 
 
 @pytest.mark.parametrize("command", ["train", "preflight"])

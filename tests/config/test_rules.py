@@ -86,7 +86,7 @@ def test_a_value_out_of_range_is_refused_by_its_key(key, value, must_be):
         ),
         (
             [f"--objective.relations.{name}=0" for name in "qkv"],
-            "the objective is empty: give relations, attention_output, hidden_cosine, logits_kl or "
+            "objective is empty: give relations, attention_output, hidden_cosine, logits_kl or "
             "language_modelling a weight",
         ),
     ],
@@ -95,7 +95,41 @@ def test_values_that_do_not_go_together_are_refused(overrides, sentence):
     assert sentence in refusal(*overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["--data.end_token=<|end|>"],
+            "data.end_token is given, so data.eos must be yes, not auto",
+        ),
+        (["--data.drop_tails=true"], "data.drop_tails is true, so data.packing must be false"),
+        (
+            ["--streams={a: {objective: {logits_kl: 1}, data: {drop_tails: true}}}"],
+            "streams.a.data.drop_tails is true, so streams.a.data.packing must be false",
+        ),
+        (
+            ["--stages={a: {}, b: {data: {eos: no, end_token: x}}}"],
+            "stages.b.data.end_token is given, so stages.b.data.eos must be yes, not no",
+        ),
+        (
+            ["--stages={a: {keep_optimizer: true}}"],
+            "stages.a.keep_optimizer is true, so the stage must come after a stage with the same "
+            "trainable section",
+        ),
+        (
+            ["--stages={a: {trainable: {mode: all}}, b: {keep_optimizer: true}}"],
+            "stages.b.keep_optimizer is true, so the stage must come after",
+        ),
+    ],
+)
+def test_rules_hold_for_every_stream_and_stage(overrides, sentence):
+    assert sentence in refusal(*overrides)
+
+
 def test_values_that_go_together_are_accepted():
+    load("--stages={a: {}, b: {keep_optimizer: true}}")
+    load("--data.eos=yes", "--data.end_token=<|end|>")
+    load("--data.packing=false", "--data.drop_tails=true")
     load("--checkpoint.save_every", "4", "--checkpoint.keep_every", "8")
     load("--rope.type", "abf", "--rope.theta", "5e5")
     load("--rope.type", "checkpoint", "--model.student", "s")

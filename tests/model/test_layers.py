@@ -68,7 +68,7 @@ def test_a_norm_of_full_width_takes_the_mean_of_all_heads():
 
 
 def test_norms_are_before_or_after_the_sublayers():
-    assert LAYERS == {"before": PreNormLayer, "after": PostNormLayer}
+    assert {"before": PreNormLayer, "after": PostNormLayer} == LAYERS
 
 
 @pytest.mark.parametrize(
