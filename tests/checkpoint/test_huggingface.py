@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalard.checkpoint import huggingface
+from megalard.checkpoint.companions import Companion
 from megalard.checkpoint.huggingface import (
     HuggingFaceWeights,
     bytes_of_rank,
@@ -228,7 +229,10 @@ def test_a_tensor_of_another_shape_is_named(copy):
 def test_a_directory_is_written_complete_with_an_index(model, tmp_path):
     weights = HuggingFaceWeights(model)
     (tmp_path / "tokenizer.json").write_text("x")
-    companions = (tmp_path / "tokenizer.json", tmp_path / "absent.json")
+    companions = (
+        Companion("tokenizer.json", tmp_path / "tokenizer.json"),
+        Companion("folder/template.jinja", tmp_path / "tokenizer.json", content="y"),
+    )
     options = WriteOptions(companions, file_bytes=20_000)
     write_huggingface(tmp_path / "out", weights, {"a": 1}, options)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -248,7 +252,7 @@ def test_a_directory_is_written_complete_with_an_index(model, tmp_path):
         assert all(torch.equal(value, full[name]) for name, value in part.items())
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"a": 1}
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "x"
-    assert not (tmp_path / "out" / "absent.json").exists()
+    assert (tmp_path / "out" / "folder" / "template.jinja").read_text() == "y"
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -122,9 +122,9 @@ def test_a_merge_that_fp16_cannot_hold_is_refused(models, tmp_path):
 
 
 def test_a_lora_pair_of_a_tensor_that_the_base_lacks_is_refused(models, tmp_path):
-    pair = lora_pair("base_model.model.layers.0.self_attn.q_proj")
+    pair = lora_pair("base_model.model.model.layers.7.self_attn.q_proj")
     sentence = user_error(open_model, make_adapter(tmp_path / "a", models / "model", None, pair))
-    assert "has layers.0.self_attn.q_proj.lora_A, but " in sentence
+    assert "has model.layers.7.self_attn.q_proj.lora_A, but " in sentence
     assert sentence.endswith("give the model it was trained on with --base")
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from megalard.data.batch import Batch, collate
 from megalard.distill.lockstep import lockstep
 from megalard.distill.reach import LayerDepth, Reach
-from megalard.model.layers import DecoderLayer
+from megalard.model.layers import PreNormLayer
 from tests.logits import FP32_TOLERANCE, load, relative_error
 from tests.models import make_model
 
@@ -94,13 +94,13 @@ def test_each_layer_has_the_states_of_transformers(folder, decoders, batch):
 def test_nothing_deeper_than_the_reach_is_computed(reach, calls, decoders, batch, monkeypatch):
     counts = dict.fromkeys(calls, 0)
     for name in calls:
-        function = getattr(DecoderLayer, name)
+        function = getattr(PreNormLayer, name)
 
         def counting(self, *arguments, name=name, function=function):
             counts[name] += 1
             return function(self, *arguments)
 
-        monkeypatch.setattr(DecoderLayer, name, counting)
+        monkeypatch.setattr(PreNormLayer, name, counting)
     pairs = list(run(decoders, batch, reach))
     assert counts == calls
     last = pairs[-1]

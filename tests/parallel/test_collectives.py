@@ -110,5 +110,21 @@ def test_an_axis_of_one_rank_communicates_nothing():
         collectives.reduce_scatter_tokens,
         collectives.gather_from_sequence_parallel_region,
         collectives.reduce_scatter_to_sequence_parallel_region,
+        collectives.all_reduce_with_gradient,
     ):
         assert collective(x, SINGLE) is x
+
+
+def _sum_with_gradient() -> None:
+    axis, rank = build_mesh("cpu", 3).tp, dist.get_rank()
+    x = torch.tensor([float(rank)], requires_grad=True)
+    total = collectives.all_reduce_with_gradient(x, axis)
+    assert total.item() == 0 + 1 + 2
+    # The sum is in the loss of every rank, so its gradient is the sum of theirs.
+    total.backward(torch.tensor([10.0**rank]))
+    assert x.grad.item() == 111
+    assert torch.equal(x.detach(), torch.tensor([float(rank)])), "the input is unchanged"
+
+
+def test_a_sum_has_the_gradients_of_all_ranks():
+    run_ranks(3, _sum_with_gradient)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megalard.checkpoint.companions import Companion
 from megalard.checkpoint.convert import weight_layouts
 from megalard.checkpoint.open import open_model
 from megalard.checkpoint.sharded.manifest import read_manifest
@@ -244,7 +245,7 @@ def test_every_file_and_the_directory_are_on_the_disk_before_the_name(tmp_path, 
     monkeypatch.setattr(Path, "rename", noting_rename)
     (tmp_path / "tokenizer.json").write_text("x")
     tensors = {name: torch.ones(3) for name in ("a", "b", "optimizer.exp_avg.a")}
-    companions = (tmp_path / "tokenizer.json",)
+    companions = (Companion("tokenizer.json", tmp_path / "tokenizer.json"),)
     save(tmp_path / "x", tensors, companions=companions, file_bytes=12)
     shards = {
         "weights-00000-000.safetensors",

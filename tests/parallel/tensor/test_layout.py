@@ -11,9 +11,12 @@ from megalard.parallel.tensor.layout import check_divisible, kv_replicas, parame
 from tests.command_line import user_error
 
 
-def spec(heads: int = 4, kv_heads: int = 2, intermediate: int = 48) -> ModelSpec:
+def spec(
+    heads: int = 4, kv_heads: int = 2, intermediate: int = 48, family: str = "llama"
+) -> ModelSpec:
+    """Return the spec of a small model."""
     config = {
-        "model_type": "llama",
+        "model_type": family,
         "vocab_size": 67,
         "hidden_size": 8 * heads,
         "intermediate_size": intermediate,
@@ -41,8 +44,11 @@ LAYOUTS = {
     "mlp.up_proj.weight": ((48, 32), (0, [(0, 12), (12, 12), (24, 12), (36, 12)], 1)),
     "mlp.down_proj.weight": ((32, 48), (1, [(0, 12), (12, 12), (24, 12), (36, 12)], 1)),
     "input_layernorm.weight": ((32,), EVERYWHERE),
-    "self_attn.q_norm.weight": ((8,), EVERYWHERE),
 }
+# The norm of heads has one weight for all of them; the norm of full width has one per feature.
+HEAD_NORM = ("qwen3", (8,), EVERYWHERE)
+Q_NORM = ("olmo2", (32,), (0, [(0, 8), (8, 8), (16, 8), (24, 8)], 1))
+K_NORM = ("olmo2", (16,), (0, [(0, 8), (0, 8), (8, 8), (8, 8)], 2))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -50,6 +56,18 @@ def test_a_rank_holds_its_slice(name):
     shape, (dim, slices, replicas) = LAYOUTS[name]
     for rank, (start, length) in enumerate(slices):
         layout = parameter_layout(f"model.layers.1.{name}", shape, spec(), rank, 4)
+        assert layout == Layout(shape, dim, start, length, replicas)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("q_norm", HEAD_NORM), ("k_norm", HEAD_NORM), ("q_norm", Q_NORM), ("k_norm", K_NORM)],
+)
+def test_norms_of_queries_and_keys_are_split_if_they_span_all_heads(name, case):
+    family, shape, (dim, slices, replicas) = case
+    for rank, (start, length) in enumerate(slices):
+        full_name = f"model.layers.1.self_attn.{name}.weight"
+        layout = parameter_layout(full_name, shape, spec(family=family), rank, 4)
         assert layout == Layout(shape, dim, start, length, replicas)
 
 
