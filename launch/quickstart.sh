@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The whole job on an embedded default: the RoPE of a small teacher from this repository is scaled by
-# 8, and the student is restored on 2 ranks (tensor and sequence parallel), once as published and once
-# with the Q/K relation. It needs no GPU and downloads nothing but Python packages.
+# 8, and the student is restored on 2 ranks (tensor and sequence parallel) in both stages, once with
+# the published relations and once with the Q/K relation too. It needs no GPU and downloads nothing
+# but Python packages.
 #
 #   bash launch/quickstart.sh [OUTPUT]        (default: runs/quickstart)
 set -euo pipefail
-case "${1:-}" in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 source "$(dirname "$0")/environment.sh"
 output=${1:-$root/runs/quickstart}
 if [ -e "$output" ] && [ -n "$(ls -A "$output" 2>/dev/null)" ]; then
@@ -35,3 +36,6 @@ restore published
 restore with-qk --objective.relations.qk 1.0
 echo
 "$python" tools/compare_runs.py "$output/published" "$output/with-qk" --output "$output"
+echo
+echo "This shows the whole job at work on text that the student was not trained on. It says nothing" \
+    "about a large model: docs/restoration.md has the measurements."

@@ -15,6 +15,7 @@
 #                           process, and any number of them, on the CPU)
 #   --max-restarts N        after a failure, start all ranks again from the last checkpoint, up to
 #                           N times (default: 0)
+#   --verbose               also print torchrun's own messages
 #   --preflight             check everything, take two steps, report, and exit without writing
 #
 # Several nodes: run the same command on each, with model, data and output on a shared disk.
@@ -37,11 +38,12 @@ fail() {
 }
 
 model='' data='' output='' config='' tp='' cp='' gpus='' nodes=1 rendezvous='' node_rank='' address=''
-id=megalard restarts=0 preflight=''
+id=megalard restarts=0 preflight='' verbose=''
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '2,/^set -/{s/^# \{0,1\}//p}' "$0"; exit 0 ;;
         --preflight) preflight=--preflight; shift; continue ;;
+        --verbose) verbose=--verbose; shift; continue ;;
         --) shift; break ;;
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     esac
@@ -137,10 +139,14 @@ if [ "$nodes" -gt 1 ] && [ $((gpus % ${tp:-1})) != 0 ]; then
         "tensor parallelism crosses the network" >&2
 fi
 
-torchrun=("$python" -m torch.distributed.run --nproc-per-node "$gpus" --max-restarts "$restarts")
-if [ "$nodes" = 1 ]; then
-    torchrun+=(--standalone)
-else
+# The launcher is torchrun. On one node it opens no port, and it prints the reason of a failure last.
+torchrun=("$python" -m megalard.launcher ${verbose:+"$verbose"})
+torchrun+=(--nproc-per-node "$gpus" --max-restarts "$restarts")
+if [ "$nodes" -gt 1 ] && [ -n "$node_rank" ] && [ "$restarts" = 0 ]; then
+    # Fixed ranks need no rendezvous, whose state torchrun would unpickle from the network.
+    torchrun+=(--nnodes "$nodes" --node-rank "$node_rank" --rdzv-backend static --rdzv-id "$id")
+    torchrun+=(--master-addr "${rendezvous%:*}" --master-port "${rendezvous##*:}")
+elif [ "$nodes" -gt 1 ]; then
     # Nodes do not start at the same moment: wait up to five minutes for the rendezvous host.
     settings=read_timeout=300
     if [ -n "$node_rank" ]; then
@@ -260,7 +266,6 @@ if [ -n "$stopped" ]; then
     exit "$unsaved"
 fi
 if [ "$status" != 0 ]; then
-    echo "train.sh: error: the run failed with status $status; if the trainer knows the reason, a" \
-        "line above torchrun's report begins with 'megalard: error'" >&2
+    echo "train.sh: error: the run failed with status $status" >&2
 fi
 exit "$status"

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from megalard import __version__
-from megalard.errors import RankError, UserError
+from megalard.error_file import leave_reason
+from megalard.errors import DiskError, RankError, UserError
 
 COMMANDS = ("train", "preflight", "evaluate", "prepare", "convert", "inspect", "verify")
 
@@ -79,11 +80,13 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
     rank = int(os.environ.get("RANK", "0"))
 
     def report(sentence: str) -> None:
+        leave_reason(sentence, is_bad_input=False)
         print(f"{name}: error: {sentence}", file=sys.stderr, flush=True)
 
     try:
         return command() or 0
     except UserError as error:
+        leave_reason(str(error), is_bad_input=not isinstance(error, DiskError))
         if rank == 0 or isinstance(error, RankError):
             report(str(error))
         return 1

@@ -27,6 +27,10 @@ class RankError(UserError):
     """
 
 
+class DiskError(UserError):
+    """A disk or network file system that refused to read or write; another try may succeed."""
+
+
 def printable(text: str, limit: int = _SENTENCE_LIMIT) -> str:
     """Return ``text`` on one line: control characters escaped, at most ``limit`` characters."""
     if len(text) > limit:

@@ -37,8 +37,8 @@ def collect(runs: list[Path]) -> tuple[list[Entry], Restoration]:
         )
         if not is_same:
             raise UserError(f"{run} restored another model or was evaluated on other text")
-        run_entries[2].name = run.name
-        entries.append(run_entries[2])
+        run_entries[-1].name = run.name
+        entries.append(run_entries[-1])
     return entries, first_restoration
 
 
@@ -79,7 +79,12 @@ def compare(runs: list[Path], output: Path) -> None:
         gap = (
             "no short-text gap" if share is None else f"{share:.0%} of the short-text gap restored"
         )
-        print(f"{entry.name}: {gap} with {entry.tokens:,} tokens")
+        longest = max(entry.results.by_length)
+        teacher, restored = (e.results.by_length[longest].perplexity for e in (entries[0], entry))
+        print(
+            f"{entry.name}: {gap} with {entry.tokens:,} tokens; perplexity at {longest} tokens "
+            f"{restored:.1f} (teacher {teacher:.1f})"
+        )
     for entry in entries[2:]:
         model = output / entry.name / "student"
         if model.is_dir():

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from megalard.errors import UserError
+from megalard.errors import DiskError, UserError
 
 # Larger than every JSON file of a model; an index of 200,000 tensors takes 20 MB.
 _JSON_BYTES = 256 * 2**20
@@ -19,7 +19,7 @@ def cannot_read(path: str | Path, error: OSError) -> UserError:
     fix = "check its permissions and its disk"
     if error.errno == errno.EMFILE:
         fix = "raise the limit of this shell with ulimit -n"
-    return UserError(f"cannot read {path}: {error.strerror or error}; {fix}")
+    return DiskError(f"cannot read {path}: {error.strerror or error}; {fix}")
 
 
 def check_regular(path: Path) -> None:

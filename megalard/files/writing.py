@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from megalard.errors import UserError
+from megalard.errors import DiskError, UserError
 
 Progress = Callable[[int], object]
 """Called with the number of bytes that were just read or written."""
@@ -25,7 +25,7 @@ def cannot_write(directory: Path, error: OSError) -> UserError:
     """
     file = error.filename if error.errno != errno.ENOSPC else None
     where = f" ({file})" if file else ""
-    return UserError(f"cannot write {directory}: {error.strerror or error}{where}")
+    return DiskError(f"cannot write {directory}: {error.strerror or error}{where}")
 
 
 def sync_files(directory: Path) -> None:

@@ -177,8 +177,8 @@ def scaled_config(
     A teacher's RoPE that is scaled already may be scaled further by the same type.
 
     Raises:
-        UserError: the RoPE is already scaled by another type, or in the student alone; the table file is wrong, or
-            the family cannot describe this type.
+        UserError: the RoPE is already scaled by another type, or in the student alone; the table
+            file is wrong, or the family cannot describe this type.
     """
     window = round(rope.factor * native_context)
     if rope.type != "table" and not is_native(spec):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from megalard.errors import UserError
+from megalard.parents import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -98,18 +100,39 @@ def build_mesh(device: str, tp: int, cp: int = 1) -> Mesh:
     target = pick_device(device, local_rank)
     if world == 1:
         return Mesh(SINGLE, SINGLE, SINGLE, SINGLE, SINGLE, target)
+    end_with_parent()
     _check_restarts()
     if target.type == "cuda":
         torch.cuda.set_device(target)
     if not dist.is_initialized():
-        backend = "nccl" if target.type == "cuda" else "gloo"
-        # Rank 0 may tokenize a large corpus while the other ranks wait.
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        start_process_group("nccl" if target.type == "cuda" else "gloo")
     names, shape = ("dp", "cp", "tp"), (world // (cp * tp), cp, tp)
     mesh = init_device_mesh(target.type, shape, mesh_dim_names=names)
     axes = {name: _axis(mesh.get_group(name)) for name in names}
     data = axes["dp"] if cp == 1 else _axis(mesh["dp", "cp"]._flatten("data").get_group())
     return Mesh(world=_axis(dist.group.WORLD), data=data, device=target, **axes)
+
+
+def start_process_group(backend: str) -> None:
+    """Start torch.distributed for the ranks that torchrun launched.
+
+    Ranks of one node find each other through a file in the private directory that torchrun gives
+    them, and talk over the loopback interface, so that nothing listens on the network.
+    """
+    # Rank 0 may tokenize a large corpus while the other ranks wait.
+    timeout = timedelta(hours=2)
+    world, local = (os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if world != local or not error_file:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
+    # torchrun makes the directory for this start alone: ATTEMPT/LOCAL_RANK/error.json.
+    path = Path(error_file).parents[1] / "store"
+    store = dist.FileStore(str(path), int(world))
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=int(world), timeout=timeout)
 
 
 def allowed_restarts() -> int:
@@ -128,7 +151,8 @@ def _check_restarts() -> None:
     Observed with torch 2.13.
     """
     restarts = allowed_restarts()
-    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    is_one_node = os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE")
+    if restarts and not is_one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise UserError(
             f"torchrun was given --max-restarts {restarts}, and restarted ranks would look for "
             "each other at the addresses of the ranks before them: start with launch/train.sh "

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 from secrets import token_hex
@@ -48,6 +51,7 @@ _MAY_CHANGE = (
 )
 
 _FINISHED = "finished.json"
+_HOLDER = "running.json"
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,9 @@ def _lock(output: Output, config: Config) -> IO[bytes]:
     note = output.directory / "run.json"
     try:
         output.directory.mkdir(parents=True, exist_ok=True)
-        file = hold_lock(note, f"to run.output {output.directory}")
+        holder = _describe_holder(output.directory)
+        file = hold_lock(note, f"to run.output {output.directory}{holder}")
+        _note_holder(output.directory)
         if note.stat().st_size == 0:
             note.write_text(json.dumps(to_dict(config), indent=2) + "\n")
         elif output.is_new:
@@ -156,6 +162,26 @@ def _lock(output: Output, config: Config) -> IO[bytes]:
             f"cannot write to run.output {output.directory}: {error.strerror}"
         ) from None
     return file
+
+
+def _note_holder(directory: Path) -> None:
+    """Note which process runs here, for the error of a second start."""
+    holder = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now().isoformat(" ", "seconds"),
+    }
+    (directory / _HOLDER).write_text(json.dumps(holder) + "\n")
+
+
+def _describe_holder(directory: Path) -> str:
+    """Return in words which process ran here last; empty if that is not known."""
+    try:
+        holder = read_json(directory / _HOLDER)
+        place = f"process {holder['process']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f" ({place})"
 
 
 def _look(config: Config, directory: Path) -> Output:

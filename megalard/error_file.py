@@ -1,0 +1,47 @@
+"""The file in which a rank leaves the reason of its end for the launcher that started it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank ended.
+
+    Attributes:
+        sentence: what the rank reported; empty if it reported nothing.
+        is_bad_input: whether a user's input was the reason, so that another try would fail alike.
+    """
+
+    sentence: str = ""
+    is_bad_input: bool = False
+
+
+def leave_reason(sentence: str, is_bad_input: bool) -> None:
+    """Write the reason where torchrun looks for it; outside torchrun nothing is written."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or os.path.exists(path):
+        return
+    extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+    content = {
+        "message": {"message": sentence, "extraInfo": extra},
+        "megalard": {"sentence": sentence, "is_bad_input": is_bad_input},
+    }
+    try:
+        Path(path).write_text(json.dumps(content))
+    except OSError:
+        return  # the reason has been printed
+
+
+def failure_of(error_file: str) -> Failure:
+    """Return the reason that a rank left."""
+    try:
+        reason = json.loads(Path(error_file).read_text())["megalard"]
+        return Failure(str(reason["sentence"]), bool(reason["is_bad_input"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Failure()
