@@ -13,6 +13,7 @@ from megalard.checkpoint.open import StoredModel, open_model
 from megalard.checkpoint.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megalard.checkpoint.sharded.save_load import checkpoint_axis
 from megalard.checkpoint.write_options import WriteOptions
+from megalard.model.spec import ModelSpec
 from megalard.parallel.mesh import SINGLE, Axis, Mesh, build_mesh
 
 LAYER = "base_model.model.model.layers.0."
@@ -53,6 +54,24 @@ def shard_models(folder: str, names: tuple[str, ...], tp: int) -> None:
     axis = checkpoint_axis(mesh)
     for name in names:
         to_sharded(f"{folder}/{name}", f"{folder}/sharded-{name}", mesh, axis)
+
+
+def unfused(tensors: dict[str, torch.Tensor], spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """Return tensors in which Phi-3's fused projections are cut apart, as its code cuts them."""
+    kv_rows = spec.num_kv_heads * spec.head_dim
+    q_rows = spec.num_heads * spec.head_dim
+    parts = {}
+    for name, value in tensors.items():
+        if name.endswith("qkv_proj.weight"):
+            cut = dict(zip("qkv", value.split([q_rows, kv_rows, kv_rows]), strict=True))
+            parts |= {name.replace("qkv_proj", f"{p}_proj"): rows for p, rows in cut.items()}
+        elif name.endswith("gate_up_proj.weight"):
+            gate, up = value.chunk(2)
+            parts[name.replace("gate_up", "gate")] = gate
+            parts[name.replace("gate_up", "up")] = up
+        else:
+            parts[name] = value
+    return parts
 
 
 def make_adapter(

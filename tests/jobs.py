@@ -49,6 +49,8 @@ def arguments(job: Path, output: Path | str, *overrides: str) -> list[str]:
         "optimizer.global_batch": BATCH,
         "optimizer.micro_batch": 2,
         "checkpoint.save_every": 0,
+        # Nothing is measured, unless a test asks for it.
+        "evaluation.holdout": 0,
         "run.output": output,
         "run.device": "cpu",
     }
@@ -65,6 +67,7 @@ def interrupted(complete: Path, target: Path, step: int = 4) -> Path:
     """Copy a complete run as it was shortly after its checkpoint of ``step``; return the copy."""
     shutil.copytree(complete, target)
     shutil.rmtree(target / "student")
+    (target / "finished.json").unlink()
     for path in (target / "checkpoints").iterdir():
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)

@@ -87,7 +87,10 @@ def test_a_run_saved_with_an_old_spelling_is_resumed(job, tmp_path):
     ("change", "sentence"),
     [
         (("weight: 0.5", "weight: 0.7"), "holds a run with streams.short.weight 0.5, not 0.7"),
-        (("short:", "brief:"), "holds a run with other streams (only one of the two runs has "),
+        (
+            ("short:", "brief:"),
+            "holds a run with other streams (long, short, not long, brief): choose",
+        ),
         (("context_length: 64", "context_length: 32"), "streams.long.data.context_length 64, not"),
     ],
 )
@@ -117,12 +120,16 @@ def test_a_run_of_another_process_is_left_alone(job, tmp_path, capsys, monkeypat
 def test_a_checkpoint_that_another_process_saved_meanwhile_is_found(
     job, tmp_path, capsys, monkeypatch
 ):
-    """The same command twice: the second looks, waits for the first, and looks again."""
+    """The same command twice: the second looks, waits for the first, and looks again.
+
+    The first is killed after its last checkpoint.
+    """
     output, hold_lock = interrupted(job / "one", tmp_path / "output"), locks.hold_lock
 
     def hold_after_the_other(*place):
         monkeypatch.setattr(output_module, "hold_lock", hold_lock)
         train(arguments(job, output, *SAVE))
+        (output / "finished.json").unlink()
         return hold_lock(*place)
 
     monkeypatch.setattr(output_module, "hold_lock", hold_after_the_other)
@@ -172,11 +179,33 @@ def test_a_run_that_was_killed_at_once_begins_again(job, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["optimizer"]["steps"] == 1
 
 
-def test_a_run_that_exported_its_student_without_a_checkpoint_is_left_alone(job, tmp_path, capsys):
-    command = arguments(job, tmp_path / "output", "optimizer.steps=1")
+@pytest.mark.parametrize("save", [(), SAVE], ids=["without checkpoints", "with checkpoints"])
+def test_a_run_that_has_finished_is_left_alone(save, job, tmp_path, capsys):
+    command = arguments(job, tmp_path / "output", "optimizer.steps=2", *save)
     train(command)
-    line = refusal(capsys, "train", *command)
-    assert "holds a run that has exported its student and has no checkpoint to resume" in line
+    before = snapshot(tmp_path / "output")
+    capsys.readouterr()
+    train(command)
+    assert capsys.readouterr().out == (
+        f"the run in {tmp_path / 'output'} has finished: the restored model is in "
+        f"{tmp_path / 'output' / 'student'}; nothing was changed\n"
+    )
+    # All but the note of which process ran here last.
+    after = snapshot(tmp_path / "output")
+    del before["running.json"], after["running.json"]
+    assert after == before
+
+
+@pytest.mark.parametrize("change", ["a setting", "no student"])
+def test_a_run_that_has_not_finished_in_this_form_goes_on(change, job, tmp_path, capsys):
+    output = shutil.copytree(job / "one", tmp_path / "output")
+    options = ["run.log_every=3"] if change == "a setting" else []
+    if not options:
+        shutil.rmtree(output / "student")
+    train(arguments(job, output, *SAVE, *options))
+    assert f"after step {STEPS}" in capsys.readouterr().out
+    student = (output / "student" / "model.safetensors").read_bytes()
+    assert student == (job / "one" / "student" / "model.safetensors").read_bytes()
 
 
 def test_a_full_model_among_the_checkpoints_is_refused(job, tmp_path, capsys):

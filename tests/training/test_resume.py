@@ -114,6 +114,7 @@ def test_it_prints_what_it_resumes_from_and_removes(job, tmp_path, capfd):
     assert "step-000006.partial is a save that was not finished: it was removed" in printed
     assert f"resuming from {output / 'checkpoints' / 'step-000004'} after step 4" in printed
     # Once all steps are done, only the export remains.
+    (output / "finished.json").unlink()
     train(arguments(job, output, *SAVE))
     assert f"after step {STEPS}" in capfd.readouterr().out
 
@@ -143,7 +144,7 @@ def test_another_student_config_is_refused(job, tmp_path, capsys):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     line = refusal(capsys, "train", *arguments(job, output, *SAVE, f"model.teacher={model}"))
-    assert "the student's rms_norm_eps is not what " in line
+    assert "the student's norm_eps is not what " in line
     assert "restore the model's config.json and rope.table" in line
 
 
@@ -176,7 +177,7 @@ def test_the_manifest_describes_the_run(job):
     assert len(shapes) == 18 and shapes["model.layers.2.self_attn.k_proj.lora_B"] == [16, 4]
     training, store = manifest.training, TokenStore.open(job / "one" / "tokens")
     blocks = len(store.tokens) // CONTEXT
-    assert (training["step"], training["seed"]) == (4, 0)
+    assert (training["step"], training["stage"], training["seed"]) == (4, "main", 0)
     assert training["data"] == {
         "main": {
             "tokens": len(store.tokens),

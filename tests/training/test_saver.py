@@ -90,12 +90,12 @@ def test_a_failed_save_in_the_background_ends_the_run_at_the_next_step(
 
     step = run_module.Run.step
 
-    def step_after_the_failure(self, number):
+    def step_after_the_failure(self, stage, number):
         if number == 3:
             assert failed.wait(60)
             time.sleep(0.1)  # until the future has its exception
             wait_until(self.saver.has_failed)
-        return step(self, number)
+        return step(self, stage, number)
 
     monkeypatch.setattr(saver_module, "save_sharded", fail)
     monkeypatch.setattr(run_module.Run, "step", step_after_the_failure)
@@ -105,17 +105,9 @@ def test_a_failed_save_in_the_background_ends_the_run_at_the_next_step(
     assert [entry["step"] for entry in metrics(tmp_path / "output")] == [1, 2, 3]
 
 
-class Distiller:
-    """The part of a distiller that a saver of an unreal run needs."""
-
-    class config:
-        class optimizer:
-            steps = 10
-
-
 def make_saver(folder: Path, resumed_step: int = 0, **settings) -> Saver:
-    settings = CheckpointConfig(**settings)
-    return Saver(folder, Distiller(), None, None, (), settings, None, {}, resumed_step)
+    """Return the saver of an unreal run of 10 steps."""
+    return Saver(folder, 10, None, (), CheckpointConfig(**settings), None, {}, resumed_step)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalard import train as train_module
 from megalard.parallel.mesh import build_mesh
 from megalard.train import main
+from megalard.training import preflight as preflight_module
 from megalard.training import run as run_module
 from megalard.training import stop_signals
 from megalard.training.evaluator import Evaluator
@@ -81,7 +81,7 @@ def run_stuck(command: list[str], reached: Path) -> None:
         (reached / str(rank)).touch()
         dist.recv(torch.zeros(1), src=1 - rank)
 
-    for module in (run_module, train_module):  # of a run, and of a preflight
+    for module in (run_module, preflight_module):
         module.load_models = wait
     main(command)
 

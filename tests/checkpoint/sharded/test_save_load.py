@@ -24,10 +24,9 @@ from megalard.checkpoint.sharded.save_load import (
 )
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.model.layout import Layout
-from megalard.model.spec import ModelSpec
 from megalard.parallel.mesh import SINGLE, Axis, build_mesh
 from tests.command_line import user_error
-from tests.conversions import to_hugging_face, to_sharded
+from tests.conversions import to_hugging_face, to_sharded, unfused
 from tests.models import FAMILIES, make_model
 from tests.ranks import run_ranks
 
@@ -92,24 +91,6 @@ def _shard_all(folder: str, size: int) -> None:
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a Hugging Face directory."""
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def unfused(tensors: dict[str, torch.Tensor], spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """Return tensors in which Phi-3's fused projections are cut apart, as its code cuts them."""
-    kv_rows = spec.num_kv_heads * spec.head_dim
-    q_rows = spec.num_heads * spec.head_dim
-    parts = {}
-    for name, value in tensors.items():
-        if name.endswith("qkv_proj.weight"):
-            cut = dict(zip("qkv", value.split([q_rows, kv_rows, kv_rows]), strict=True))
-            parts |= {name.replace("qkv_proj", f"{p}_proj"): rows for p, rows in cut.items()}
-        elif name.endswith("gate_up_proj.weight"):
-            gate, up = value.chunk(2)
-            parts[name.replace("gate_up", "gate")] = gate
-            parts[name.replace("gate_up", "up")] = up
-        else:
-            parts[name] = value
-    return parts
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
