@@ -1,4 +1,4 @@
-"""What goes wrong on two ranks is told once, by rank 0, and stops both."""
+"""An error on two ranks is reported once, by rank 0, and stops both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 
 TENSOR = "model.layers.1.self_attn.v_proj.lora_B"
 
-# overrides, and the sentence they have to end with
+# Overrides, and a part of the sentence.
 CASES = {
     "missing data": (["data.paths=/nowhere/text.txt"], "/nowhere/text.txt does not exist"),
     "output not empty": (["run.output={job}"], "is not empty: choose another directory"),
@@ -27,13 +27,19 @@ CASES = {
         "parallel.tp 2 does not divide the model (3 heads, 3 K/V heads, intermediate size 48): "
         "use one of 1, 3",
     ),
-    "odd intermediate size": (
-        ["model.teacher={job}/odd"],
+    "intermediate size not divisible": (
+        ["model.teacher={job}/indivisible"],
         "parallel.tp 2 does not divide the model (4 heads, 2 K/V heads, intermediate size 45): "
         "use one of 1",
     ),
-    "odd rows": (["data.context_length=31", "optimizer.micro_batch=1"], "choose a context length"),
-    "odd evaluation": (["evaluation.lengths=[9]"], "length 9 is not a multiple of parallel.tp 2"),
+    "rows not divisible": (
+        ["data.context_length=31", "optimizer.micro_batch=1"],
+        "choose a context length",
+    ),
+    "evaluation not divisible": (
+        ["evaluation.lengths=[9]"],
+        "length 9 in evaluation.lengths is not a multiple of 2, into which tp 2 and cp 1 cut it",
+    ),
     "short text": (["optimizer.global_batch=400"], "one step reads a global batch of 400"),
     "not finite": ([], f"gradients are not finite on rank 1, in {TENSOR}"),
 }
@@ -53,9 +59,9 @@ def _poison_rank_1() -> None:
 
 
 def _run_every_case(folder: str) -> None:
-    """Each rank notes each case's exit status and what it printed."""
+    """Write each case's exit status and what this rank printed."""
     job, rank = Path(folder), os.environ["RANK"]
-    # one process group serves all cases
+    # One process group serves all cases.
     torch.distributed.destroy_process_group = lambda: None
     _poison_rank_1()
     for name, (overrides, _) in CASES.items():
@@ -73,17 +79,18 @@ def _run_every_case(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
+    """A job, with what two ranks printed in every case."""
     job = make_job(tmp_path_factory.mktemp("job"))
     sizes = {"vocab_size": 257, "max_position_embeddings": 64}
     heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24}
-    for name, changes in {"three-heads": heads, "odd": {"intermediate_size": 45}}.items():
+    for name, changes in {"three-heads": heads, "indivisible": {"intermediate_size": 45}}.items():
         make_model("llama", job / name, **sizes, **changes)
     run_ranks(2, _run_every_case, str(job))
     return job
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_error_is_told_once_and_stops_both_ranks(name, job):
+def test_an_error_is_reported_once_and_stops_both_ranks(name, job):
     printed = [(job / f"{name}-{rank}.txt").read_text() for rank in (0, 1)]
     lines = [line for line in printed[0].splitlines() if line.startswith("megalard: error: ")]
     assert len(lines) == 1 and CASES[name][1] in lines[0]
