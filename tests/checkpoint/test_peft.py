@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -243,3 +244,24 @@ def test_pairs_are_read_in_fp32_under_the_trainer_s_names(runs, tmp_path):
     assert weights.read(name).dtype == torch.float32 and weights.dtype(name) == torch.bfloat16
     assert weights.files() == [adapter / ADAPTER_WEIGHTS]
     assert torch.equal(weights.read(name), torch.ones(32, 2))
+
+
+def test_an_adapter_is_on_the_disk_before_it_has_its_name(runs, tmp_path, monkeypatch):
+    """Every file, and the directory that holds their names."""
+    events, fsync, rename = [], os.fsync, Path.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noting_rename(self, target):
+        events.append(f"rename {self.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "rename", noting_rename)
+    to_adapter(checkpoint_of(runs, "linear"), tmp_path / "adapter")
+    written = events[: events.index("rename adapter.partial")]
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json"} < files
+    assert files | {"adapter.partial"} <= set(written)

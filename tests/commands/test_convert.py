@@ -1,60 +1,42 @@
-"""The three checkpoint tools from the command line."""
+"""``megalard convert``: there and back, on several processes, without overwriting anything."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
-import runpy
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megalard.parallel import agreement
-from tests.jobs import save_tokenizer
+from megalard.training.run_folder import checkpoint_path
+from tests.command_line import megalard, megalard_on_ranks, refusal
+from tests.jobs import arguments, flip_bit, make_job, train
 from tests.models import make_model
+from tests.processes import torchrun
 from tests.ranks import run_ranks
 
-CHECKOUT = Path(__file__).parents[2]
+
+def convert(*words: object) -> int:
+    """Run the command in this process."""
+    return megalard("convert", *words)
 
 
-def tool(name: str):
-    """A script's ``main``."""
-    module = importlib.import_module(f"tools.{name}")
-    return lambda *arguments: module.main([str(argument) for argument in arguments])
-
-
-convert, verify, inspect = map(tool, ("convert_hf", "verify_checkpoint", "inspect_checkpoint"))
-
-
-def launch(ranks: int, *command: object) -> None:
-    """A script's command, by ranks that are forked: torchrun's import all anew."""
-    run_ranks(ranks, _run_script, [str(word) for word in command])
-
-
-def _run_script(command: list[str]) -> None:
-    sys.argv = command
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(CHECKOUT / command[0]), run_name="__main__")
-    assert ended.value.code == 0
+def verify(*words: object) -> int:
+    """Compare two models."""
+    return megalard("verify", *words)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """``hf`` and, written by torchrun's two processes, ``sharded``."""
-    folder = tmp_path_factory.mktemp("tools")
+    """A folder with ``hf`` and, written by two processes of torchrun, ``sharded``."""
+    folder = tmp_path_factory.mktemp("convert")
     make_model("qwen2", folder / "hf", vocab_size=1003)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = ["tools/convert_hf.py", "import", str(folder / "hf"), str(folder / "sharded")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
-    subprocess.run([*start, *command], check=True, env=environment, cwd=CHECKOUT)
+    torchrun(2, "-m", "megalard", "convert", "import", folder / "hf", folder / "sharded")
     return folder
 
 
@@ -66,42 +48,51 @@ def test_there_and_back(folder, tmp_path, capsys):
     assert verify(folder / "hf", folder / "sharded") == 0
 
 
-def test_several_processes_export_the_files_between_them(folder, tmp_path):
-    command = ("export", folder / "sharded", tmp_path / "back", "--file-size", "20KB")
-    launch(2, "tools/convert_hf.py", *command)
+@pytest.mark.parametrize("family", ["olmo2", "phi3-longrope", "ministral"])
+def test_other_families_go_there_and_back(family, tmp_path, capsys):
+    model = make_model(family, tmp_path / "model")
+    assert convert("import", model, tmp_path / "sharded") == 0
+    assert convert("export", tmp_path / "sharded", tmp_path / "back") == 0
+    assert verify(model, tmp_path / "back") == 0
+    tensors = load_file(model / "model.safetensors").keys()
+    assert load_file(tmp_path / "back" / "model.safetensors").keys() == tensors
+
+
+def test_several_processes_share_the_files_of_an_export(folder, tmp_path):
+    words = ("export", folder / "sharded", tmp_path / "back", "--file-size", "20KB")
+    megalard_on_ranks(2, "convert", *words)
     assert verify(folder / "hf", tmp_path / "back") == 0
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
-    for command in (("import", folder / "hf"), ("export", folder / "sharded")):
-        assert convert(*command, tmp_path / "out", "--dry-run") == 0
+    for words in (("import", folder / "hf"), ("export", folder / "sharded")):
+        assert convert(*words, tmp_path / "out", "--dry-run") == 0
         assert "nothing was written" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-    # it refuses what the conversion would refuse
+    # It refuses what the conversion would refuse.
     assert convert("import", folder / "nowhere", tmp_path / "out", "--dry-run") == 1
 
 
 def test_nothing_is_overwritten(folder, tmp_path, capsys):
     (tmp_path / "precious").write_text("x")
-    assert convert("export", folder / "sharded", tmp_path) == 1
-    assert f"{tmp_path} is not empty" in capsys.readouterr().err
+    line = refusal(capsys, "convert", "export", folder / "sharded", tmp_path)
+    assert f"{tmp_path} is not empty: choose another directory" in line
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
-@pytest.mark.parametrize("command", [("import", "hf"), ("export", "sharded")], ids=lambda c: c[0])
-def test_neighbours_of_the_target_are_left_alone(command, folder, tmp_path, capsys):
-    """It is written beside its name; a folder there that no conversion left is somebody's."""
-    arguments = (command[0], folder / command[1], tmp_path / "out")
+@pytest.mark.parametrize("words", [("import", "hf"), ("export", "sharded")], ids=lambda w: w[0])
+def test_neighbors_of_the_target_are_left_alone(words, folder, tmp_path, capsys):
+    """The target is written under a name next to it, where somebody may have a folder."""
+    words = ("convert", words[0], folder / words[1], tmp_path / "out")
     for name in ("out.old", "out.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("x")
-    assert convert(*arguments) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert "it is in the way, move it elsewhere" in line and "out.partial" in line
+    line = refusal(capsys, *words)
+    assert "is in the way" in line and "out.partial" in line
     assert len(list(tmp_path.glob("*/precious"))) == 2 and not (tmp_path / "out").exists()
-    # but what a killed one left is removed
+    # What a killed conversion left is removed.
     (tmp_path / "out.partial" / "precious").rename(tmp_path / "out.partial" / ".unfinished")
-    assert convert(*arguments) == 0
+    assert megalard(*words) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
     assert not any(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
 
@@ -111,8 +102,9 @@ def test_a_link_is_refused_as_a_target(leads_to, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / leads_to)
     for option in ((), ("--dry-run",)):
-        assert convert("export", folder / "sharded", tmp_path / "link", *option) == 1
-        assert "link is a link: give the directory it leads to" in capsys.readouterr().err
+        words = ("export", folder / "sharded", tmp_path / "link", *option)
+        expected = "link is a link: give the directory it leads to"
+        assert expected in refusal(capsys, "convert", *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
 
 
@@ -121,116 +113,62 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(folder, tmp_path, monke
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("x")
 
-    monkeypatch.setattr("megalard.checkpoint.open.Model.check_sums", slow)
-    assert convert("export", folder / "sharded", tmp_path / "out") == 1
-    assert "Directory not empty" in capsys.readouterr().err
+    monkeypatch.setattr("megalard.checkpoint.open.StoredModel.check_sums", slow)
+    line = refusal(capsys, "convert", "export", folder / "sharded", tmp_path / "out")
+    assert "Directory not empty" in line
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
 
-def test_nothing_has_its_name_before_its_source_is_known_to_be_whole(folder, tmp_path, monkeypatch):
-    seen = []
+def test_the_target_gets_its_name_after_all_checksums_hold(folder, tmp_path, monkeypatch):
+    exists = []
 
     def slow(self, *arguments):
-        seen.append((tmp_path / "out").exists())
+        exists.append((tmp_path / "out").exists())
 
-    monkeypatch.setattr("megalard.checkpoint.open.Model.check_sums", slow)
+    monkeypatch.setattr("megalard.checkpoint.open.StoredModel.check_sums", slow)
     agree = agreement.gather_objects
     monkeypatch.setattr(
         agreement,
         "gather_objects",
-        lambda *args: seen.append((tmp_path / "out").exists()) or agree(*args),
+        lambda *args: exists.append((tmp_path / "out").exists()) or agree(*args),
     )
     assert convert("import", folder / "sharded", tmp_path / "out") == 0
-    assert len(seen) > 1 and not any(seen[:-1])
+    assert len(exists) > 1 and not any(exists[:-1])
 
 
-def test_a_target_that_cannot_be_made_is_told_by_a_dry_run_too(folder, tmp_path, capsys):
+def test_a_target_that_cannot_be_made_is_refused_by_a_dry_run_too(
+    folder, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "file").touch()
-    (tmp_path / "mounted").mkdir()
-    monkeypatch = pytest.MonkeyPatch()
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
-        patch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
-        patch.chdir(tmp_path)
-        (tmp_path / "locked").mkdir()
-        for target, sentence in (
-            (tmp_path / "file" / "x", "is no directory"),
-            (tmp_path / "mounted", "choose a directory in it"),
-            (tmp_path / "locked" / "x", "cannot write into"),
-        ):
-            for command in (("import", folder / "hf"), ("export", folder / "sharded")):
-                assert convert(*command, target, "--dry-run") == 1
-                assert sentence in capsys.readouterr().err
-    (tmp_path / "empty").mkdir()
+    for name in ("mounted", "locked", "empty"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
+    for target, sentence in (
+        (tmp_path / "file" / "x", "is not a directory"),
+        (tmp_path / "mounted", "choose a directory inside it"),
+        (tmp_path / "locked" / "x", "cannot write into"),
+    ):
+        for words in (("import", folder / "hf"), ("export", folder / "sharded")):
+            assert sentence in refusal(capsys, "convert", *words, target, "--dry-run")
     monkeypatch.chdir(tmp_path / "empty")
-    assert convert("export", folder / "sharded", ".", "--dry-run") == 1
-    assert "choose a directory in it" in capsys.readouterr().err
-    monkeypatch.undo()
+    line = refusal(capsys, "convert", "export", folder / "sharded", ".", "--dry-run")
+    assert "choose a directory inside it" in line
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("words", "sentence"),
     [
         (("import", "/nowhere", "OUT"), "no model directory at /nowhere"),
-        (("export", "SHARDED", "OUT", "--file-size", "inf"), '"inf" is no size'),
-        (("export", "SHARDED", "OUT", "--file-size", "big"), '"big" is no size'),
-        (("export", "SHARDED", "OUT", "--format", "peft"), "is no checkpoint of a run"),
+        (("export", "SHARDED", "OUT", "--file-size", "inf"), "'inf' is not a size"),
+        (("export", "SHARDED", "OUT", "--file-size", "big"), "'big' is not a size"),
+        (("export", "SHARDED", "OUT", "--format", "peft"), "is not a run's checkpoint (sharded)"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(arguments, sentence, folder, tmp_path, capsys):
+def test_bad_input_is_refused_in_one_sentence(words, sentence, folder, tmp_path, capsys):
     places = {"OUT": tmp_path / "out", "SHARDED": folder / "sharded"}
-    assert convert(*(places.get(word, word) for word in arguments)) == 1
-    printed = capsys.readouterr().err
-    assert printed.startswith("megalard: error: ") and printed.count("\n") == 1
-    assert sentence in printed and not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def changed(folder, tmp_path):
-    """The model with one bit changed, one tensor of another dtype, one missing and one more."""
-    path = tmp_path / "changed"
-    path.mkdir()
-    (path / "config.json").write_bytes((folder / "hf" / "config.json").read_bytes())
-    tensors = load_file(folder / "hf" / "model.safetensors")
-    bits = tensors["model.layers.1.mlp.up_proj.weight"].view(torch.int32)
-    bits[3, 5] ^= 1
-    name = "model.layers.0.self_attn.q_proj.weight"
-    tensors[name] = tensors[name].bfloat16()
-    del tensors["model.norm.weight"]
-    tensors["extra"] = torch.zeros(2)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    return path
-
-
-def test_verify_names_every_difference(folder, changed, capsys):
-    assert verify(folder / "sharded", changed) == 1
-    printed = capsys.readouterr().out
-    assert "model.layers.1.mlp.up_proj.weight: 1 of 1536 elements differ, the first at [3, 5]" in (
-        printed
-    )
-    assert "model.layers.0.self_attn.q_proj.weight: dtype float32 and bfloat16" in printed
-    assert f"model.norm.weight: only in {folder / 'sharded'}" in printed
-    assert f"extra: only in {changed}" in printed and "4 tensors differ" in printed
-    assert verify(folder / "hf", "/nowhere") == 2
-
-
-def test_verify_compares_logits_on_text(folder, changed, tmp_path, capsys):
-    """A byte-level tokenizer reads the text; one bit of one weight is within the tolerance."""
-    one_bit = shutil.copytree(folder / "hf", tmp_path / "one-bit")
-    tensors = load_file(one_bit / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.int32)[3, 5] ^= 1
-    save_file(tensors, one_bit / "model.safetensors", {"format": "pt"})
-    save_tokenizer(folder / "hf")
-    text = tmp_path / "text.txt"
-    text.write_text("the mask of the rope and the loss of a row " * 3)
-    logits = (folder / "hf", folder / "sharded", "--logits", text, "--tokens", "64")
-    assert verify(*logits) == 0
-    assert "logits on 64 tokens: |a - b| / |a| = 0.00e+00" in capsys.readouterr().out
-    differ = (folder / "hf", one_bit, "--logits", text)
-    assert verify(*differ) == 1
-    assert verify(*differ, "--logits-only") == 0
-    assert verify(*differ, "--logits-only", "--tolerance", "0") == 1
-    assert "the same first choice for 100.00%: different" in capsys.readouterr().out
+    assert sentence in refusal(capsys, "convert", *(places.get(word, word) for word in words))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_conversion_shows_its_progress_on_a_terminal(folder, tmp_path, capsys, monkeypatch):
@@ -242,12 +180,12 @@ def test_a_conversion_shows_its_progress_on_a_terminal(folder, tmp_path, capsys,
     assert "export sharded" in printed and f"{size:.1f}/{size:.1f} KiB" in printed, printed
 
 
-def _progress_of_rank_0(command: list[str], file: str) -> None:
-    advanced = []
-    bar = "megalard.progress.progress_bar"
+def _convert_noting_progress(words: list[str], file: str) -> None:
+    advanced: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
+        bar = "megalard.progress.byte_bar"
         patch.setattr(bar, lambda title, total, axis: _noted(total, axis, advanced))
-        _run_script(command)
+        assert megalard(*words) == 0
     if advanced:
         Path(file).write_text(json.dumps(advanced))
 
@@ -261,73 +199,66 @@ def _noted(total, axis, advanced):
 
 
 @pytest.mark.parametrize("file_size", ["4GiB", "100KB"])
-def test_progress_of_several_processes_ends_where_it_should(file_size, folder, tmp_path):
-    command = ("export", folder / "sharded", tmp_path / "back", "--file-size", file_size)
-    words = [str(word) for word in ("tools/convert_hf.py", *command)]
-    run_ranks(2, _progress_of_rank_0, words, str(tmp_path / "seen"))
-    total, counted = json.loads((tmp_path / "seen").read_text())
-    # the files' headers are counted too
+def test_the_progress_of_several_processes_ends_at_its_total(file_size, folder, tmp_path):
+    words = ("export", folder / "sharded", tmp_path / "back", "--file-size", file_size)
+    words = ["convert", *map(str, words)]
+    run_ranks(2, _convert_noting_progress, words, str(tmp_path / "progress"))
+    total, counted = json.loads((tmp_path / "progress").read_text())
+    # The headers of the files are counted too.
     assert total < counted < 1.05 * total
 
 
-def test_inspect_tells_what_is_in_it(folder, capsys):
-    assert inspect(folder / "sharded", "--tensors") == 0
-    printed = capsys.readouterr().out
-    for words in ("2 ranks (dp 1 x cp 1 x tp 2)", "checksums    hold", "complete     yes"):
-        assert words in printed
-    assert "model.embed_tokens.weight  F32 [1003, 32]  weights-00000-000.safetensors" in printed
-    assert inspect(folder / "sharded", "--json", "--no-checksums") == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["trained"] == "nothing" and facts["checksums"] == "not compared"
-
-
-def test_inspect_finds_damage(folder, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    shard = damaged(folder, copy)
-    assert inspect(copy) == 1
-    assert f"{shard} is damaged" in capsys.readouterr().out
-    shard.unlink()
-    assert inspect(copy) == 1
-    assert "NOT USABLE" in capsys.readouterr().out
-    assert inspect(copy, "--json") == 1
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["complete"] == "no" and f"{copy} lacks {shard.name}" in facts["problem"]
-
-
-def test_inspect_tells_what_another_directory_is(folder, tmp_path, capsys):
-    assert inspect(folder / "hf") == 0
-    printed = capsys.readouterr().out
-    for words in ("a Hugging Face model", "qwen2, 3 layers of 32", "kB)", "none are recorded"):
-        assert words in printed
-    assert inspect(tmp_path) == 1
-    assert f"{tmp_path} has no config.json" in capsys.readouterr().out
-
-
-def damaged(folder: Path, copy: Path) -> Path:
-    """The sharded model with one bit of a tensor changed; gives the file that has it."""
-    shutil.copytree(folder / "sharded", copy)
-    shard = copy / "weights-00001-000.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-9] ^= 4
-    shard.write_bytes(content)
-    return shard
-
-
-@pytest.mark.parametrize("command", ["import", "export"])
-def test_a_damaged_checkpoint_is_not_converted(command, folder, tmp_path, capsys):
-    """New checksums would vouch for what the old ones deny."""
-    shard = damaged(folder, tmp_path / "copy")
-    assert convert(command, tmp_path / "copy", tmp_path / "out") == 1
-    printed = capsys.readouterr().err
-    (line,) = [line for line in printed.splitlines() if "error" in line]
-    assert f"{shard} is damaged or of another model" in line
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_damaged_checkpoint_is_not_converted(direction, folder, tmp_path, capsys):
+    """New checksums would hide that the old ones do not hold."""
+    shutil.copytree(folder / "sharded", tmp_path / "copy")
+    shard = tmp_path / "copy" / "weights-00001-000.safetensors"
+    flip_bit(shard)
+    line = refusal(capsys, "convert", direction, tmp_path / "copy", tmp_path / "out")
+    assert f"{shard} is damaged or belongs to another model" in line
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-@pytest.mark.parametrize("name", ["convert_hf", "verify_checkpoint", "inspect_checkpoint"])
-def test_help_says_what_a_tool_does(name, capsys):
-    with pytest.raises(SystemExit) as caught:
-        tool(name)("--help")
-    assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    assert f"python tools/{name}.py" in printed and len(printed.splitlines()) > 15
+SAVE = ("checkpoint.save_every=1", "optimizer.steps=2", "optimizer.warmup_steps=1")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A job whose run in ``run`` has trained LoRA and saved two checkpoints."""
+    folder = make_job(tmp_path_factory.mktemp("run"))
+    train(arguments(folder, folder / "run", *SAVE))
+    return folder
+
+
+@pytest.fixture
+def checkpoint(job):
+    """The last checkpoint of the run."""
+    return checkpoint_path(job / "run" / "checkpoints", 2)
+
+
+def test_the_adapter_of_a_run_is_its_merged_export(job, checkpoint, tmp_path, capsys):
+    adapter = ("export", checkpoint, tmp_path / "adapter", "--format", "peft")
+    assert convert(*adapter, "--dry-run") == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert convert(*adapter) == 0
+    assert convert("export", checkpoint, tmp_path / "merged") == 0
+    capsys.readouterr()
+    assert verify(tmp_path / "adapter", tmp_path / "merged") == 0
+    assert "every bit the same" in capsys.readouterr().out
+    assert verify(tmp_path / "adapter", job / "model") == 1
+
+
+def test_a_damaged_run_gives_no_adapter(checkpoint, tmp_path, capsys):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    shard = next(copy.glob("weights-*.safetensors"))
+    flip_bit(shard)
+    words = ("export", copy, tmp_path / "out", "--format", "peft")
+    assert f"{shard} is damaged" in refusal(capsys, "convert", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_base_of_another_shape_is_named(checkpoint, tmp_path, capsys):
+    other = make_model("llama", tmp_path / "other", vocab_size=257, intermediate_size=40)
+    words = ("export", checkpoint, tmp_path / "out", "--base", other)
+    assert f"in {other} has shape [40, 32], but" in refusal(capsys, "convert", *words)

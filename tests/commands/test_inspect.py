@@ -1,92 +1,105 @@
-"""The checkpoint tools on a run: its adapter, its base, its checkpoints as JSON."""
+"""``megalard inspect`` describes checkpoints, runs and models, and finds damage."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
-from megalard.checkpoint import peft as peft_adapter
-from megalard.checkpoint.convert import import_model
-from megalard.checkpoint.open import open_model
-from megalard.parallel.mesh import SINGLE, build_mesh
-from megalard.train import main
 from megalard.training.run_folder import checkpoint_path
-from tests.jobs import arguments, make_job, save_tokenizer
-from tests.models import make_model
+from tests.command_line import megalard
+from tests.conversions import to_adapter, to_sharded
+from tests.jobs import arguments, flip_bit, make_job, train
+from tests.models import change_config, make_model
 from tests.ranks import run_ranks
-from tests.tools.test_checkpoint_tools import tool
 
-convert, verify, inspect = map(tool, ("convert_hf", "verify_checkpoint", "inspect_checkpoint"))
 SAVE = ("checkpoint.save_every=1", "optimizer.steps=2", "optimizer.warmup_steps=1")
+
+
+def inspect(*words: object) -> int:
+    """Run the command in this process."""
+    return megalard("inspect", *words)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """A job whose run in ``run`` has trained LoRA and saved two checkpoints."""
-    folder = make_job(tmp_path_factory.mktemp("run"))
-    run_ranks(1, main, arguments(folder, folder / "run", *SAVE))
+    folder = make_job(tmp_path_factory.mktemp("inspect"))
+    train(arguments(folder, folder / "run", *SAVE))
     return folder
 
 
 @pytest.fixture
 def checkpoint(job):
+    """The last checkpoint of the run."""
     return checkpoint_path(job / "run" / "checkpoints", 2)
 
 
-def test_a_run_s_adapter_is_its_merged_export(job, checkpoint, tmp_path, capsys):
-    adapter = ("export", checkpoint, tmp_path / "adapter", "--format", "peft")
-    assert convert(*adapter, "--dry-run") == 0
-    assert "nothing was written" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
-    assert convert(*adapter) == 0
-    assert convert("export", checkpoint, tmp_path / "merged") == 0
-    capsys.readouterr()
-    assert verify(tmp_path / "adapter", tmp_path / "merged") == 0
-    assert "every bit the same" in capsys.readouterr().out
-    assert verify(tmp_path / "adapter", job / "model") == 1
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with ``hf`` and, written by two ranks, ``sharded``."""
+    folder = tmp_path_factory.mktemp("models")
+    make_model("qwen2", folder / "hf", vocab_size=1003)
+    run_ranks(2, _convert, str(folder / "hf"), str(folder / "sharded"))
+    return folder
+
+
+def _convert(source: str, target: str) -> None:
+    assert megalard("convert", "import", source, target) == 0
+
+
+def test_a_checkpoint_is_described(folder, capsys):
+    assert inspect(folder / "sharded", "--tensors") == 0
+    printed = capsys.readouterr().out
+    for words in ("2 ranks (dp 1 x cp 1 x tp 2)", "checksums    hold", "complete     yes"):
+        assert words in printed
+    assert "model.embed_tokens.weight  F32 [1003, 32]  weights-00000-000.safetensors" in printed
+    assert inspect(folder / "sharded", "--json", "--no-checksums") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["trained"] == "nothing" and facts["checksums"] == "not compared"
+
+
+def test_damage_is_reported_with_status_1(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder / "sharded", tmp_path / "copy")
+    shard = copy / "weights-00001-000.safetensors"
+    flip_bit(shard)
+    assert inspect(copy) == 1
+    assert f"{shard} is damaged" in capsys.readouterr().out
+    assert inspect(copy, "--no-checksums") == 0
+    shard.unlink()
+    assert inspect(copy) == 1
+    assert "NOT USABLE" in capsys.readouterr().out
+    assert inspect(copy, "--json") == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["complete"] == "no" and f"{copy} lacks {shard.name}" in facts["problem"]
+
+
+def test_other_directories_are_described(folder, checkpoint, tmp_path, capsys):
+    assert inspect(folder / "hf") == 0
+    printed = capsys.readouterr().out
+    for words in ("a Hugging Face model", "qwen2, 3 layers of 32", "kB)", "none are recorded"):
+        assert words in printed
+    to_adapter(checkpoint, tmp_path / "adapter")
     assert inspect(tmp_path / "adapter") == 0
     printed = capsys.readouterr().out
     assert "a PEFT adapter" in printed and "lora rank 4, alpha 8 on " in printed
+    (tmp_path / "empty").mkdir()
+    assert inspect(tmp_path / "empty") == 1
+    assert f"{tmp_path / 'empty'} has no config.json" in capsys.readouterr().out
 
 
-def test_an_adapter_is_on_the_disk_before_it_has_its_name(checkpoint, tmp_path, monkeypatch):
-    synced, fsync = [], os.fsync
-
-    def note(descriptor: int) -> None:
-        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", note)
-    model, target = open_model(checkpoint), tmp_path / "adapter"
-    files = {path.name for path in model.companions}
-    before = []
-    peft_adapter.write_adapter(
-        target,
-        model.trained,
-        model.manifest.trained,
-        model.spec.hf_config,
-        "base",
-        model.companions,
-        before_commit=lambda: before.extend(synced),
-    )
-    files |= {"adapter_config.json", "adapter_model.safetensors", "config.json"}
-    assert files <= {path.name for path in target.iterdir()}
-    assert files | {"adapter.partial"} <= set(before)
-
-
-def test_inspect_tells_whether_the_base_is_there_and_whole(job, checkpoint, tmp_path, capsys):
+def test_the_files_of_the_base_are_compared(job, checkpoint, tmp_path, capsys):
     base = shutil.copytree(job / "model", tmp_path / "base")
-    for path, option in ((checkpoint, ()), (checkpoint, ("--base", base))):
-        assert inspect(path, *option) == 0
+    for option in ((), ("--base", base)):
+        assert inspect(checkpoint, *option) == 0
         assert "base files   are there, checksums hold" in capsys.readouterr().out
-    content = (base / "model.safetensors").read_bytes()
-    (base / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    flip_bit(base / "model.safetensors", -1)
     moved = ("--base", base)
     assert inspect(checkpoint, *moved) == 1
-    assert f"{base}/model.safetensors is damaged or of another" in capsys.readouterr().out
+    assert f"{base}/model.safetensors is damaged or belongs to another" in capsys.readouterr().out
     assert inspect(checkpoint, *moved, "--no-checksums") == 0
     assert "are there, checksums not compared" in capsys.readouterr().out
     (base / "model.safetensors").unlink()
@@ -96,15 +109,14 @@ def test_inspect_tells_whether_the_base_is_there_and_whole(job, checkpoint, tmp_
     assert "base files" not in capsys.readouterr().out
 
 
-def test_inspect_looks_at_a_teacher_of_its_own(job, tmp_path, capsys):
-    teacher, student = (shutil.copytree(job / "model", tmp_path / x) for x in ("teacher", "own"))
+def test_the_files_of_another_teacher_are_compared(job, tmp_path, capsys):
+    teacher, student = (shutil.copytree(job / "model", tmp_path / x) for x in ("teacher", "mine"))
     options = (f"model.teacher={teacher}", f"model.student={student}")
-    main(arguments(job, tmp_path / "run", *SAVE, *options))
+    train(arguments(job, tmp_path / "run", *SAVE, *options))
     capsys.readouterr()
     assert inspect(tmp_path / "run") == 0
     assert "teacher files are there, checksums hold" in capsys.readouterr().out
-    content = (teacher / "model.safetensors").read_bytes()
-    (teacher / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    flip_bit(teacher / "model.safetensors", -1)
     assert inspect(tmp_path / "run") == 1
     printed = capsys.readouterr().out
     assert f"teacher files {teacher}/model.safetensors is damaged" in printed
@@ -114,9 +126,9 @@ def test_inspect_looks_at_a_teacher_of_its_own(job, tmp_path, capsys):
     assert inspect(tmp_path / "run", "--no-base") == 0
 
 
-def test_a_run_s_exports_are_no_checkpoints(job, tmp_path, capsys):
+def test_exports_of_a_run_are_not_taken_for_checkpoints(job, tmp_path, capsys):
     never = ("checkpoint.save_every=0", "checkpoint.export_every=1")
-    main(arguments(job, tmp_path / "run", *SAVE, *never))
+    train(arguments(job, tmp_path / "run", *SAVE, *never))
     capsys.readouterr()
     assert (tmp_path / "run" / "step-000001" / "model.safetensors").exists()
     assert inspect(tmp_path / "run") == 1
@@ -125,117 +137,68 @@ def test_a_run_s_exports_are_no_checkpoints(job, tmp_path, capsys):
     assert inspect(tmp_path / "run" / "step-000001") == 0
 
 
-def test_inspect_tells_of_tensors_that_are_not_the_model_s(job, tmp_path, capsys):
+def test_tensors_that_are_not_the_model_s_are_counted(job, tmp_path, capsys):
     model = shutil.copytree(job / "model", tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    change_config(model, num_hidden_layers=2)
     assert inspect(model) == 0
     assert "not in model 9 tensors, such as model.layers.2." in capsys.readouterr().out
     assert inspect(job / "model") == 0
     assert "not in model" not in capsys.readouterr().out
 
 
-def test_a_damaged_run_gives_no_adapter(job, checkpoint, tmp_path, capsys):
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    shard = next(copy.glob("weights-*.safetensors"))
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert convert("export", copy, tmp_path / "out", "--format", "peft") == 1
-    assert f"{shard} is damaged" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+def test_the_step_of_a_checkpoint_is_of_all_stages(job, tmp_path, capsys):
+    stages = "stages={a: {optimizer: {steps: 1}}, b: {objective: {logits_kl: 1}}}"
+    options = (*SAVE[:1], stages, "optimizer.steps=2", "optimizer.warmup_steps=1")
+    train(arguments(job, tmp_path / "run", *options))
+    capsys.readouterr()
+    assert inspect(checkpoint_path(tmp_path / "run" / "checkpoints", 2)) == 0
+    assert "2 of 3, seed 0, 8 blocks read" in capsys.readouterr().out
 
 
-def test_a_run_s_base_of_another_shape_is_told(job, checkpoint, tmp_path, capsys):
-    other = make_model("llama", tmp_path / "other", vocab_size=257, intermediate_size=40)
-    assert convert("export", checkpoint, tmp_path / "out", "--base", other) == 1
-    assert f"in {other} has shape [40, 32], but" in capsys.readouterr().err
-
-
-def test_inspect_prints_nothing_but_json(job, tmp_path, capsys):
+def test_nothing_but_json_is_printed(job, tmp_path, capsys):
     run = shutil.copytree(job / "run", tmp_path / "run")
     folder = run / "checkpoints"
     (folder / "step-000003.partial").mkdir()
     assert inspect(run, "--json", "--tensors") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [os.path.basename(c["directory"]) for c in found["checkpoints"]] == [
+    facts = json.loads(capsys.readouterr().out)
+    assert [os.path.basename(c["directory"]) for c in facts["checkpoints"]] == [
         "step-000001",
         "step-000002",
     ]
-    assert found["newest"] == "the next start goes on from step-000002"
-    assert found["unfinished"] == [str(folder / "step-000003.partial")]
+    assert facts["newest"] == "the next start resumes from step-000002"
+    assert facts["unfinished"] == [str(folder / "step-000003.partial")]
     name = "model.layers.0.self_attn.q_proj.lora_A"
-    assert found["checkpoints"][0]["slices"][name]["shape"] == [4, 32]
+    assert facts["checkpoints"][0]["slices"][name]["shape"] == [4, 32]
     (folder / "step-000002" / "manifest.json").write_text("{}")
     assert inspect(run, "--json") == 1
     broken = json.loads(capsys.readouterr().out)["checkpoints"][1]
     assert broken["complete"] == "no" and "does not describe" in broken["problem"]
-    for directory, status in ((job / "model", 0), (tmp_path, 1)):
+    (tmp_path / "empty").mkdir()
+    for directory, status in ((job / "model", 0), (tmp_path / "empty", 1)):
         assert inspect(directory, "--json") == status
         assert json.loads(capsys.readouterr().out)["directory"] == str(directory)
 
 
-def test_a_whole_model_among_the_checkpoints_is_told(job, tmp_path, capsys):
+def test_a_save_that_was_not_finished_is_named(job, tmp_path, capsys):
     run = shutil.copytree(job / "run", tmp_path / "run")
-    whole = checkpoint_path(run / "checkpoints", 4)
-    import_model(open_model(job / "model"), whole, build_mesh("cpu", 1), SINGLE)
-    with pytest.raises(SystemExit) as caught:
-        main(arguments(job, run, *SAVE, "optimizer.steps=4"))
-    assert caught.value.code == 1
-    assert f"error: {whole} is a whole model and no checkpoint of a run: move it out of" in (
-        capsys.readouterr().err
-    )
+    path = run / "checkpoints" / "step-000003.partial"
+    path.mkdir()
+    assert inspect(run) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{path}: a save that was not finished; the next start removes it" in lines
+    assert lines[-1] == "2 complete checkpoints; the next start resumes from step-000002"
 
 
-@pytest.fixture
-def text(tmp_path):
-    (tmp_path / "text.txt").write_text("the mask of the rope " * 3)
-    return tmp_path / "text.txt"
+def test_control_characters_of_names_are_escaped(folder, tmp_path, capsys):
+    """A name in a file could change the colors of a terminal, or write another line."""
+    copy = Path(shutil.copytree(folder / "hf", tmp_path / "copy"))
+    change_config(copy, model_type="llama\x1b[31m\nok")
+    assert inspect(copy) == 1
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and len(printed.splitlines()) == 1
 
 
-@pytest.mark.parametrize("option", [("--lines", "-1"), ("--tolerance", "nan")], ids=str)
-def test_numbers_that_compare_nothing_are_told(option, job, capsys):
-    with pytest.raises(SystemExit) as caught:
-        verify(job / "model", job / "model", *option)
-    assert caught.value.code == 2
-    assert f"{' '.join(option)}: give 0 or more" in capsys.readouterr().err
-
-
-def test_logits_that_cannot_be_compared_are_told(job, tmp_path, text, capsys):
-    other = make_model("llama", tmp_path / "other", vocab_size=300)
-    capsys.readouterr()
-    for options, sentence in (
-        ((job / "model", other), f"{other} has 300 entries"),
-        ((job / "model", job / "model", "--tokens", "0"), "0 tokens are nothing to compare"),
-        ((job / "model", job / "model", "--tokens", "-3"), "-3 tokens are nothing to compare"),
-    ):
-        assert verify(*options, "--logits", text) == 2
-        printed = capsys.readouterr().err
-        assert sentence in printed and printed.count("\n") == 1
-    small = make_model("llama", tmp_path / "small", vocab_size=100)
-    save_tokenizer(small)
-    assert verify(small, small, "--logits", text) == 2
-    assert "in the tokenizer of" in capsys.readouterr().err
-
-
-def test_the_other_model_s_tokenizer_reads_the_text(job, tmp_path, text, capsys):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(job / "model" / name, bare)
-    assert verify(bare, job / "model", "--logits", text) == 0
-    assert verify(bare, bare, "--logits", text) == 2
-    assert "has neither tokenizer.json nor tokenizer.model" in capsys.readouterr().err
-
-
-def test_a_crash_is_no_difference(job, monkeypatch, capsys):
-    def crash(*arguments):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr("megalard.checkpoint.compare.tensor_differences", crash)
-    assert verify(job / "model", job / "model") == 2
-    assert "RuntimeError: a bug" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        verify("--help")
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "0 the same, 1 different, 2 they could not be compared" in printed
-    assert "read by A's tokenizer" in printed
+def test_a_sharded_copy_of_a_run_s_student_has_no_base(job, tmp_path, capsys):
+    to_sharded(job / "run" / "student", tmp_path / "sharded")
+    assert inspect(tmp_path / "sharded") == 0
+    assert "base files" not in capsys.readouterr().out
