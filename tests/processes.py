@@ -80,6 +80,14 @@ def descendants(pid: int) -> list[int]:
     return [pid] + [member for child in children for member in descendants(child)]
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process exists and has not ended; a zombie has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
 def kill(process: subprocess.Popen) -> None:
     """Kill a process and all that it started, at once, as the loss of a machine does."""
     if process.poll() is None:

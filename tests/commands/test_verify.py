@@ -107,7 +107,10 @@ def test_what_cannot_be_compared_is_status_2(folder, tmp_path, capsys):
         ((hf, hf, "--logits-only"), "--logits-only needs --logits TEXT"),
         ((hf, other, "--logits", text), f"{other} has 300 entries"),
         ((hf, hf, "--logits", text, "--tokens", "0"), "0 tokens are too few to compare logits on"),
-        ((hf, hf, "--logits", text, "--tokens", "-3"), "-3 tokens are too few to compare logits on"),
+        (
+            (hf, hf, "--logits", text, "--tokens", "-3"),
+            "-3 tokens are too few to compare logits on",
+        ),
     ):
         assert sentence in cannot_compare(capsys, *words)
     small = make_model("qwen2", tmp_path / "small", vocab_size=100)
