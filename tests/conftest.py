@@ -1,4 +1,6 @@
-"""Settings that have to stand before anything imports Triton or uses the GPU."""
+"""Settings that must be made before anything imports Triton or uses the GPU."""
+
+from __future__ import annotations
 
 import os
 
@@ -6,14 +8,14 @@ import pytest
 import torch
 
 if torch.cuda.is_available():
-    # read at the first product only, and needed by the tests with run.deterministic
+    # cuBLAS reads it once, at its first product. Tests with run.deterministic need it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are skipped where there is none."""
+    """Skip tests marked ``gpu`` where there is no GPU."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -22,5 +24,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """How many processes ``tests/run.sh`` starts: one alone where tests would share a GPU."""
+    """Return 0 where there is a GPU, which tests in several processes would share."""
     return 0 if torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""A whole small job: a random model with a byte-level tokenizer, text, and the command line."""
+"""A small job from end to end: a random model with a byte-level tokenizer, text, a command line."""
 
 from __future__ import annotations
 
@@ -7,31 +7,20 @@ import random
 import shutil
 from pathlib import Path
 
-import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-from megalard.train import main
+from tests.command_line import megalard
 from tests.models import make_model
+from tests.small_tokenizers import save_byte_tokenizer
 
 NATIVE, CONTEXT, BATCH, STEPS = 64, 32, 4, 8
 
-
-def save_tokenizer(folder: Path) -> None:
-    """One id a byte, and ``</s>`` = 256 to end a document."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(alphabet)} | {"</s>": len(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+# The study's tests use this name.
+save_tokenizer = save_byte_tokenizer
 
 
 def make_job(folder: Path) -> Path:
-    """``model/``, ``train.txt`` and ``heldout.txt`` of a job."""
+    """Write ``model/``, ``train.txt`` and ``heldout.txt`` of a job; return the folder."""
     make_model("llama", folder / "model", vocab_size=257, max_position_embeddings=NATIVE)
-    save_tokenizer(folder / "model")
+    save_byte_tokenizer(folder / "model")
     words = ["tensor", "rank", "row", "mask", "rope", "loss", "of", "the", "and"]
     for number, (name, count) in enumerate((("train", 1500), ("heldout", 300))):
         chosen = random.Random(number).choices(words, k=count)
@@ -40,7 +29,11 @@ def make_job(folder: Path) -> Path:
 
 
 def arguments(job: Path, output: Path | str, *overrides: str) -> list[str]:
-    """The command line of a run that restores ``job``'s model; overrides are ``key=value``."""
+    """Return the overrides of a run that restores the job's model.
+
+    Args:
+        overrides: ``key=value``, in addition to or in place of the settings here.
+    """
     settings = {
         "model.teacher": job / "model",
         "model.compute_dtype": "float32",
@@ -51,10 +44,13 @@ def arguments(job: Path, output: Path | str, *overrides: str) -> list[str]:
         "optimizer.steps": STEPS,
         "optimizer.learning_rate": 1e-2,
         "optimizer.warmup_steps": 2,
-        # of the gradients' size, so that rounding does not decide the sign of an update
+        # As large as the gradients, so that rounding does not decide the sign of an update.
         "optimizer.eps": 1e-4,
         "optimizer.global_batch": BATCH,
         "optimizer.micro_batch": 2,
+        "checkpoint.save_every": 0,
+        # Nothing is measured, unless a test asks for it.
+        "evaluation.holdout": 0,
         "run.output": output,
         "run.device": "cpu",
     }
@@ -62,28 +58,34 @@ def arguments(job: Path, output: Path | str, *overrides: str) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def interrupted(whole: Path, target: Path, step: int = 4) -> Path:
-    """The output directory of a run as it was shortly after its checkpoint of ``step``."""
-    shutil.copytree(whole, target)
+def train(command: list[str]) -> None:
+    """Run ``megalard train`` in this process, which must succeed."""
+    assert megalard("train", *command) == 0
+
+
+def interrupted(complete: Path, target: Path, step: int = 4) -> Path:
+    """Copy a complete run as it was shortly after its checkpoint of ``step``; return the copy."""
+    shutil.copytree(complete, target)
     shutil.rmtree(target / "student")
+    (target / "finished.json").unlink()
     for path in (target / "checkpoints").iterdir():
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)
     lines = (target / "metrics.jsonl").read_text().splitlines()
-    # the steps after the checkpoint were reported, and the last line only in part
+    # The steps after the checkpoint have been reported, and the last line only in part.
     (target / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
     return target
 
 
 def losses(output: Path) -> list[float]:
-    """The loss of every step, none of them missing or told twice."""
+    """Return the loss of every step, each of which must be reported once."""
     lines = metrics(output)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     return [line["loss"] for line in lines]
 
 
 def metrics(output: Path) -> list[dict]:
-    """The lines of a run's ``metrics.jsonl``; NaN, which is not JSON, is an error."""
+    """Return the lines of a run's ``metrics.jsonl``. NaN, which JSON does not have, is an error."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -92,19 +94,24 @@ def metrics(output: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
+def steps_reported(output: Path) -> list[int]:
+    """Return the steps that a run which is still going has reported so far."""
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by its path in it."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Return the content of every file of a folder, by its path in the folder.
+
+    The note of which process ran there last is left out: a start that is refused writes it too.
+    """
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "running.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def refusal(capsys, command: list[str]) -> str:
-    """The one line a run ends with that finds bad input."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(command)
-    assert caught.value.code == 1
-    printed = capsys.readouterr().err
-    lines = [line for line in printed.splitlines() if line.startswith("megalard: error: ")]
-    assert len(lines) == 1 and printed.count("error") >= 1 and "Traceback" not in printed
-    assert printed.rstrip().endswith(lines[0]), "the sentence runs over several lines"
-    return lines[0]
+def flip_bit(path: Path, position: int = -4) -> None:
+    """Change the lowest bit of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)

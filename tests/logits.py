@@ -8,56 +8,58 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megalard.checkpoint.build import load_decoder
-from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.checkpoint.open import open_model
 from megalard.data.batch import collate
 from megalard.model.decoder import Decoder
+from megalard.model.layout import Layout
 from megalard.model.rope import rope_table
-from megalard.model.spec import read_spec
 from megalard.parallel.mesh import SINGLE, Axis
-from megalard.parallel.tensor.layout import Layout
 from megalard.training.export import gather_full
 
-# fp32 rounding (6e-8) through three layers, against float64. Observed at most 9e-7; a wrong flag,
-# frequency or window changes logits by 1 % or more.
+# The rounding of fp32 (6e-8) through three layers, against float64. Observed at most 9e-7. A wrong
+# flag, frequency or window changes the logits by 1 % or more.
 FP32_TOLERANCE = 1e-5
 
 
 def random_tokens(batch: int, length: int, vocab: int = 67) -> torch.Tensor:
-    """int64 [batch, length], the same at every call."""
+    """Return random token ids, int64 [batch, length], the same for the same arguments."""
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
 def load(directory: str | Path, axis: Axis = SINGLE) -> Decoder:
-    """The decoder of a directory in fp32, as the trainer loads a teacher."""
-    spec = read_spec(directory)
-    weights = HuggingFaceWeights(directory)
-    return load_decoder(spec, rope_table(spec), axis, weights, torch.device("cpu"), torch.float32)
+    """Load the decoder of a directory in fp32, as the trainer loads a teacher."""
+    model = open_model(directory)
+    table = rope_table(model.spec)
+    device = torch.device("cpu")
+    return load_decoder(model.spec, table, axis, model.weights, device, torch.float32)
 
 
 @torch.no_grad()
 def decoder_logits(decoder: Decoder, token_bs: torch.Tensor) -> torch.Tensor:
-    """[b, s, vocab] of whole sequences; a collective call of the ranks that share the decoder."""
+    """Return logits [b, s, vocab]; a collective call of the ranks that share the decoder."""
     batch, length = token_bs.shape
-    whole = collate([(row.numpy(), [(0, length)]) for row in token_bs])
-    local = decoder.logits(decoder(whole, torch.float32)).T
-    first, vocab = decoder.first_vocab_row, decoder.spec.vocab_size
-    layout = Layout((vocab, batch * length), 0, first, local.shape[0], 1)
+    blocks = collate([(row.numpy(), [(0, length)]) for row in token_bs])
+    local = decoder.logits(decoder(blocks, torch.float32)).T
+    start, vocab = decoder.first_vocab_row, decoder.spec.vocab_size
+    layout = Layout((vocab, batch * length), 0, start, local.shape[0], 1)
     return gather_full(local, layout, decoder.ops.axis).T.reshape(batch, length, vocab)
 
 
 @torch.no_grad()
 def transformers_logits(directory: str | Path, token_bs: torch.Tensor) -> torch.Tensor:
-    """[b, s, vocab] in float64."""
+    """Return the logits of transformers in float64, [b, s, vocab]."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
     return model(token_bs, use_cache=False).logits
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """|actual - expected| / |expected|, by norm."""
-    return float((actual.double() - expected).norm() / expected.norm())
+    """Return |actual - expected| / |expected|, by norm, in float64."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def assert_same_logits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare logits with those of transformers."""
     assert actual.shape == expected.shape
     error = relative_error(actual, expected)
     assert error < FP32_TOLERANCE, f"logits are off by {error:.2e} of their norm"

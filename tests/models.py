@@ -6,7 +6,16 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 _BASE = {
     "vocab_size": 67,
@@ -17,6 +26,9 @@ _BASE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+
+# Phi-3's pad token, which has to be in the vocabulary, and RoPE on half of each head.
+_PHI = {"pad_token_id": 0, "partial_rotary_factor": 0.5}
 
 FAMILIES = {
     "llama": (LlamaConfig, {}),
@@ -30,31 +42,62 @@ FAMILIES = {
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
     "qwen3": (Qwen3Config, {"head_dim": 16}),
+    "ministral": (
+        MinistralConfig,
+        {
+            "head_dim": 8,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "olmo2": (Olmo2Config, {}),
+    "phi3": (Phi3Config, {**_PHI, "sliding_window": 7}),
+    "phi3-longrope": (
+        Phi3Config,
+        {
+            **_PHI,
+            "original_max_position_embeddings": 16,
+            # Half of the 8 features of a head turn: two frequencies.
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.2, 4.0],
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
 }
 
 
 def make_model(family: str, folder: Path, seed: int = 0, **overrides) -> Path:
-    """Write a random model whose weights are large enough for every path to matter."""
+    """Write a random model whose weights are large enough for every operation to matter."""
     kind, extra = FAMILIES[family]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(kind(**{**_BASE, **extra, **overrides}))
     for name, parameter in model.named_parameters():
-        centre = 1.0 if "norm" in name else 0.0
-        torch.nn.init.normal_(parameter, centre, 0.2)
+        center = 1.0 if "norm" in name else 0.0
+        torch.nn.init.normal_(parameter, center, 0.2)
     model.save_pretrained(folder)
     return folder
 
 
 def copy_with_config(source: Path, folder: Path, config: dict) -> Path:
-    """The same weights under another config.json."""
+    """Write the weights of a model under another ``config.json``."""
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
+def change_config(model: Path, **changes) -> None:
+    """Change entries of a model's ``config.json``."""
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def scale_rope(model: Path) -> None:
-    """Make a model one whose RoPE is scaled already, by 2."""
-    config = json.loads((model / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-    (model / "config.json").write_text(json.dumps(config))
+    """Scale a model's RoPE by 2."""
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    change_config(model, rope_parameters=rope)

@@ -1,4 +1,4 @@
-"""Small students, made and saved as the trainer does, without training them."""
+"""Small students that are made and saved as the trainer does, without training them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from pathlib import Path
 
 import torch
 
-from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.checkpoint.companions import Companion
+from megalard.checkpoint.open import open_model
+from megalard.checkpoint.weights import Weights
+from megalard.config.objective import ObjectiveConfig
 from megalard.config.schema import (
     Config,
+    DataConfig,
     LoraConfig,
     ModelConfig,
-    ObjectiveConfig,
     RopeConfig,
+    RunConfig,
     TrainableConfig,
 )
 from megalard.distill.student import Student
 from megalard.model.rope import scaled_config
-from megalard.model.spec import read_spec, spec_from_config
+from megalard.model.spec import spec_from_config
 from megalard.parallel.mesh import Mesh
-from megalard.training.assemble import Plan, load_models
 from megalard.training.export import save_student
+from megalard.training.models import load_models
+from megalard.training.plan import Plan
+from megalard.training.stages import stages_of
 
 NATIVE, FACTOR = 64, 4.0
 TABLE = [1.0, 0.3, 0.02, 0.0005]
@@ -29,7 +35,7 @@ TABLE = [1.0, 0.3, 0.02, 0.0005]
 
 @dataclass(frozen=True)
 class StudentCase:
-    """What is trained on which model; ``rope`` table takes a file with ``TABLE`` (head_dim 8)."""
+    """What is trained on which model; ``rope`` table reads a file with ``TABLE`` (head_dim 8)."""
 
     family: str
     mode: str
@@ -39,47 +45,54 @@ class StudentCase:
 
 
 def make_config(case: StudentCase, teacher: Path, table: Path) -> Config:
+    """Return the configuration of a run of a case."""
     targets = list(case.targets)
     return Config(
         model=ModelConfig(str(teacher), compute_dtype=case.compute_dtype),
         rope=RopeConfig(case.rope, FACTOR, table=str(table) if case.rope == "table" else None),
         trainable=TrainableConfig(case.mode, LoraConfig(targets, 6, 9.0, 0.0), targets),
-        # with the logits in the loss every weight is reached
+        # With the logits in the loss every weight is reached.
         objective=ObjectiveConfig(logits_kl=1.0),
+        data=DataConfig(["unused"]),
+        run=RunConfig(output="unused"),
     )
 
 
 @dataclass
 class MadeStudent:
-    """A student with what is needed to save it."""
+    """A student with everything that saving it takes."""
 
     student: Student
-    source: HuggingFaceWeights
+    source: Weights
     config: dict
     mesh: Mesh
+    generation_config: tuple[Companion, ...]
 
-    def save(self, directory: Path, companions: tuple[Path, ...] = ()) -> None:
-        save_student(directory, self.student, self.source, self.config, companions, self.mesh)
+    def save(self, directory: Path, companions: tuple[Companion, ...] = ()) -> None:
+        """Save the student as a run does."""
+        files = (*companions, *self.generation_config)
+        save_student(directory, self.student, self.source, self.config, files, self.mesh)
 
 
 def make_student(config: Config, mesh: Mesh) -> MadeStudent:
     """Load teacher and student; every rank calls it."""
-    teacher = read_spec(config.model.teacher)
-    scaled = scaled_config(teacher, config.rope, NATIVE)
-    plan = Plan(teacher, spec_from_config(scaled, "student"), scaled, NATIVE, tokenizer=None)
-    _, student, origins = load_models(config, plan, mesh)
-    return MadeStudent(student, origins.base, scaled, mesh)
+    teacher = open_model(config.model.teacher)
+    scaled = scaled_config(teacher.spec, config.rope, NATIVE)
+    student_spec = spec_from_config(scaled, "student")
+    plan = Plan(teacher, teacher, student_spec, scaled, NATIVE, tokenizer=None)
+    _, student = load_models(stages_of(config)[0], plan, mesh)
+    return MadeStudent(student, teacher.weights, scaled, mesh, teacher.generation_config)
 
 
 def shift(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """What "training" adds to a tensor: noise that its name alone decides."""
+    """Return what "training" adds to a tensor: noise that depends on its name alone."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)) * 1009 + len(name))
     return torch.randn(shape, generator=generator) * 0.1
 
 
 @torch.no_grad()
 def pretend_to_train(student: Student) -> None:
-    """Add each trained tensor's ``shift``, of which a rank takes its slice."""
+    """Add to each trained tensor its ``shift``, of which a rank takes its slice."""
     for name, parameter in student.trained.items():
         layout = student.decoder.layouts[name]
         full = shift(name, layout.full_shape)

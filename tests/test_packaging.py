@@ -1,18 +1,17 @@
-"""The wheel carries the kernels inside megalard, and nothing shadows other packages."""
+"""The wheel has the kernels and recipes inside megalard, and nothing shadows other packages."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).parents[1]
-# transformers looks for a PyPI package called kernels; ours must not be taken for it
+from tests.processes import CHECKOUT, finished
+
+# transformers looks for a PyPI package called kernels, for which ours must not be taken.
 IMPORTS = """
 import importlib.util, sys
 import megalard.kernels.relation_kl as relation_kl
@@ -32,30 +31,28 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("megalard", "kernels", "tools", "tests"):
+    for name in ("megalard", "kernels", "launch/configs", "tools", "tests"):
         hidden = shutil.ignore_patterns("__pycache__", ".*")
-        shutil.copytree(CHECKOUT / name, source / name, ignore=hidden)
+        shutil.copytree(CHECKOUT / name, source / name, ignore=hidden, symlinks=True)
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(CHECKOUT / name, source)
     command = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run(
-        [sys.executable, "-m", *command, "--wheel-dir", str(folder), str(source)], check=True
-    )
+    command = [sys.executable, "-m", *command, "--wheel-dir", folder, source]
+    done = finished(command)
+    assert done.returncode == 0, done.stderr
     (path,) = folder.glob("*.whl")
     return path
 
 
 def run(*command: str, path: Path, folder: Path) -> str:
-    """Run Python in ``folder`` with ``path`` alone on PYTHONPATH; gives what it printed."""
-    environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    """Run Python in a folder with one entry in PYTHONPATH; return what it printed."""
+    environment = {"PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = finished([sys.executable, *command], cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-def test_the_wheel_holds_megalard_alone(wheel):
+def test_the_wheel_has_megalard_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"megalard"}
@@ -71,7 +68,19 @@ def test_the_wheel_holds_megalard_alone(wheel):
 
 def test_the_wheel_has_a_console_command(wheel):
     (entry,) = (n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("entry_points.txt"))
-    assert b"megalard = megalard.train:main" in zipfile.ZipFile(wheel).read(entry)
+    assert b"megalard = megalard.cli:main" in zipfile.ZipFile(wheel).read(entry)
+
+
+def test_the_wheel_has_the_recipes(wheel):
+    archive = zipfile.ZipFile(wheel)
+    recipes = {
+        file.name: file.read_bytes()
+        for file in (CHECKOUT / "launch" / "configs").glob("*")
+        if file.suffix == ".yaml"
+    }
+    assert len(recipes) > 10
+    for name, content in recipes.items():
+        assert archive.read(f"megalard/recipes/{name}") == content
 
 
 def test_the_unpacked_wheel_works_anywhere(wheel, tmp_path):
@@ -83,11 +92,11 @@ def test_the_unpacked_wheel_works_anywhere(wheel, tmp_path):
 
 def test_a_plain_checkout_works_anywhere(tmp_path):
     printed = run("-c", IMPORTS, path=CHECKOUT, folder=tmp_path)
-    assert printed == str(CHECKOUT / "kernels" / "relation_kl" / "__init__.py")
+    assert Path(printed).resolve() == CHECKOUT / "kernels" / "relation_kl" / "__init__.py"
 
 
 def test_the_module_runs_from_the_checkout():
-    """There the root, with its folder ``kernels``, is first on sys.path."""
+    """In the checkout, the root with its folder ``kernels`` is first in sys.path."""
     printed = run("-m", "megalard.train", "--help", path=CHECKOUT, folder=CHECKOUT)
     assert "--parallel.tp" in printed
 

@@ -1,13 +1,10 @@
-"""The job from the command line, by one process and by two."""
+"""A job from start to end, by one process and by two ranks of torchrun."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,48 +15,30 @@ from megalard.config.file import load_config
 from megalard.config.schema import to_dict
 from megalard.data.token_store import TokenStore
 from megalard.evaluation.report import read_json
-from megalard.train import main
-from megalard.training.optimizer import learning_rate
 from megalard.training.step import Distiller
-from tests.jobs import (
-    BATCH,
-    CONTEXT,
-    NATIVE,
-    STEPS,
-    arguments,
-    make_job,
-    metrics,
-    refusal,
-    snapshot,
-)
+from tests.command_line import refusal
+from tests.jobs import BATCH, CONTEXT, NATIVE, STEPS, arguments, make_job, metrics, train
 from tests.models import scale_rope
+from tests.processes import CHECKOUT, finished, torchrun
 
-CHECKOUT = Path(__file__).parents[1]
 FIGURES = ("loss", "loss_q", "loss_k", "loss_v", "gradient_norm", "learning_rate")
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
+    """A job."""
     return make_job(tmp_path_factory.mktemp("job"))
-
-
-def launch(*command: str) -> str:
-    """Run a module's command from the checkout; gives what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
-    done = subprocess.run(
-        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def one(job):
-    """The output directory of a run by one process; what it printed is in ``printed``."""
+    """The output directory of a run by one process, whose output is in ``printed``."""
     output = job / "runs" / "one"
     options = ["checkpoint.export_every=3", f"evaluation.paths={job / 'heldout.txt'}"]
-    printed = launch("megalard.train", *arguments(job, output, *options))
-    (job / "printed").write_text(printed)
+    command = [sys.executable, "-m", "megalard.train", *arguments(job, output, *options)]
+    done = finished(command, cwd=CHECKOUT)
+    assert done.returncode == 0, done.stderr
+    (job / "printed").write_text(done.stdout)
     return output
 
 
@@ -68,18 +47,19 @@ def two(job):
     """The same run by two tensor-parallel ranks."""
     output = job / "runs" / "two"
     options = ["parallel.tp=2", f"evaluation.paths={job / 'heldout.txt'}"]
-    ranks = ["--standalone", "--nproc-per-node", "2", "-m"]
-    launch("torch.distributed.run", *ranks, "megalard.train", *arguments(job, output, *options))
+    torchrun(2, "-m", "megalard.train", *arguments(job, output, *options))
     return output
 
 
-def test_the_output_directory_holds_all_of_a_run(one, job):
+def test_the_output_directory_has_all_of_a_run(one, job):
     assert sorted(path.name for path in one.iterdir()) == [
         "evaluation-tokens",
         "evaluation.json",
         "evaluation.png",
+        "finished.json",
         "metrics.jsonl",
         "run.json",
+        "running.json",
         "step-000003",
         "step-000006",
         "student",
@@ -111,79 +91,57 @@ def test_every_save_is_a_model_with_its_tokenizer(one, job):
     assert len(trained) == 3, "two saves are the same"
 
 
-def test_metrics_tell_every_step(one):
+def test_metrics_have_every_step(one):
     lines = metrics(one)
-    config = load_config(None, ["--model.teacher=t", "--data.paths=d", "--run.output=o"])
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["tokens"] for line in lines] == [n * BATCH * CONTEXT for n in range(1, STEPS + 1)]
-    schedule = json.loads((one / "run.json").read_text())["optimizer"]
-    schedule = type(config.optimizer)(**schedule)
-    for number, line in enumerate(lines):
-        assert line["learning_rate"] == pytest.approx(learning_rate(number, schedule))
+    # Two steps of warm-up to 0.01, and a cosine of six steps to 0.9 of it: 0.95 +- 0.05 cos.
+    cosines = [3**0.5 / 2, 0.5, 0, -0.5, -(3**0.5) / 2, -1]
+    expected = [0.005, 0.01, *(0.01 * (0.95 + 0.05 * cosine) for cosine in cosines)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(expected)
+    for line in lines:
         assert line["loss"] == pytest.approx(sum(line[f"loss_{name}"] for name in "qkv"))
         assert line["gradient_norm"] > 0 and line["tokens_per_second"] > 0
         assert line["memory_gib"] > 0 and line["skipped"] is None
 
 
 def test_the_loss_goes_down(job, tmp_path):
-    """On text of one batch, so that every step's loss is of the same blocks."""
+    """The text is one batch, so that the loss of every step is of the same blocks."""
     text = tmp_path / "short.txt"
     text.write_text((job / "train.txt").read_text()[: BATCH * CONTEXT])
     lora = "trainable.lora={rank: 8, alpha: 16, dropout: 0}"
-    main(arguments(job, tmp_path / "output", f"data.paths={text}", lora, "optimizer.eps=1e-8"))
+    train(arguments(job, tmp_path / "output", f"data.paths={text}", lora, "optimizer.eps=1e-8"))
     losses = [line["loss"] for line in metrics(tmp_path / "output")]
     assert losses[-1] < 0.7 * losses[0]
     assert losses == sorted(losses, reverse=True)
 
 
 def test_two_ranks_report_the_global_means_of_one(one, two):
-    """The student's dropout is on: its masks too are the same."""
+    """LoRA's dropout is on, and its masks are the same too."""
     for ours, theirs in zip(metrics(two), metrics(one), strict=True):
         for key in FIGURES:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (ours["step"], key)
     first, second = (read_json(output / "evaluation.json")[0] for output in (one, two))
     for a, b in zip(first, second, strict=True):
         assert a.name == b.name
-        for length, measured in a.by_length.items():
-            assert b.by_length[length].loss == pytest.approx(measured.loss, rel=1e-3)
+        for length, measured in a.results.by_length.items():
+            assert b.results.by_length[length].loss == pytest.approx(measured.loss, rel=1e-3)
 
 
 def test_the_evaluation_compares_teacher_scaled_and_restored(one, job):
-    results, native, factor = read_json(one / "evaluation.json")
-    assert [result.name for result in results] == ["teacher", "scaled", "restored"]
-    assert (native, factor) == (NATIVE, 4)
-    assert [result.tokens for result in results] == [0, 0, STEPS * BATCH * CONTEXT]
-    for result in results:
-        assert sorted(result.by_length) == [16, 32, 64, 128, 256]
-    _, scaled, restored = results
+    entries, restoration = read_json(one / "evaluation.json")
+    assert [entry.name for entry in entries] == ["teacher", "scaled", "restored"]
+    assert (restoration.native_window, restoration.factor) == (NATIVE, 4)
+    assert [entry.tokens for entry in entries] == [0, 0, STEPS * BATCH * CONTEXT]
+    for entry in entries:
+        assert sorted(entry.results.by_length) == [16, 32, 64, 128, 256]
+    _, scaled, restored = entries
     assert restored.short_mean("kl", NATIVE) < scaled.short_mean("kl", NATIVE)
-    assert restored.by_length[64].agreement is not None
-    assert restored.by_length[128].agreement is None
+    assert restored.results.by_length[64].agreement is not None
+    assert restored.results.by_length[128].agreement is None
     assert (one / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     printed = (job / "printed").read_text()
     assert f"step {STEPS}/{STEPS}" in printed and "Perplexity by context length" in printed
-
-
-def test_preflight_reports_and_writes_nothing(job, tmp_path, capsys):
-    before = snapshot(job)
-    main(["--preflight", *arguments(job, tmp_path / "output", f"data.cache={tmp_path / 'cache'}")])
-    printed = capsys.readouterr().out
-    for words in (
-        "RoPE: window 64 -> 256",
-        "cos/sin factor: teacher 1.0000, student 1.0000 (linear)",
-        "trained: 1,920 parameters in 18 tensors",
-        "3 x model.layers.self_attn.q_proj.lora_A [4, 32]",
-        "relation kernels: plain torch",
-        "gradients: all 18 trained tensors finite and not zero",
-        "peak memory:",
-        f"s a step of {BATCH * CONTEXT} tokens",
-        f"minutes for {STEPS} steps ({STEPS * BATCH * CONTEXT:,} tokens)",
-        "preflight passed; nothing was written",
-    ):
-        assert words in printed
-    # every pair of dimensions is slowed by the factor
-    assert printed.count("4.0000") == 4
-    assert list(tmp_path.iterdir()) == [] and snapshot(job) == before
 
 
 def poison(monkeypatch, step: int, tensor: str) -> None:
@@ -204,7 +162,7 @@ TENSOR = "model.layers.1.self_attn.k_proj.lora_B"
 
 def test_a_gradient_that_is_not_finite_stops_the_run(job, tmp_path, capsys, monkeypatch):
     poison(monkeypatch, 3, TENSOR)
-    line = refusal(capsys, arguments(job, tmp_path / "output"))
+    line = refusal(capsys, "train", *arguments(job, tmp_path / "output"))
     assert "step 3:" in line and "on rank 0" in line and f"in {TENSOR}:" in line
     assert [line["step"] for line in metrics(tmp_path / "output")] == [1, 2]
     assert not (tmp_path / "output" / "student").exists()
@@ -224,10 +182,10 @@ def test_a_step_that_is_not_finite_can_be_skipped(job, tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(Distiller, "step", watched)
     command = arguments(job, tmp_path / "output", "run.non_finite=skip", "run.log_every=4")
-    main([*command, "--optimizer.steps=4"])
+    train([*command, "--optimizer.steps=4"])
     assert steps == [(1, False), (2, False), (3, True), (4, False)]
     assert (tmp_path / "output" / "student" / "model.safetensors").exists()
-    # a skipped step is told though it is not one of every four
+    # A skipped step is reported although it is not one of every four.
     lines = metrics(tmp_path / "output")
     assert [line["step"] for line in lines] == [3, 4]
     assert "step 3:" in lines[0]["skipped"] and TENSOR in lines[0]["skipped"]
@@ -242,17 +200,17 @@ def test_weights_that_are_not_finite_stop_the_first_step(job, tmp_path, capsys):
     save_file(tensors, student / "model.safetensors", {"format": "pt"})
     command = arguments(job, tmp_path / "output", f"model.student={student}")
     for options in ([], ["--preflight"]):
-        line = refusal(capsys, [*options, *command])
+        line = refusal(capsys, "train", *options, *command)
         assert "step 1: the loss is nan and gradients are not finite on rank 0" in line
         shutil.rmtree(tmp_path / "output", ignore_errors=True)
 
 
 def test_a_checkpoint_keeps_its_rope_and_is_saved_in_both_spellings(job, tmp_path):
-    """transformers 4 would read a file that has only the new one as native RoPE."""
+    """transformers 4 would read a file with only the new spelling as native RoPE."""
     student = shutil.copytree(job / "model", tmp_path / "student")
     scale_rope(student)
     options = ["rope.type=checkpoint", f"model.student={student}", "optimizer.steps=1"]
-    main(arguments(job, tmp_path / "output", *options))
+    train(arguments(job, tmp_path / "output", *options))
     config = json.loads((tmp_path / "output" / "student" / "config.json").read_text())
     assert config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
@@ -262,13 +220,13 @@ def test_a_checkpoint_keeps_its_rope_and_is_saved_in_both_spellings(job, tmp_pat
 def test_a_token_cache_is_used_again(job, tmp_path):
     cache = tmp_path / "cache"
     options = [f"data.cache={cache}", "optimizer.steps=1"]
-    main(arguments(job, tmp_path / "first", *options))
+    train(arguments(job, tmp_path / "first", *options))
     made = (cache / "tokens.bin").stat().st_mtime_ns
-    main(arguments(job, tmp_path / "second", *options))
+    train(arguments(job, tmp_path / "second", *options))
     assert (cache / "tokens.bin").stat().st_mtime_ns == made
     assert not (tmp_path / "second" / "tokens").exists()
-    # a prepared directory is data as well
+    # A prepared directory is data as well.
     prepared = arguments(job, tmp_path / "third", f"data.paths={cache}", "optimizer.steps=1")
-    main(prepared)
+    train(prepared)
     first, third = (metrics(tmp_path / name)[0]["loss"] for name in ("first", "third"))
     assert first == third and len(TokenStore.open(cache).tokens) > 1000

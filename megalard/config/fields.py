@@ -62,7 +62,8 @@ class Allowed:
 
     def problem(self, value: float) -> str | None:
         """Return what a number must be, if it is not that."""
-        if not math.isfinite(value) or abs(value) > LARGEST_FLOAT:
+        # In this order, because isfinite raises OverflowError for a huge int.
+        if abs(value) > LARGEST_FLOAT or not math.isfinite(value):
             return "a finite number"
         if isinstance(value, int) and abs(value) > LARGEST_INT:
             return f"at most {LARGEST_INT}"

@@ -11,7 +11,7 @@ from typing import Any
 from megalard.config.fields import allowed_of, default_of, help_texts, without_none
 from megalard.config.file import STREAM_BATCHES
 from megalard.config.recipes import recipes, title
-from megalard.config.schema import Config, StreamConfig
+from megalard.config.schema import Config, StageConfig, StreamConfig
 
 _WIDTH = 96
 
@@ -30,7 +30,7 @@ def describe_keys() -> str:
             lines += ["", *_heading(field.name, _summary(type(default)))]
             lines += _describe(type(default), f"--{field.name}.")
         else:
-            lines += ["", *_describe_streams(help_texts(Config)[field.name])]
+            lines += ["", *_describe_entries(field.name, help_texts(Config)[field.name])]
     lines += ["", "recipes, which --config takes by name:"]
     lines += [f"  {name:<24}{title(path)}" for name, path in recipes().items()]
     return "\n".join(lines)
@@ -78,19 +78,31 @@ def _yaml(value: Any) -> str:
     return str(value)
 
 
-def _describe_streams(text: str) -> list[str]:
-    lines = _heading("streams", f"{text} {_summary(StreamConfig)}")
-    prefix = "--streams.NAME."
-    lines.append(f"  {prefix}objective.KEY, {prefix}data.KEY  (the keys of those sections)")
-    texts, hints = help_texts(StreamConfig), typing.get_type_hints(StreamConfig)
-    for field in dataclasses.fields(StreamConfig):
-        if dataclasses.is_dataclass(default_of(field)):
+def _describe_entries(name: str, text: str) -> list[str]:
+    """Describe a section of named entries: ``streams`` or ``stages``."""
+    cls = {"streams": StreamConfig, "stages": StageConfig}[name]
+    lines = _heading(name, f"{text} {_summary(cls)}")
+    texts, hints = help_texts(cls), typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    sections = [n for n, field in fields.items() if dataclasses.is_dataclass(default_of(field))]
+    keys = ", ".join(f"--{name}.NAME.{section}.KEY" for section in sections)
+    lines += textwrap.wrap(
+        f"{keys}  (the keys of those sections)",
+        _WIDTH,
+        initial_indent="  ",
+        subsequent_indent="  ",
+    )
+    for key, field in fields.items():
+        if key in sections:
             continue
-        facts = _facts(field, hints[field.name])
-        if field.name in STREAM_BATCHES:
-            facts = f"(default: the value of --optimizer.{field.name}; at least 1)"
-        lines.append(f"  {prefix}{field.name}  {facts}")
-        lines += _wrap(texts[field.name])
+        if key == "streams":
+            lines.append(f"  --{name}.NAME.streams.NAME.KEY  (the keys of a stream)")
+            continue
+        facts = _facts(field, hints[key])
+        if name == "streams" and key in STREAM_BATCHES:
+            facts = f"(default: the value of --optimizer.{key}; at least 1)"
+        lines.append(f"  --{name}.NAME.{key}  {facts}")
+        lines += _wrap(texts[key])
     return lines
 
 

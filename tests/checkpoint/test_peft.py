@@ -1,11 +1,10 @@
-"""What a run trained, exported: merged for transformers 4.57 and 5, and as an adapter for peft."""
+"""PEFT adapters: written from a run, read by peft and by megalard, and bad ones refused."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,30 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megalard.checkpoint.compare import logits_of, tensor_differences
-from megalard.checkpoint.convert import export_adapter, export_model, import_model
 from megalard.checkpoint.open import open_model
-from megalard.errors import UserError
-from megalard.parallel.mesh import SINGLE, build_mesh
-from megalard.train import main
+from megalard.checkpoint.peft import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    AdapterWeights,
+    adapter_config,
+    adapter_name,
+)
 from megalard.training.run_folder import checkpoint_path
-from tests.jobs import arguments, make_job
+from tests.command_line import user_error
+from tests.conversions import (
+    LAYER,
+    Q_PROJ,
+    lora_pair,
+    make_adapter,
+    to_adapter,
+    to_hugging_face,
+    to_sharded,
+)
+from tests.jobs import arguments, flip_bit, make_job, train
 from tests.logits import assert_same_logits, random_tokens
+from tests.old_transformers import logits_of_transformers_4
 from tests.ranks import run_ranks
 
-OLD_TRANSFORMERS = Path(__file__).parents[1] / ".transformers-4.57"
 SAVE = ("checkpoint.save_every=4", "optimizer.steps=4")
 RUNS = {
     "linear": (2, ("parallel.tp=2",)),
@@ -32,26 +44,30 @@ RUNS = {
     "one-relation": (1, ("objective.relations.q=0", "objective.relations.k=0", "rope.type=abf")),
     "weights": (1, ("trainable.mode=weights", "rope.type=llama3")),
 }
+LORA_RUNS = [name for name in RUNS if name != "weights"]
 TOKENS = random_tokens(1, 90, 257)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A finished run of each kind, with its exports beside it."""
+    """A finished run of each kind, with its exports in its directory."""
     folder = make_job(tmp_path_factory.mktemp("peft"))
     for name, (ranks, options) in RUNS.items():
-        run_ranks(ranks, main, arguments(folder, folder / name, *SAVE, *options))
-        model = open_model(checkpoint_path(folder / name / "checkpoints", 4))
-        export_model(model, folder / name / "merged", SINGLE)
+        run_ranks(ranks, train, arguments(folder, folder / name, *SAVE, *options))
+        to_hugging_face(checkpoint_of(folder, name), folder / name / "merged")
         if name != "weights":
-            export_adapter(model, folder / name / "adapter")
+            to_adapter(checkpoint_of(folder, name), folder / name / "adapter")
     return folder
 
 
-def ours(runs: Path, name: str) -> torch.Tensor:
-    """The trainer's logits, [1, tokens, vocabulary]."""
-    model = open_model(checkpoint_path(runs / name / "checkpoints", 4))
-    return logits_of(model, TOKENS[0], torch.float32)[None]
+def checkpoint_of(runs: Path, name: str) -> Path:
+    """Return the last checkpoint of a run."""
+    return checkpoint_path(runs / name / "checkpoints", 4)
+
+
+def trainer_logits(runs: Path, name: str) -> torch.Tensor:
+    """Return the trainer's logits, [1, tokens, vocabulary]."""
+    return logits_of(open_model(checkpoint_of(runs, name)), TOKENS[0], torch.float32)[None]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -64,50 +80,31 @@ def test_the_merged_export_is_the_run_s_student(name, runs):
     }
     model = AutoModelForCausalLM.from_pretrained(runs / name / "merged", dtype=torch.float64)
     with torch.no_grad():
-        assert_same_logits(ours(runs, name), model(TOKENS, use_cache=False).logits)
+        assert_same_logits(trainer_logits(runs, name), model(TOKENS, use_cache=False).logits)
     assert AutoTokenizer.from_pretrained(runs / name / "merged").eos_token == "</s>"
 
 
-_OLD = """
-import sys
-import torch, transformers
-assert transformers.__version__.startswith("4.57."), transformers.__version__
-out, *folders = sys.argv[1:]
-tokens, found = torch.load(out), []
-for folder in folders:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    with torch.no_grad():
-        found.append(model(tokens, use_cache=False).logits)
-torch.save(found, out)
-"""
+def test_transformers_4_gives_the_trainer_s_logits(runs):
+    folders = [runs / name / "merged" for name in RUNS]
+    theirs = logits_of_transformers_4(folders, [TOKENS], runs / "texts.pt")
+    for name, folder in zip(RUNS, folders, strict=True):
+        assert_same_logits(trainer_logits(runs, name), theirs[folder][0])
 
 
-def test_transformers_4_gives_the_trainers_logits(runs):
-    if not OLD_TRANSFORMERS.is_dir():
-        pytest.skip("transformers 4.57 is not installed beside the tests: run tests/run.sh")
-    out = runs / "old.pt"
-    torch.save(TOKENS, out)
-    folders = [str(runs / name / "merged") for name in RUNS]
-    environment = {**os.environ, "PYTHONPATH": str(OLD_TRANSFORMERS)}
-    subprocess.run([sys.executable, "-c", _OLD, str(out), *folders], env=environment, check=True)
-    for name, theirs in zip(RUNS, torch.load(out), strict=True):
-        assert_same_logits(ours(runs, name), theirs)
-
-
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "weights"])
-def test_peft_gives_the_trainers_logits_on_the_base_with_the_students_config(name, runs):
+@pytest.mark.parametrize("name", LORA_RUNS)
+def test_peft_gives_the_trainer_s_logits_on_the_base_with_the_student_s_config(name, runs):
     from peft import PeftModel
 
     adapter = runs / name / "adapter"
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
     assert base == str(runs / "model")
     config = AutoConfig.from_pretrained(adapter)
     model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float64)
     model = PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
         logits = model(TOKENS, use_cache=False).logits
-        assert_same_logits(ours(runs, name), logits)
-        # an adapter carries no RoPE: without the config beside it, it is another model
+        assert_same_logits(trainer_logits(runs, name), logits)
+        # An adapter carries no RoPE. Without the student's config it is another model.
         native = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
         native = PeftModel.from_pretrained(native, adapter)
         other = native(TOKENS, use_cache=False).logits
@@ -115,75 +112,156 @@ def test_peft_gives_the_trainers_logits_on_the_base_with_the_students_config(nam
 
 
 @pytest.mark.parametrize("name", ["linear", "some-layers", "one-relation"])
-def test_an_adapter_is_read_back_as_the_merged_model(name, runs):
+def test_an_adapter_is_read_as_the_merged_model(name, runs):
     adapter = open_model(runs / name / "adapter")
     merged = open_model(runs / name / "merged")
     assert tensor_differences(adapter, merged) == []
     assert adapter.spec.rope == merged.spec.rope
 
 
-def test_trained_weights_are_no_adapter(runs, tmp_path):
-    model = open_model(checkpoint_path(runs / "weights" / "checkpoints", 4))
-    with pytest.raises(UserError, match="not LoRA pairs"):
-        export_adapter(model, tmp_path / "adapter")
-    with pytest.raises(UserError, match="no checkpoint of a run"):
-        export_adapter(open_model(runs / "model"), tmp_path / "adapter")
+def test_a_run_without_lora_pairs_has_no_adapter(runs, tmp_path):
+    sentence = user_error(to_adapter, checkpoint_of(runs, "weights"), tmp_path / "adapter")
+    assert "trained weights (trainable.mode weights), not LoRA pairs" in sentence
+    sentence = user_error(to_adapter, runs / "model", tmp_path / "adapter")
+    assert sentence == (
+        f"{runs / 'model'} is not a run's checkpoint (huggingface): there is no adapter in it"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_s_checkpoint_becomes_a_whole_sharded_model(runs, tmp_path):
-    source = open_model(checkpoint_path(runs / "linear" / "checkpoints", 4))
-    import_model(source, tmp_path / "whole", build_mesh("cpu", 1), SINGLE)
-    whole = open_model(tmp_path / "whole")
-    assert whole.kind == "sharded" and whole.base is None
-    assert tensor_differences(whole, open_model(runs / "linear" / "student")) == []
+def test_a_run_s_checkpoint_becomes_a_full_sharded_model(runs, tmp_path):
+    to_sharded(checkpoint_of(runs, "linear"), tmp_path / "full")
+    full = open_model(tmp_path / "full")
+    assert full.kind == "sharded" and full.base is None
+    assert tensor_differences(full, open_model(runs / "linear" / "student")) == []
 
 
-def test_a_run_starts_from_sharded_checkpoints(runs, tmp_path):
-    """As the teacher, imported, and as the student, a run's checkpoint that goes on training."""
-    mesh = build_mesh("cpu", 1)
-    import_model(open_model(runs / "model"), tmp_path / "teacher", mesh, SINGLE)
-    student = checkpoint_path(runs / "linear" / "checkpoints", 4)
-    options = (f"model.teacher={tmp_path / 'teacher'}", f"model.student={student}")
-    command = arguments(runs, tmp_path / "next", *SAVE, *options, "rope.type=checkpoint")
-    main(command)
-    model = open_model(checkpoint_path(tmp_path / "next" / "checkpoints", 4))
-    model.check_sums()
-    assert tensor_differences(model, open_model(tmp_path / "next" / "student")) == []
+def test_a_damaged_checkpoint_gives_no_adapter(runs, tmp_path):
+    """The checksums are compared before the directory gets its name."""
+    copy = shutil.copytree(checkpoint_of(runs, "linear"), tmp_path / "copy")
+    shard = next(copy.glob("weights-*.safetensors"))
+    flip_bit(shard)
+    assert f"{shard} is damaged" in user_error(to_adapter, copy, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-@pytest.mark.parametrize("section", ["teacher", "student"])
-def test_a_run_does_not_start_from_a_damaged_checkpoint(section, runs, tmp_path, capsys):
-    """Its checksums are compared while it is loaded; nothing is left of the start."""
-    copy = tmp_path / "copy"
-    import_model(open_model(runs / "model"), copy, build_mesh("cpu", 1), SINGLE)
-    shard = copy / "weights-00000-000.safetensors"
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
-    command = arguments(runs, tmp_path / "output", f"model.{section}={copy}")
-    for options in ([], ["--preflight"]):
-        with pytest.raises(SystemExit) as caught:
-            main([*options, *command])
-        assert caught.value.code == 1
-        printed = capsys.readouterr().err.strip()
-        assert printed.startswith(f"megalard: error: {shard} is damaged or of another model")
-        assert "\n" not in printed
-    assert not any((tmp_path / "output").iterdir())
-    shard.write_bytes(content)
-    main([*command, "--optimizer.steps=1", "--checkpoint.save_every=0"])
-    assert (tmp_path / "output" / "student" / "model.safetensors").exists()
+def test_the_config_names_kinds_and_layers_where_that_is_enough():
+    trained = {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}}
+
+    def config_of(*modules: str) -> dict:
+        names = [
+            "model.layers.{}.self_attn.{}_proj.lora_{}".format(*module.split("."), part)
+            for module in modules
+            for part in "AB"
+        ]
+        return adapter_config(trained, names, "/base")
+
+    regular = config_of("0.q", "0.v", "2.q", "2.v")
+    assert regular["target_modules"] == ["q_proj", "v_proj"]
+    assert regular["layers_to_transform"] == [0, 2] and regular["layers_pattern"] == "layers"
+    assert (regular["r"], regular["lora_alpha"], regular["lora_dropout"]) == (4, 8.0, 0.1)
+    assert regular["base_model_name_or_path"] == "/base" and not regular["use_rslora"]
+    irregular = config_of("0.q", "1.q", "1.v")
+    assert irregular["layers_to_transform"] is None
+    assert irregular["target_modules"] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+    assert adapter_name("model.layers.0.self_attn.q_proj.lora_A") == f"{Q_PROJ}.lora_A.weight"
 
 
-def test_a_base_that_has_moved_or_changed_is_told(runs, tmp_path):
-    import shutil
+BAD_ADAPTERS = {
+    "no rank": ({"r": None}, None, "has no r: set it to the value that the adapter was trained"),
+    "rank 0": ({"r": 0}, None, "has 0 as r: set it"),
+    "rank as text": ({"r": "2"}, None, "has '2' as r: set it"),
+    "no alpha": ({"lora_alpha": None}, None, "has no lora_alpha: set it"),
+    "alpha nan": ({"lora_alpha": float("nan")}, None, "has nan as lora_alpha: set it"),
+    "a list": ([], None, f"{ADAPTER_CONFIG} does not contain a JSON object"),
+    "another type": ({"peft_type": "LOHA"}, None, "not plain LoRA (it has peft_type 'LOHA')"),
+    "a variant": ({"use_dora": True}, None, "not plain LoRA (it sets use_dora)"),
+    "transposed": ({"fan_in_fan_out": True}, None, "not plain LoRA (it sets fan_in_fan_out)"),
+    "another rank": ({"r": 3}, None, f"{Q_PROJ}.lora_A.weight in "),
+    "A alone": (
+        None,
+        {f"{Q_PROJ}.lora_A.weight": torch.ones(2, 32)},
+        "q_proj.lora_A.weight without its lora_B",
+    ),
+    "B alone": (
+        None,
+        {f"{Q_PROJ}.lora_B.weight": torch.ones(32, 2)},
+        "q_proj.lora_B.weight without its lora_A",
+    ),
+    "of another base": (
+        {"init_lora_weights": "pissa_niter_4"},
+        None,
+        "init_lora_weights 'pissa_niter_4', which changes the base model",
+    ),
+    "no tensors": (None, {}, "has no tensors, so it changes nothing"),
+    "not LoRA": (
+        None,
+        {f"{LAYER}mlp.up_proj.weight": torch.ones(2, 2)},
+        "which is not part of a LoRA pair",
+    ),
+    "a shape": (
+        None,
+        lora_pair(f"{LAYER}mlp.up_proj", rows=32),
+        "up_proj.weight of shape [32, 32], but",
+    ),
+    "a vector": (
+        None,
+        {f"{Q_PROJ}.lora_A.weight": torch.ones(2), f"{Q_PROJ}.lora_B.weight": torch.ones(2)},
+        "which does not fit the rank r = 2",
+    ),
+}
 
-    run = shutil.copytree(checkpoint_path(runs / "linear" / "checkpoints", 4), tmp_path / "step")
-    base = shutil.copytree(runs / "model", tmp_path / "base")
-    export_model(open_model(run, base), tmp_path / "moved", SINGLE)
-    content = (base / "model.safetensors").read_bytes()
-    (base / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match="is damaged or of another model"):
-        export_model(open_model(run, base), tmp_path / "changed", SINGLE)
-    assert not (tmp_path / "changed").exists()
-    with pytest.raises(UserError, match="give its directory with --base"):
-        open_model(run, tmp_path / "nowhere")
+
+@pytest.mark.parametrize("case", BAD_ADAPTERS)
+def test_a_bad_adapter_is_refused_when_it_is_opened(case, runs, tmp_path):
+    config, tensors, sentence = BAD_ADAPTERS[case]
+    adapter = make_adapter(tmp_path / "adapter", runs / "model", config, tensors)
+    message = user_error(open_model, adapter)
+    assert sentence in message and str(adapter) in message
+
+
+def test_a_truncated_adapter_is_refused(runs, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", runs / "model")
+    file = adapter / ADAPTER_WEIGHTS
+    file.write_bytes(file.read_bytes()[:-5])
+    assert f"{file} is truncated or damaged" in user_error(open_model, adapter)
+    (adapter / ADAPTER_CONFIG).write_text("{ cut")
+    assert f"{adapter / ADAPTER_CONFIG} is damaged: it is not JSON" in user_error(
+        open_model, adapter
+    )
+
+
+def test_pairs_are_read_in_fp32_under_the_trainer_s_names(runs, tmp_path):
+    pair = {name: value.bfloat16() for name, value in lora_pair(Q_PROJ).items()}
+    adapter = make_adapter(tmp_path / "adapter", runs / "model", {"lora_alpha": 3}, pair)
+    weights = AdapterWeights(adapter)
+    name = "model.layers.0.self_attn.q_proj.lora_B"
+    assert weights.scale == 1.5 and weights.shape(name) == (32, 2)
+    assert weights.read(name).dtype == torch.float32 and weights.dtype(name) == torch.bfloat16
+    assert weights.files() == [adapter / ADAPTER_WEIGHTS]
+    assert torch.equal(weights.read(name), torch.ones(32, 2))
+
+
+def test_an_adapter_is_on_the_disk_before_it_has_its_name(runs, tmp_path, monkeypatch):
+    """Every file, and the directory that holds their names."""
+    events, fsync, rename = [], os.fsync, Path.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noting_rename(self, target):
+        events.append(f"rename {self.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "rename", noting_rename)
+    to_adapter(checkpoint_of(runs, "linear"), tmp_path / "adapter")
+    written = events[: events.index("rename adapter.partial")]
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json"} < files
+    assert files | {"adapter.partial"} <= set(written)

@@ -1,4 +1,4 @@
-"""Skipped positions: short blocks spread over the student's window."""
+"""Skipped positions: short blocks at positions all over the student's window."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SIZES = [(512, 4096), (8192, 32768), (24, 96), (2, 16), (3, 9), (10, 10), (16, 4
 
 @pytest.mark.parametrize("middle", ["gaussian", "uniform"])
 @pytest.mark.parametrize(("length", "window"), SIZES)
-def test_positions_rise_through_the_window(length, window, middle):
+def test_positions_increase_from_the_start_to_the_end_of_the_window(length, window, middle):
     for draw in range(200):
         positions = skipped_positions(length, window, middle, (3, draw))
         assert positions.dtype == np.int64 and positions.shape == (length,)
         assert (np.diff(positions) > 0).all()
         assert positions[0] >= 0 and positions[-1] < window
-        # three contiguous parts, of which the outer ones have equal length
+        # Three contiguous parts, of which the outer two have the same length.
         jumps = np.flatnonzero(np.diff(positions) > 1) + 1
         assert len(jumps) <= 2
         if len(jumps) == 2:
@@ -30,19 +30,20 @@ def test_positions_rise_through_the_window(length, window, middle):
             assert positions[0] == 0 and positions[-1] == window - 1
 
 
-def test_head_and_tail_are_a_third_or_four_tokens_a_factor():
+def test_head_and_tail_have_a_third_of_the_block_or_four_tokens_per_factor():
     heads = [
         int(np.flatnonzero(np.diff(skipped_positions(512, 4096, "uniform", (0, i))) > 1)[0]) + 1
         for i in range(300)
     ]
-    # the middle may touch the head, which then seems longer; that is rare
+    # The middle may touch the head, which then looks longer. This is rare.
     common = [head for head in heads if head in (170, 32)]
     assert len(common) > 290
-    assert 100 < common.count(170) < 200  # a fair coin: 150 of 300, sigma 8.7
+    # A fair coin: 150 of 300, with a standard deviation of 8.7.
+    assert 100 < common.count(170) < 200
 
 
 def simulated_ends(middle: str, length: int, factor: int, draws: int) -> np.ndarray:
-    """The middle's last token as CREAM's authors place it, from draws of our own."""
+    """Return the last token of the middle as the authors of CREAM place it, with other draws."""
     random, ends = np.random.default_rng(0), []
     grid = np.linspace(2, 2 * factor, 1000)
     cdf = [0.5 * (1 + math.erf((x - 1 - factor) / (5 * math.sqrt(2)))) for x in grid]
@@ -58,20 +59,20 @@ def simulated_ends(middle: str, length: int, factor: int, draws: int) -> np.ndar
 
 
 @pytest.mark.parametrize("middle", ["gaussian", "uniform"])
-def test_middles_lie_as_in_cream(middle):
+def test_the_middle_is_placed_as_in_cream(middle):
     ours, draws = [], 4000
     for i in range(draws):
         row = skipped_positions(512, 4096, middle, (1, i))
         head = 170 if row[169] == 169 else 32
         ours.append(row[512 - head - 1])
     theirs = simulated_ends(middle, 512, 8, draws)
-    # standard error of a difference of means: four of them
+    # Four standard errors of a difference of means.
     error = np.hypot(np.std(ours), np.std(theirs)) / draws**0.5
     assert abs(np.mean(ours) - np.mean(theirs)) < 4 * error
     assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.06)
 
 
-def test_a_row_is_placed_alike_whichever_rank_reads_it(make_store):
+def test_the_positions_of_a_row_do_not_depend_on_the_rank(make_store):
     blocks = PackedBlocks(make_store(np.full(40, 30).tolist()), 16)
     options = {"seed": 5, "global_batch": 8, "window": 128, "positions": "skip-gaussian"}
 

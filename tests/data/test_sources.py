@@ -1,19 +1,25 @@
+"""Documents from text files, JSON Lines files and directories, and bad input named."""
+
+from __future__ import annotations
+
 import json
 
 import pytest
 
-from megalard.data.sources import fingerprint, list_files, read_documents, total_bytes
+from megalard.data.sources import Text, list_files, read_documents, survey, total_bytes
 from megalard.errors import UserError
+from tests.command_line import user_error
 
 
 def write_lines(path, *lines):
+    """Write lines, given as bytes or as values for JSON; return the path."""
     path.write_bytes(
         b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
     )
     return path
 
 
-def test_reads_files_folders_and_json_lines_in_order(tmp_path):
+def test_files_directories_and_json_lines_are_read_in_order(tmp_path):
     folder = tmp_path / "folder"
     (folder / "b").mkdir(parents=True)
     (folder / ".git").mkdir()
@@ -30,7 +36,7 @@ def test_reads_files_folders_and_json_lines_in_order(tmp_path):
     assert sum(read) == total_bytes([first, folder])
 
 
-def test_text_key_is_configurable(tmp_path):
+def test_the_key_of_the_text_can_be_chosen(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", {"body": "x", "text": "y"})
     assert list(read_documents([file], text_key="body")) == ["x"]
 
@@ -47,7 +53,7 @@ def test_text_key_is_configurable(tmp_path):
         (b'{"text": "\xff"}', r"line 2 is not UTF-8 \(byte 10 is 0xff\)"),
     ],
 )
-def test_bad_json_line_is_named(tmp_path, line, message):
+def test_a_bad_json_line_is_named(tmp_path, line, message):
     file = write_lines(tmp_path / "a.jsonl", {"text": "fine"}, line)
     with pytest.raises(UserError, match=message):
         list(read_documents([file]))
@@ -63,21 +69,78 @@ def test_bad_paths_are_named(tmp_path):
     for names, message in [
         (["missing.txt"], "missing.txt does not exist"),
         (["image.png"], "unsupported suffix '.png'"),
-        (["empty"], "folder .*empty holds no"),
+        (["empty"], "directory .*empty contains no .*: add some text"),
         (["broken"], "link.txt is not readable"),
         (["latin.txt"], "latin.txt is not UTF-8"),
-        (["blank.txt"], "no document in .*blank.txt"),
+        (["blank.txt"], "there is no text in .*blank.txt"),
         ([], "no data path was given"),
     ]:
         with pytest.raises(UserError, match=message):
             list(read_documents([tmp_path / name for name in names]))
 
 
-def test_fingerprint_follows_paths_sizes_times_and_key(tmp_path):
+def test_a_text_is_identified_by_its_files_and_by_its_documents(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one")
-    before = fingerprint([file])
-    assert fingerprint([str(file)]) == before == fingerprint(list_files([tmp_path]))
-    assert fingerprint([file], text_key="body") != before
+    text = Text([file])
+    assert text.files == Text([str(file)]).files == Text([tmp_path]).files
+    assert Text([file], text_key="body").files != text.files
+    # The documents are those of any file with the same content.
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / "b.jsonl"
+    moved.write_text('{"text": "one"}\n')
+    assert Text([moved]).content == text.content and Text([moved]).files != text.files
+    assert Text([moved]).is_known_as(text.content, text.files)
+    assert Text([file]).is_known_as("another", text.files)
     file.write_text("other")
-    assert fingerprint([file]) != before
+    assert not Text([file]).is_known_as(text.content, text.files)
+
+
+def test_documents_are_identified_with_their_borders(tmp_path):
+    """Two documents are not the same text as one that is their concatenation."""
+    one = write_lines(tmp_path / "a.jsonl", {"text": "ab"})
+    two = write_lines(tmp_path / "b.jsonl", {"text": "a"}, {"text": "b"})
+    assert Text([one]).content != Text([two]).content
+    text = Text([two])
+    assert list(text.documents()) == ["a", "b"]
+    assert text.content == Text([two]).content
+
+
+def test_files_of_other_kinds_are_passed_over_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 100)
+    (tmp_path / "b.json").write_text("y" * 40)
+    (tmp_path / "c.txt.gz").write_text("z" * 50)
+    (tmp_path / "d").write_text("w")
+    files, passed_over = survey([tmp_path])
+    assert [file.name for file in files] == ["a.txt"]
+    assert (passed_over.files, passed_over.bytes) == (3, 91)
+    assert passed_over.suffixes == (".txt.gz", ".json", "")
+    assert passed_over.describe() == (
+        f"3 files of 91 bytes (.txt.gz, .json, no suffix), such as {tmp_path / 'b.json'}"
+    )
+    assert survey([tmp_path / "a.txt"]) == ([tmp_path / "a.txt"], None)
+
+
+def test_a_directory_that_would_mostly_be_passed_over_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("x")
+    (tmp_path / "data.parquet").write_text("y" * 1000)
+    sentence = user_error(list_files, [tmp_path])
+    assert (
+        f"most of the data directory {tmp_path} would be passed over: 1 files of 1,000" in sentence
+    )
+    assert sentence.endswith("Convert them to .jsonl, or give the text files by name")
+    (tmp_path / "README.md").unlink()
+    sentence = user_error(list_files, [tmp_path])
+    assert (
+        "contains no .txt, .md, .py, .jsonl file, only 1 files of 1,000 bytes (.parquet)"
+        in sentence
+    )
+
+
+def test_links_are_followed_and_a_circle_ends(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.txt").write_text("one")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "parent").symlink_to(tmp_path / "real")
+    assert [file.name for file in list_files([tmp_path / "data"])] == ["a.txt"]

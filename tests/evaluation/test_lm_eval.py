@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megalard.checkpoint.companions import tokenizer_companions
 from megalard.checkpoint.compare import logits_of
 from megalard.checkpoint.open import open_model
-from megalard.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from megalard.data.tokenizer import load_tokenizer
 from megalard.parallel.mesh import build_mesh
 from tests.students import StudentCase, make_config, make_student, pretend_to_train
 
@@ -26,8 +27,8 @@ needs_harness = pytest.mark.skipif(
     not HARNESS.is_dir(), reason="needs lm-evaluation-harness in tests/.lm-eval (tests/run.sh)"
 )
 
-# The command ``lm_eval``, but for the fourteen thousand tasks that the harness brings: reading
-# their files takes it longer than all else.
+# The command ``lm_eval`` without the fourteen thousand tasks that the harness brings. Reading their
+# files takes longer than everything else.
 COMMAND = """
 from functools import partial
 import lm_eval.tasks
@@ -39,21 +40,20 @@ cli_evaluate()
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
-    """The quickstart's teacher with scaled RoPE and LoRA pairs, exported as training does."""
+    """The quickstart's teacher with scaled RoPE and LoRA pairs, exported as by a run."""
     folder = tmp_path_factory.mktemp("lm-eval")
     case = StudentCase("llama", "lora", "linear")
     made = make_student(make_config(case, TEACHER, folder / "none"), build_mesh("cpu", 1))
     pretend_to_train(made.student)
-    files = (TEACHER / name for name in TOKENIZER_FILES)
-    made.save(folder / "student", tuple(file for file in files if file.is_file()))
+    made.save(folder / "student", tokenizer_companions(TEACHER))
     return folder / "student"
 
 
 def log_likelihood(student: Path, text: str, choice: str) -> float:
-    """log p(choice | text) by the trainer's decoder."""
+    """Return log p(choice | text) by the trainer's decoder."""
     encode = load_tokenizer(student).encode_batch
-    given, whole = encode([text, f"{text} {choice}"])
-    model, tokens = open_model(student), torch.tensor(whole)
+    given, full = encode([text, f"{text} {choice}"])
+    model, tokens = open_model(student), torch.tensor(full)
     log_p = logits_of(model, tokens, torch.float32).double().log_softmax(-1)
     return float(log_p[:-1].gather(1, tokens[1:, None])[len(given) - 1 :].sum())
 
@@ -78,21 +78,22 @@ def test_the_harness_scores_the_student_as_the_trainer_does(student, tmp_path):
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (results,) = tmp_path.glob("results/*/results_*.json")
     (samples,) = tmp_path.glob("results/*/samples_python_next_*.jsonl")
-    found = {
+    theirs = {
         sample["doc"]["text"]: [float(answer[0]) for answer in sample["filtered_resps"]]
         for sample in map(json.loads, samples.read_text().splitlines())
     }
-    right = []
+    correct = []
     for line in (TASKS / "python_next.jsonl").read_text().splitlines():
         doc = json.loads(line)
         ours = [log_likelihood(student, doc["text"], choice) for choice in doc["choices"]]
-        # the harness rounds to fp32 after each step; its batches are padded
-        assert found[doc["text"]] == pytest.approx(ours, abs=1e-3)
-        right.append(ours.index(max(ours)) == doc["answer"])
+        # The harness rounds to fp32 after each step, and its batches are padded.
+        assert theirs[doc["text"]] == pytest.approx(ours, abs=1e-3)
+        correct.append(ours.index(max(ours)) == doc["answer"])
     accuracy = json.loads(results.read_text())["results"]["python_next"]["acc,none"]
-    assert accuracy == pytest.approx(sum(right) / len(right))
-    assert 0.3 < accuracy < 1, "a score that tells nothing"
+    assert accuracy == pytest.approx(sum(correct) / len(correct))
+    assert 0.3 < accuracy < 1, "a score at chance or without error shows little"

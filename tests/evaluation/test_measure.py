@@ -1,10 +1,9 @@
-"""Loss, KL and agreement against transformers in float64 (over ranks: ``test_retrieval.py``)."""
+"""Loss, KL and agreement against transformers in float64; windows, lengths and intervals."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,21 +11,32 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megalard.config.schema import RopeConfig
-from megalard.errors import UserError
 from megalard.evaluation import measure as measure_module
-from megalard.evaluation.measure import Measurement, choose_windows, default_lengths, measure
+from megalard.evaluation.measure import (
+    Measurement,
+    check_lengths,
+    cut_windows,
+    default_lengths,
+    doubling_edges,
+    equal_edges,
+    length_multiple,
+    measure,
+    measure_by_position,
+)
 from megalard.model.rope import scaled_config
 from megalard.model.spec import read_spec
 from megalard.parallel.mesh import build_mesh
+from tests.command_line import user_error
 from tests.logits import load
 from tests.models import copy_with_config, make_model
 
-# fp32 logits against float64; observed at most 5e-7
+# fp32 logits against float64; observed at most 5e-7.
 TOLERANCE = 1e-5
 WINDOWS, LENGTH, VOCAB = 5, 22, 7
 
 
 def windows() -> np.ndarray:
+    """Return random windows, int64 [windows, length]."""
     return np.random.default_rng(0).integers(0, VOCAB, (WINDOWS, LENGTH))
 
 
@@ -42,7 +52,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(models):
-    """The student's (loss, KL, agreement) as transformers gives them in float64."""
+    """The student's (loss, KL, agreement, accuracy) by transformers in float64."""
 
     def log_probabilities(name):
         model = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float64)
@@ -53,41 +63,42 @@ def expected(models):
     target = torch.from_numpy(windows())[:, 1:, None]
     kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
     same = (student.argmax(-1) == teacher.argmax(-1)).double().mean()
-    assert 0.02 < same < 0.98 and kl > 0.1, "the models are too alike to tell an error"
-    right = (student.argmax(-1) == target[..., 0]).double().mean()
-    return float(-student.gather(2, target).mean()), float(kl), float(same), float(right)
+    assert 0.02 < same < 0.98 and kl > 0.1, "the models are too alike to show an error"
+    correct = (student.argmax(-1) == target[..., 0]).double().mean()
+    return float(-student.gather(2, target).mean()), float(kl), float(same), float(correct)
 
 
 def measured(folder, mesh) -> Measurement:
+    """Measure the student next to the teacher."""
     teacher, student = (load(f"{folder}/{name}", mesh.tp) for name in ("teacher", "student"))
     return measure(student, windows(), mesh, torch.float32, teacher)
 
 
-def assert_measured(found: dict, expected: tuple) -> None:
-    assert [found[key] for key in ("loss", "kl")] == pytest.approx(expected[:2], rel=TOLERANCE)
-    shares = [found[key] for key in ("agreement", "accuracy")]
+def assert_measured(actual: dict, expected: tuple) -> None:
+    assert [actual[key] for key in ("loss", "kl")] == pytest.approx(expected[:2], rel=TOLERANCE)
+    shares = [actual[key] for key in ("agreement", "accuracy")]
     assert shares == pytest.approx(expected[2:], abs=1e-12)
 
 
-def test_loss_kl_and_agreement_are_transformers(models, expected):
-    found = measured(models, build_mesh("cpu", 1))
-    assert_measured(asdict(found), expected)
-    assert found.perplexity == pytest.approx(math.exp(expected[0]), rel=TOLERANCE)
+def test_loss_kl_and_agreement_are_those_of_transformers(models, expected):
+    actual = measured(models, build_mesh("cpu", 1))
+    assert_measured(asdict(actual), expected)
+    assert actual.perplexity == pytest.approx(math.exp(expected[0]), rel=TOLERANCE)
 
 
 def test_passes_and_chunks_do_not_matter(models, expected, monkeypatch):
-    monkeypatch.setattr(measure_module, "_ROWS", 8)
-    monkeypatch.setattr(measure_module, "_TOKENS_A_PASS", 2 * LENGTH)
+    monkeypatch.setattr(measure_module, "_LOGIT_ROWS", 8)
+    monkeypatch.setattr(measure_module, "_TOKENS_PER_PASS", 2 * LENGTH)
     assert_measured(asdict(measured(models, build_mesh("cpu", 1))), expected)
 
 
 def test_a_model_agrees_with_itself(models):
     mesh = build_mesh("cpu", 1)
     teacher = load(models / "teacher")
-    found = measure(teacher, windows(), mesh, torch.float32, teacher)
-    assert found.kl == 0 and found.agreement == 1
+    compared = measure(teacher, windows(), mesh, torch.float32, teacher)
+    assert compared.kl == 0 and compared.agreement == 1
     alone = measure(teacher, windows(), mesh, torch.float32)
-    assert alone == Measurement(found.loss, accuracy=found.accuracy)
+    assert alone == Measurement(compared.loss, accuracy=compared.accuracy)
 
 
 def test_a_hopeless_loss_still_has_a_perplexity():
@@ -100,34 +111,90 @@ def test_default_lengths_double_up_to_the_new_window():
     assert default_lengths(4, 2) == [2, 4, 8]
 
 
-def store_of(count: int):
-    """Stands for a token store that holds 0, 1, 2, ..."""
-    tokens = np.arange(count)
-    return SimpleNamespace(tokens=tokens, read=lambda start, end: tokens[start:end])
+EDGES = [1, 3, 20, LENGTH]
+
+
+def test_losses_by_position_are_those_of_transformers(models):
+    mesh = build_mesh("cpu", 1)
+    student, teacher = load(models / "student"), load(models / "teacher")
+    overall, intervals = measure_by_position(
+        student, windows(), EDGES, mesh, torch.float32, teacher
+    )
+    tokens = torch.from_numpy(windows())
+    log_p, log_t = (
+        AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float64)(tokens)
+        .logits[:, :-1]
+        .detach()
+        .log_softmax(-1)
+        for name in ("student", "teacher")
+    )
+    loss = -log_p.gather(2, tokens[:, 1:, None])[..., 0]
+    kl = (log_t.exp() * (log_t - log_p)).sum(-1)
+    same = (log_t.argmax(-1) == log_p.argmax(-1)).double()
+    assert overall.loss == pytest.approx(float(loss.mean()), rel=TOLERANCE)
+    assert len(intervals) == 3
+    for start, end, actual in zip(EDGES[:-1], EDGES[1:], intervals, strict=True):
+        # The token at position p is predicted at place p - 1.
+        span = slice(start - 1, end - 1)
+        assert actual.loss == pytest.approx(float(loss[:, span].mean()), rel=TOLERANCE)
+        # At the first positions the models differ little, and so the KL is a small difference.
+        assert actual.kl == pytest.approx(float(kl[:, span].mean()), rel=TOLERANCE, abs=1e-7)
+        assert actual.agreement == pytest.approx(float(same[:, span].mean()), abs=1e-12)
+
+
+def test_intervals_cover_a_window():
+    assert doubling_edges(100) == [1, 16, 32, 64, 100]
+    assert doubling_edges(128) == [1, 16, 32, 64, 128]
+    assert doubling_edges(8) == [1, 8]
+    assert equal_edges(1024, 4) == [1, 256, 512, 768, 1024]
 
 
 def test_every_length_reads_the_same_tokens():
-    found = choose_windows(store_of(1000), [8, 16, 64], max_tokens=200, tp=2)
-    assert {length: x.shape for length, x in found.items()} == {
-        8: (24, 8),
-        16: (12, 16),
-        64: (3, 64),
-    }
-    for x in found.values():
+    cut = cut_windows(np.arange(1000), [8, 16, 64], max_tokens=200)
+    assert {length: x.shape for length, x in cut.items()} == {8: (24, 8), 16: (12, 16), 64: (3, 64)}
+    for x in cut.values():
         np.testing.assert_array_equal(x.reshape(-1), np.arange(192))
 
 
 def test_the_longest_window_is_read_even_beyond_max_tokens():
-    assert choose_windows(store_of(100), [8, 64], max_tokens=10, tp=1)[64].shape == (1, 64)
+    assert cut_windows(np.arange(100), [8, 64], max_tokens=10)[64].shape == (1, 64)
+
+
+def test_windows_may_begin_with_given_tokens():
+    """Every window begins with 77, and with 88 after it, and the text goes on without a gap."""
+    cut = cut_windows(np.arange(60), [10, 30], max_tokens=60, start=[77, 88])
+    assert {length: x.shape for length, x in cut.items()} == {10: (7, 10), 30: (2, 30)}
+    for x in cut.values():
+        assert (x[:, :2] == [77, 88]).all()
+        text = x[:, 2:].reshape(-1)
+        np.testing.assert_array_equal(text, np.arange(len(text)))
+
+
+def test_the_beginning_of_a_document_is_not_put_twice():
+    """The text has the BOS token 1 where a document begins, here at the start of a window."""
+    text = np.array([1, 5, 6, 7, 1, 8, 9, 10, 11])
+    (cut,) = cut_windows(text, [4], max_tokens=8, start=[1]).values()
+    assert cut.tolist() == [[1, 5, 6, 7], [1, 8, 9, 10]]
 
 
 @pytest.mark.parametrize(
-    ("lengths", "tp", "sentence"),
+    ("length", "start", "sentence"),
     [
-        ([8, 128], 1, "held-out text has 100 tokens but evaluation.lengths asks for 128"),
-        ([8, 9], 2, "evaluation length 9 is not a multiple of parallel.tp 2"),
+        (128, (), "the held-out text has 100 tokens but the longest length is 128: give more text"),
+        (2, (7, 7), "a window of 2 tokens has no room for text after the 2 tokens that the"),
     ],
 )
-def test_lengths_that_cannot_be_measured_are_refused(lengths, tp, sentence):
-    with pytest.raises(UserError, match=sentence):
-        choose_windows(store_of(100), lengths, max_tokens=1000, tp=tp)
+def test_windows_that_cannot_be_cut_are_refused(length, start, sentence):
+    assert sentence in user_error(cut_windows, np.arange(100), [length], 1000, start)
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "multiple", "instead"), [(2, 1, 2, 8), (1, 2, 4, 8), (2, 3, 12, 12)]
+)
+def test_lengths_that_the_ranks_do_not_divide_are_refused(tp, cp, multiple, instead):
+    assert length_multiple(tp, cp) == multiple
+    check_lengths([multiple, 4 * multiple], tp, cp, "--lengths")
+    assert user_error(check_lengths, [4 * multiple, 9], tp, cp, "--lengths") == (
+        f"length 9 in --lengths is not a multiple of {multiple}, into which tp {tp} and cp {cp} "
+        f"cut it: use {instead}"
+    )

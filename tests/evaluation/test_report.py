@@ -1,4 +1,4 @@
-"""The report of an evaluation: table, JSON file and plot say what was measured."""
+"""The report of an evaluation: tables and a JSON file with every figure."""
 
 from __future__ import annotations
 
@@ -10,85 +10,96 @@ import pytest
 from rich.console import Console
 
 from megalard.evaluation.measure import Measurement
-from megalard.evaluation.report import (
-    ModelResult,
-    gap_restored,
-    plot,
-    print_table,
-    read_json,
-    write_json,
+from megalard.evaluation.report import Entry, Restoration, print_tables, read_json, write_json
+from megalard.evaluation.suite import Results
+from tests.evaluation.results import (
+    NATIVE,
+    RESTORATION,
+    comparison_entries,
+    entry,
+    restoration_entries,
 )
 
-NATIVE = 64
+
+def printed(entries, restoration=None) -> list[list[str]]:
+    """Return the cells of every printed row."""
+    console = Console(width=140, record=True, file=io.StringIO())
+    print_tables(entries, restoration, console)
+    rows = (line for line in console.export_text().splitlines() if line.startswith("│"))
+    return [[cell.strip() for cell in row.split("│")[1:-1]] for row in rows]
 
 
-def result(name: str, short: float, long: float, tokens: int = 0, **agreement) -> ModelResult:
-    by_length = {
-        32: Measurement(short - 0.1, **agreement),
-        64: Measurement(short + 0.1, **agreement),
-        128: Measurement(long),
-    }
-    return ModelResult(name, tokens, by_length)
+def test_the_restored_gap_is_the_share_of_the_short_text_loss_won_back():
+    entries = restoration_entries()
+    shares = [RESTORATION.gap_restored(model, entries) for model in entries]
+    assert shares == pytest.approx([1.0, 0.0, 0.75])
+    worse = entry("worse", 4.0, 4.0)
+    assert RESTORATION.gap_restored(worse, entries) == pytest.approx(-0.5)
 
 
-@pytest.fixture
-def results():
-    return [
-        result("teacher", 1.0, 5.0),
-        result("scaled", 3.0, 4.0, kl=2.0, agreement=0.25),
-        result("restored", 1.5, 3.0, 4096, kl=0.5, agreement=0.75),
-    ]
+def test_there_is_no_share_where_there_is_no_gap():
+    teacher, scaled, restored = restoration_entries()
+    assert RESTORATION.gap_restored(restored, [scaled, teacher]) is None
+    assert RESTORATION.gap_restored(restored, [teacher, teacher]) is None
+    # No length within the native window was measured.
+    assert Restoration(16, 2.0).gap_restored(restored, [teacher, scaled]) is None
 
 
-def test_gap_restored_is_the_share_of_the_short_text_loss_won_back(results):
-    teacher, scaled, restored = results
-    assert gap_restored(restored, teacher, scaled, NATIVE) == pytest.approx(0.75)
-    assert gap_restored(teacher, teacher, scaled, NATIVE) == pytest.approx(1)
-    assert gap_restored(scaled, teacher, scaled, NATIVE) == pytest.approx(0)
-    worse = result("worse", 4.0, 4.0)
-    assert gap_restored(worse, teacher, scaled, NATIVE) == pytest.approx(-0.5)
-
-
-def test_there_is_no_share_where_there_is_no_gap(results):
-    teacher, scaled, restored = results
-    assert gap_restored(restored, scaled, teacher, NATIVE) is None
-    assert gap_restored(restored, teacher, teacher, NATIVE) is None
-    # no length within the native window was measured
-    assert gap_restored(restored, teacher, scaled, 16) is None
-
-
-def test_short_means_leave_out_what_was_not_measured(results):
-    teacher, scaled, _ = results
+def test_short_means_leave_out_what_was_not_measured():
+    teacher, scaled, _ = restoration_entries()
     assert scaled.short_loss(NATIVE) == pytest.approx(3.0)
     assert scaled.short_mean("kl", NATIVE) == 2.0
     assert teacher.short_mean("kl", NATIVE) is None
     assert math.isnan(teacher.short_loss(16))
 
 
-def test_json_reads_back_as_written(results, tmp_path):
-    path = tmp_path / "evaluation.json"
-    write_json(path, results, NATIVE, 2.0)
-    assert read_json(path) == (results, NATIVE, 2.0)
+def test_a_restoration_reads_back_as_written(tmp_path):
+    path, entries = tmp_path / "evaluation.json", restoration_entries()
+    write_json(path, entries, {"text": ["x"]}, RESTORATION)
+    assert read_json(path) == (entries, RESTORATION)
     content = json.loads(path.read_text())
+    assert (content["native_context"], content["factor"]) == (NATIVE, 2.0)
+    assert content["settings"] == {"text": ["x"]}
     restored = content["models"][2]
     assert restored["gap_restored"] == pytest.approx(0.75)
     assert restored["by_length"]["128"]["perplexity"] == pytest.approx(math.exp(3.0))
 
 
-def test_the_table_holds_every_figure(results):
-    console = Console(width=140, record=True, file=io.StringIO())
-    print_table(results, NATIVE, console)
-    lines = {
-        line.split("│")[1].strip(): line
-        for line in console.export_text().splitlines()
-        if "│" in line
-    }
-    cells = [cell.strip() for cell in lines["restored"].split("│")[2:-1]]
+def test_a_comparison_reads_back_as_written(tmp_path):
+    path, entries = tmp_path / "comparison.json", comparison_entries()
+    write_json(path, entries, {})
+    assert read_json(path) == (entries, None)
+    model = json.loads(path.read_text())["models"][1]
+    assert (model["directory"], model["kind"], model["window"]) == ("/models/b", "huggingface", 128)
+    assert "gap_restored" not in model
+    intervals = [(part["first"], part["last"], part["loss"]) for part in model["by_position"]]
+    assert intervals == [(1, 15, 4.0), (16, 127, 2.0)]
+    assert model["tasks"]["passkey"]["64"]["by_depth"] == {"0.0": 1.0, "1.0": 0.0}
+
+
+def test_a_loss_that_is_not_finite_is_null(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, [Entry("broken", Results({8: Measurement(math.nan)}))], {})
+    assert json.loads(path.read_text())["models"][0]["by_length"]["8"]["loss"] is None
+    ((broken,), _) = read_json(path)
+    assert math.isnan(broken.results.by_length[8].loss)
+
+
+def test_the_table_of_a_restoration_has_every_figure():
+    rows = {row[0]: row[1:] for row in printed(restoration_entries(), RESTORATION)}
     perplexities = [f"{math.exp(loss):.3f}" for loss in (1.4, 1.6, 3.0)]
-    assert cells == [*perplexities, "0.750", "0.5000", "0.750", "4,096"]
-    assert lines["teacher"].split("│")[5].strip() == ""
+    assert rows["restored"] == [*perplexities, "0.750", "0.5000", "0.750", "4,096"]
+    # The share is of the restored students alone.
+    assert rows["teacher"][3:] == ["", "", "", ""]
+    assert rows["scaled"][3:] == ["", "2.0000", "0.250", ""]
 
 
-def test_the_plot_is_a_png(results, tmp_path):
-    plot(tmp_path / "plot.png", results, NATIVE)
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+def test_the_tables_of_a_comparison_have_every_figure():
+    rows = printed(comparison_entries())
+    assert [row for row in rows if row[0] == "b"] == [
+        ["b", *(f"{math.exp(loss):.3f}" for loss in (2.1, 2.3, 2.0))],
+        ["b", "", ""],
+        ["b", "4.000", "2.000"],
+    ]
+    assert ["a", "0.2500 / 0.500", "0.2500 / 0.500"] in rows
+    assert ["passkey", "b", "0.50 (0.75)", "0.50 (0.75)"] in rows

@@ -10,9 +10,10 @@ import torch
 from megalard.model import attention
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Axis
+from tests.logits import relative_error
 
 LENGTH = 48
-# rows of (start, end) of documents in a block of so many tokens; what is left out is padding
+# For each row of the batch the (start, end) of its documents; all other places are padding.
 DOCUMENTS = {
     "whole": [[(0, 48)], [(0, 48)]],
     "packed": [[(0, 7), (7, 8), (8, 48)], [(0, 30), (30, 48)]],
@@ -21,7 +22,7 @@ DOCUMENTS = {
 
 
 def dense(q, k, v, documents, places, window):
-    """float64; ``places`` are the queries' places in the block."""
+    """Return attention [b, s, Hq, d] in float64, of queries at some places of the block."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
     allowed = torch.zeros(q.shape[0], q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
@@ -37,15 +38,19 @@ def dense(q, k, v, documents, places, window):
 
 
 def check(device, dtype, tolerance, kind, heads, window, ranks, scale=1):
-    """Documents and block are ``scale`` times as long."""
+    """Compare attention and its gradients on every rank.
+
+    Args:
+        scale: how much longer documents and blocks are than in ``DOCUMENTS``.
+    """
     torch.manual_seed(0)
     length = LENGTH * scale
     documents = [[(start * scale, end * scale) for start, end in row] for row in DOCUMENTS[kind]]
     flat = tuple((row, *pair) for row, pairs in enumerate(documents) for pair in pairs)
     for rank in range(ranks):
         shard = SequenceShard(length, Axis(None, rank, ranks))
-        places = shard.own_positions().tolist()
-        made = [
+        places = shard.local_positions().tolist()
+        tensors = [
             torch.randn(2, h, n, 16, device=device, dtype=dtype)
             for h, n in ((4, len(places)), (heads, length), (heads, length))
         ]
@@ -55,37 +60,59 @@ def check(device, dtype, tolerance, kind, heads, window, ranks, scale=1):
             lambda q, k, v, shard=shard: attention.attend(q, k, v, shard.spans(flat), window),
             lambda q, k, v, places=places: dense(q, k, v, documents, places, window),
         ):
-            leaves = [x.clone().requires_grad_() for x in made]
+            leaves = [x.clone().requires_grad_() for x in tensors]
             out = function(*leaves)
             out.backward(upstream.to(out.dtype))
             results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-        for name, ours, plain in zip(("out", "dq", "dk", "dv"), *results, strict=True):
-            error = (ours.double() - plain.double()).norm() / plain.double().norm().clamp(min=1e-6)
+        for name, actual, expected in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+            difference = (actual.double() - expected.double()).norm()
+            error = difference / expected.double().norm().clamp(min=1e-6)
             assert error < tolerance, f"{name} of rank {rank} is off by {error:.1e}"
 
 
-CASES = pytest.mark.parametrize(
-    ("kind", "heads", "window", "ranks"),
-    [
-        (kind, heads, window, ranks)
-        for kind in DOCUMENTS
-        for heads, window in ((4, None), (2, None), (1, 5))
-        for ranks in (1, 2)
-    ],
-)
+def cases(heads_and_windows):
+    """Parametrize a test by kind of documents, K/V heads, window and ranks."""
+    return pytest.mark.parametrize(
+        ("kind", "heads", "window", "ranks"),
+        [
+            (kind, heads, window, ranks)
+            for kind in DOCUMENTS
+            for heads, window in heads_and_windows
+            for ranks in (1, 2)
+        ],
+    )
+
+
+WITHOUT_WINDOWS = cases(((4, None), (2, None)))
+CASES = cases(((4, None), (2, None), (1, 5)))
+
+
+@CASES
+def test_attention_is_exact(kind, heads, window, ranks):
+    # The rounding of fp32 through one softmax and sums of 48 terms.
+    check("cpu", torch.float32, 1e-5, kind, heads, window, ranks)
+
+
+@pytest.mark.gpu
+@CASES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_attention_is_exact_on_the_gpu(kind, heads, window, ranks, dtype):
+    # Half precision rounds probabilities and results, by 2^-9 or 2^-12, in sums of 48 terms.
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    check("cuda", dtype, tolerance, kind, heads, window, ranks)
 
 
 def one_document_at_a_time(q, k, v, pack, sides):
-    """What a variable-length kernel computes, from its arguments."""
+    """Compute from its arguments what a variable-length kernel must return."""
     window = None if sides[0] < 0 else sides[0] + 1
-    found = []
+    outputs = []
     for i in range(len(pack.ends_q) - 1):
         rows, columns = (slice(*ends[i : i + 2].tolist()) for ends in (pack.ends_q, pack.ends_k))
         assert rows.stop - rows.start <= pack.longest_q
         assert columns.stop - columns.start <= pack.longest_k
         parts = (x.transpose(0, 1)[None] for x in (q[rows], k[columns], v[columns]))
-        found.append(attention._causal(*parts, window)[0].transpose(0, 1))
-    return torch.cat(found)
+        outputs.append(attention._causal(*parts, window)[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 @CASES
@@ -97,62 +124,33 @@ def test_packing_for_a_variable_length_kernel_is_exact(kind, heads, window, rank
     check("cpu", torch.float32, 1e-5, kind, heads, window, ranks)
 
 
-def check_merged(device, dtype, tolerance, kind, heads, window, ranks, monkeypatch, scale=1):
-    if window is not None:
-        pytest.skip("merged attention has no windows")
-    merged = attention.merged_attention
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, spans, _: merged(q, k, v, spans))
-    check(device, dtype, tolerance, kind, heads, window, ranks, scale)
+def test_a_rank_without_queries_still_gets_gradients():
+    """It must join the exchange of the gradients of keys and values."""
+    q, k, v = (torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(3))
+    out = attention.attend(q, k, v, (), None)
+    assert out.shape == (1, 4, 2, 8) and not out.any()
+    out.sum().backward()
+    assert all(x.grad is not None and not x.grad.any() for x in (q, k, v))
 
 
-@CASES
-def test_attention_merged_of_two_parts_is_exact(kind, heads, window, ranks, monkeypatch):
-    check_merged("cpu", torch.float32, 1e-5, kind, heads, window, ranks, monkeypatch)
-
-
-@CASES
-def test_attention_is_exact(kind, heads, window, ranks):
-    # fp32 rounding through one softmax and sums of 48 terms
-    check("cpu", torch.float32, 1e-5, kind, heads, window, ranks)
-
-
-@pytest.mark.gpu
-@CASES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_attention_is_exact_on_the_gpu(kind, heads, window, ranks, dtype):
-    # half precision rounds probabilities and results: 2^-9 and 2^-12, and sums of 48 such
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    check("cuda", dtype, tolerance, kind, heads, window, ranks)
-
-
-def on_hopper() -> bool:
+def is_hopper() -> bool:
+    """Whether the GPU is one on which torch prefers cuDNN."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU, where torch prefers cuDNN")
-@CASES
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_attention_merged_of_two_parts_is_exact_on_the_gpu(
-    kind, heads, window, ranks, dtype, monkeypatch
-):
-    # as test_attention_is_exact_on_the_gpu, and one more rounding of each part; no single rows,
-    # which attend does not give to cuDNN
-    tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
-    check_merged("cuda", dtype, tolerance, kind, heads, window, ranks, monkeypatch, scale=32)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU, where torch prefers cuDNN")
+@pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU, where torch prefers cuDNN")
 @pytest.mark.parametrize("heads", [4, 2])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_long_pieces_go_to_cudnn_and_agree_with_the_variable_length_kernel(heads, dim, monkeypatch):
     torch.manual_seed(0)
-    taken, merged = [], attention.merged_attention
+    merged_spans, merged = [], attention.merged_attention
     monkeypatch.setattr(
-        attention, "merged_attention", lambda *args: taken.append(len(args[3])) or merged(*args)
+        attention,
+        "merged_attention",
+        lambda *args: merged_spans.append(len(args[3])) or merged(*args),
     )
-    # some of the pieces are too short for cuDNN, or of a single row
+    # Some of the pieces are too short for cuDNN, or have a single row.
     documents = ((0, 0, 2049), (0, 2049, 2050), (0, 2050, 8192))
     for rank in range(2):
         spans = SequenceShard(8192, Axis(None, rank, 2)).spans(documents)
@@ -161,12 +159,12 @@ def test_long_pieces_go_to_cudnn_and_agree_with_the_variable_length_kernel(heads
             for h, n in ((4, 4096), (heads, 8192), (heads, 8192))
         ]
         upstream = torch.randn(1, 4096, 4, dim, device="cuda", dtype=torch.bfloat16)
-        found = []
+        results = []
         for limit in (1024, 8192):
             monkeypatch.setattr(attention, "LONG_QUERIES", limit)
             out = attention.attend(*leaves, spans, None)
-            found.append([out, *torch.autograd.grad(out, leaves, upstream)])
-        for ours, other in zip(*found, strict=True):
-            # each is bf16's rounding of the same sums, 2^-9, in P, in dS and in the result
-            assert (ours.float() - other.float()).norm() < 1e-2 * other.float().norm()
-    assert taken == [2, 2]
+            results.append([out, *torch.autograd.grad(out, leaves, upstream)])
+        for cudnn, variable_length in zip(*results, strict=True):
+            # Each rounds the same sums to bf16, by 2^-9, in P, in dS and in the result.
+            assert relative_error(cudnn, variable_length) < 1e-2
+    assert merged_spans == [2, 2]

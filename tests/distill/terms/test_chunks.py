@@ -1,0 +1,78 @@
+"""Sums in chunks of rows: the same value and gradient, and few rows of logits at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megalard.distill.terms import chunks
+from megalard.distill.terms.chunks import sum_of_chunks
+from megalard.distill.terms.language_modelling import cross_entropy_sum
+from megalard.distill.terms.logits_kl import logits_kl_sum
+from tests.logits import load
+from tests.models import make_model
+
+ROWS, TOKENS = 5, 23
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A decoder whose head is trained."""
+    decoder = load(make_model("llama", tmp_path_factory.mktemp("chunks") / "model"))
+    decoder.head_weight.requires_grad_()
+    return decoder
+
+
+def test_a_sum_of_chunks_is_the_sum_over_all_rows(monkeypatch):
+    monkeypatch.setattr(chunks, "_ROWS", 4)
+    torch.manual_seed(0)
+    x, target, weight = torch.randn(11, 3), torch.randn(11), torch.randn(3)
+    sizes = []
+
+    def chunk_sum(x, target, weight):
+        sizes.append(len(x))
+        return ((x @ weight - target) ** 2).sum()
+
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    total = sum_of_chunks(chunk_sum, (leaves[0], target), (leaves[1],))
+    assert sizes == [4, 4, 3]
+    total.backward()
+    assert sizes == [4, 4, 3, 3, 4, 4], "the backward pass computes each chunk again"
+    plain = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = ((plain[0] @ plain[1] - target) ** 2).sum()
+    expected.backward()
+    torch.testing.assert_close(total, expected)
+    for actual, wanted in zip(leaves, plain, strict=True):
+        torch.testing.assert_close(actual.grad, wanted.grad)
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "kl"])
+def test_no_more_rows_of_logits_than_a_chunk_exist_at_once(loss, decoder, monkeypatch):
+    torch.manual_seed(0)
+    hidden, teacher_hidden = torch.randn(2, TOKENS, 32)
+    target = torch.randint(-1, 67, (1, TOKENS))
+    rows_of_products, linear = [], F.linear
+
+    def noting_linear(x, *rest):
+        rows_of_products.append(x.shape[0])
+        return linear(x, *rest)
+
+    monkeypatch.setattr(F, "linear", noting_linear)
+    results = []
+    for rows in (1024, ROWS):
+        monkeypatch.setattr(chunks, "_ROWS", rows)
+        rows_of_products.clear()
+        leaf = hidden.clone().requires_grad_()
+        decoder.head_weight.grad = None
+        if loss == "kl":
+            compared = torch.arange(1, TOKENS)
+            total = logits_kl_sum(decoder, decoder, teacher_hidden, leaf, compared)
+        else:
+            total = cross_entropy_sum(decoder, leaf, target)
+        total.backward()
+        results.append((total.detach(), leaf.grad, decoder.head_weight.grad))
+        assert max(rows_of_products) <= rows
+    for complete, chunked in zip(*results, strict=True):
+        # A sum of 23 terms in another order.
+        torch.testing.assert_close(chunked, complete, rtol=1e-5, atol=1e-6)

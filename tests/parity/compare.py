@@ -1,0 +1,43 @@
+"""Compare the results of two layouts, or of a layout and the plain reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.logits import relative_error
+from tests.parity.cases import CASES, run_reference
+
+# The reference is float64, so every difference is the trainer's: the rounding of fp32 (6e-8)
+# through three layers, a softmax and its gradient, with sums over some 100 terms. Tensors are
+# compared by norm. Observed at most 3e-6, except for the K bias (3e-5), whose terms cancel, because
+# softmax does not see a shift of all keys. A missing or doubled exchange changes a gradient by 10 %
+# or more.
+FP32_TOLERANCE = 5e-5
+
+_references: dict[tuple[str, str], dict] = {}
+
+
+def reference(name: str, models: Path, start: dict, dtype: str = "float32") -> dict:
+    """Return the reference's results for a case; computed once for weights loaded in ``dtype``."""
+    if (name, dtype) not in _references:
+        _references[name, dtype] = run_reference(CASES[name], models / name, start)
+    return _references[name, dtype]
+
+
+def assert_step_matches(ours: dict, plain: dict, tolerance: float) -> None:
+    """Compare loss, parts, gradient norm, every gradient, and every weight after three steps."""
+    for key in ("loss", "parts", "norm"):
+        assert ours[key] == pytest.approx(plain[key], rel=tolerance), key
+    assert_close(ours["gradients"], plain["gradients"], "gradient", tolerance)
+    assert_close(ours["weights"], plain["weights"], "weight after three steps", tolerance)
+
+
+def assert_close(actual: dict, expected: dict, what: str, tolerance: float) -> None:
+    """Compare tensors by relative error in norm; the message names the tensor and an index."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        error = relative_error(actual[name], value)
+        worst = (actual[name].double() - value.double()).abs().flatten().argmax().item()
+        assert error < tolerance, f"{what} of {name} is off by {error:.2e}, most at {worst}"

@@ -1,0 +1,124 @@
+"""What each rank of a parity run does. Results are gathered to full tensors on rank 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megalard.checkpoint.build import load_decoder
+from megalard.checkpoint.huggingface import HuggingFaceWeights
+from megalard.config.schema import Config
+from megalard.data.batch import Batch
+from megalard.data.sampler import rank_indices
+from megalard.distill.objective import is_reached
+from megalard.distill.student import build_student
+from megalard.model.rope import rope_table, scaled_config
+from megalard.model.spec import read_spec, spec_from_config
+from megalard.parallel.mesh import Mesh, build_mesh
+from megalard.training.export import gather_full
+from megalard.training.step import Distiller
+from tests.parity.cases import ALL_CASES, STEPS, Case, batch_of, make_config, streams_of
+
+
+def make_distiller(config: Config, mesh: Mesh) -> Distiller:
+    """Load teacher and student of a configuration as the trainer loads them."""
+    spec = read_spec(config.model.teacher)
+    start = read_spec(config.model.student) if config.model.student else spec
+    student_spec = spec_from_config(scaled_config(start, config.rope, 64), "student")
+    weights = HuggingFaceWeights(config.model.teacher)
+    dtype = getattr(torch, config.model.compute_dtype)
+    teacher = load_decoder(spec, rope_table(spec), mesh.tp, weights, mesh.device, dtype)
+    start_weights = HuggingFaceWeights(config.model.student) if config.model.student else None
+    student = build_student(
+        teacher,
+        student_spec,
+        rope_table(student_spec),
+        mesh.tp,
+        config.trainable,
+        partial(is_reached, streams=config.all_streams(), num_layers=spec.num_layers),
+        config.run.seed,
+        weights=start_weights,
+    )
+    if config.trainable.mode == "lora":
+        _fill_lora_b(student)
+    return Distiller(teacher, student, config, mesh)
+
+
+def _fill_lora_b(student) -> None:
+    """Give B fixed values: it starts at zero, which would make A's gradient zero."""
+    for name, parameter in student.trained.items():
+        if name.endswith("lora_B"):
+            layout = student.decoder.layouts[name]
+            generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
+            full = torch.randn(layout.full_shape, generator=generator) * 0.1
+            if layout.dim is not None:
+                full = full.narrow(layout.dim, layout.start, layout.length)
+            parameter.data.copy_(full)
+
+
+def full_tensors(distiller: Distiller, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the full tensors of this rank's slices; a collective call."""
+    layouts, axis = distiller.student.decoder.layouts, distiller.mesh.tp
+    return {k: gather_full(v.detach(), layouts[k], axis).clone().cpu() for k, v in tensors.items()}
+
+
+def micro_batches(case: Case, step: int, mesh: Mesh, micro_batch: int) -> dict[str, list[Batch]]:
+    """Return this rank's micro-batches of every stream."""
+    by_stream = {}
+    for name, stream in streams_of(case).items():
+        samples = np.arange(stream.global_batch)
+        places = rank_indices(samples, mesh.dp.rank, mesh.dp.size, micro_batch)
+        batches = [batch_of(stream, step, place.tolist()).cut(mesh.cp) for place in places]
+        by_stream[name] = [batch.to(mesh.device) for batch in batches]
+    return by_stream
+
+
+def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
+    """Return loss, parts and gradients of the first step, and the weights before and after."""
+    distiller = make_distiller(config, mesh)
+    out = {"start": full_tensors(distiller, distiller.student.trained)}
+    gradients, clip = distiller.gradients, distiller.gradients.clip
+
+    def note_and_clip(norm: torch.Tensor, largest: float) -> None:
+        """Note the gradients of the first step before they are clipped."""
+        if "gradients" not in out:
+            out["norm"] = float(norm)
+            trained = distiller.student.trained.items()
+            out["gradients"] = full_tensors(distiller, {name: p.grad for name, p in trained})
+        clip(norm, largest)
+
+    gradients.clip = note_and_clip
+    for step in range(STEPS):
+        batches = micro_batches(case, step, mesh, config.optimizer.micro_batch)
+        result = distiller.step(batches, step)
+        if step == 0:
+            out["loss"], out["parts"] = result.loss, result.parts
+            assert abs(result.gradient_norm - out["norm"]) <= 1e-6 * out["norm"]
+    out["weights"] = full_tensors(distiller, distiller.student.trained)
+    return out
+
+
+@dataclass(frozen=True)
+class Run:
+    """Cases on one layout (dp, cp, tp), whose results rank 0 writes to ``file``."""
+
+    layout: tuple[int, int, int]
+    names: list[str]
+    dtype: str
+    file: str
+
+
+def run_all(folder: str, device: str, runs: list[Run]) -> None:
+    """Run cases on several layouts with the same number of ranks, in processes started once."""
+    for run in runs:
+        _, cp, tp = run.layout
+        mesh, results = build_mesh(device, tp, cp), {}
+        for name in run.names:
+            config = make_config(ALL_CASES[name], Path(folder) / name, tp, cp, run.dtype)
+            results[name] = run_case(ALL_CASES[name], config, mesh)
+        if mesh.world.rank == 0:
+            torch.save(results, run.file)

@@ -1,0 +1,152 @@
+"""The launcher: torchrun that opens no port on one node and prints the reason of a failure last."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import descendants, finished, is_running, started
+from tests.ranks import wait_until
+
+# What each rank does, in a script.
+JOIN = """
+import os, torch.distributed as dist
+from megalard.parallel.mesh import build_mesh
+mesh = build_mesh("cpu", int(os.environ["WORLD_SIZE"]))
+total = __import__("torch").ones(1)
+dist.all_reduce(total)
+import sys
+# One call, so that the lines of two ranks do not mix.
+sys.stdout.write(f"sum {int(total)}\\n")
+sys.stdout.flush()
+END
+dist.destroy_process_group()
+"""
+BAD_INPUT = """
+import os, sys
+from megalard import cli
+from megalard.errors import UserError
+def fail():
+    print("tried", flush=True)
+    raise UserError("the key is wrong: correct it")
+sys.exit(cli.run(fail))
+"""
+WAIT = """
+import sys, time
+sys.stdout.write("ready\\n")
+sys.stdout.flush()
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """A function that returns the command to launch a script on two ranks."""
+
+    def launch(script: str, *options: str) -> list[str]:
+        path = tmp_path / "script.py"
+        path.write_text(script)
+        words = [sys.executable, "-m", "megalard.launcher", *options]
+        return [*words, "--nproc-per-node", "2", str(path)]
+
+    return launch
+
+
+def test_ranks_of_one_node_find_each_other_without_the_network(launch):
+    done = finished(launch(JOIN.replace("END", "")))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["sum 2", "sum 2"]
+    assert done.stderr == ""
+
+
+def test_no_process_listens(launch, tmp_path):
+    script = JOIN.replace("END", "import time; time.sleep(300)")
+    # Set by launch/train.sh. Otherwise torchrun starts a store, which listens, for its ranks.
+    settings = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    options = {"stdout": subprocess.PIPE, "text": True, "env": settings}
+    with started(launch(script), **options) as launcher:
+        assert launcher.stdout.readline() == "sum 2\n"
+        inodes = set()
+        for pid in descendants(launcher.pid):
+            inodes |= sockets_of(pid)
+        assert not inodes & listening_beyond_loopback()
+
+
+def sockets_of(pid: int) -> set[str]:
+    """Return the numbers of the sockets of a process."""
+    numbers = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+        except OSError:
+            continue
+        numbers |= set(re.findall(r"socket:\[(\d+)\]", target))
+    return numbers
+
+
+def listening_beyond_loopback() -> set[str]:
+    """Return the sockets that accept connections from other machines."""
+    numbers = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with open(table) as file:
+            for line in list(file)[1:]:
+                fields = line.split()
+                address = fields[1].partition(":")[0]
+                is_loopback = address.endswith("7F") or address == "0" * 24 + "01000000"
+                if fields[3] == "0A" and not is_loopback:
+                    numbers.add(fields[9])
+    return numbers
+
+
+def test_the_reason_of_a_failure_is_printed_last_and_bad_input_is_not_tried_again(launch):
+    done = finished(launch(BAD_INPUT, "--max-restarts", "3"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "megalard: error: the key is wrong: correct it"
+    assert "Traceback" not in done.stderr and "ChildFailedError" not in done.stderr
+    assert done.stdout.count("tried") == 2
+
+
+def test_a_rank_that_crashes_is_tried_again(launch, tmp_path):
+    script = f"""
+import os, sys
+open({str(tmp_path / "tries")!r}, "a").write(os.environ["RANK"])
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    sys.exit(7)
+"""
+    done = finished(launch(script, "--max-restarts", "1"))
+    assert done.returncode == 0, done.stderr
+    assert sorted((tmp_path / "tries").read_text()) == ["0", "0", "1", "1"]
+
+
+def test_the_status_is_that_of_the_rank(launch):
+    done = finished(launch("import sys\nsys.exit(7)\n"))
+    assert done.returncode == 7
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"megalard: error: rank \d \(process \d+\) ended with status 7; its own messages are above",
+        last,
+    )
+
+
+def test_torchrun_s_messages_are_printed_if_asked(launch):
+    done = finished(launch("import sys\nsys.exit(7)\n", "--verbose"))
+    assert done.returncode == 7 and "exitcode  : 7" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_ranks_end_with_the_launcher(number, launch):
+    script = "from megalard.parallel.mesh import build_mesh\nbuild_mesh('cpu', 2)\n" + WAIT
+    with started(launch(script), stdout=subprocess.PIPE, text=True) as launcher:
+        for _ in range(2):
+            assert launcher.stdout.readline() == "ready\n"
+        ranks = descendants(launcher.pid)[1:]
+        assert len(ranks) >= 2
+        launcher.send_signal(number)
+        status = launcher.wait(60)
+        assert status == (128 + number if number == signal.SIGTERM else -number)
+        wait_until(lambda: not any(map(is_running, ranks)), 60)
