@@ -80,7 +80,11 @@ def build(options: argparse.Namespace, report: Report) -> dict:
     for domain, splits in corpus.items():
         entries[domain], tokens = {}, 0
         for split, documents in splits.items():
-            store = write_texts(documents, tokenizer, options.output / domain / split)
+            store = write_texts(
+                [document.text for document in documents],
+                tokenizer,
+                options.output / domain / split,
+            )
             entries[domain][split] = describe(store) | describe_sources(documents)
             tokens += len(store.tokens)
             trains += [store] if split == "train" else []
@@ -150,13 +154,18 @@ def tokenizer_sample(corpus: Corpus, size: int) -> Iterator[str]:
             remaining -= document.size
 
 
-def write_texts(documents: list[Document], tokenizer: Tokenizer, folder: Path) -> TokenStore:
-    """Write a token store of texts."""
+def write_texts(
+    texts: list[str], tokenizer: Tokenizer, folder: Path, end_token: str | None = None
+) -> TokenStore:
+    """Write a token store of documents, each of which ends with the end token.
+
+    Args:
+        end_token: the text of the end token; the tokenizer's EOS when not given.
+    """
     digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.text.encode() + b"\0")
-    texts = (document.text for document in documents)
-    return _write(texts, tokenizer, folder, digest.hexdigest())
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return _write(texts, tokenizer, folder, digest.hexdigest(), end_token)
 
 
 def write_tokens(
@@ -167,8 +176,14 @@ def write_tokens(
     return _write((row.tolist() for row in documents), as_given, folder, identity)
 
 
-def _write(documents: Iterable, tokenizer: Tokenizer, folder: Path, identity: str) -> TokenStore:
-    boundaries = boundaries_of(tokenizer, eos="yes")
+def _write(
+    documents: Iterable,
+    tokenizer: Tokenizer,
+    folder: Path,
+    identity: str,
+    end_token: str | None = None,
+) -> TokenStore:
+    boundaries = boundaries_of(tokenizer, eos="yes", end_token=end_token)
     return write_store(GivenDocuments(documents, identity), tokenizer, folder, boundaries)
 
 

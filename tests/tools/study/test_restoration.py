@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_a_run_that_fails_does_not_end_the_others(folder, tmp_path, monkeypatch,
             raise RuntimeError("out of luck")
         return {"key": run.key, "kind": "search"}
 
-    monkeypatch.setattr(pool, "execute", fail_once)
+    monkeypatch.setattr(run, "execute", fail_once)
     other = tmp_path / "study"
     other.mkdir()
     for name in ("corpus", "teacher"):
@@ -110,7 +111,7 @@ def test_no_run_is_started_after_the_time_limit(folder, tmp_path):
 
 def test_runs_are_ordered_by_seed_and_length():
     runs = [Run("final", m, "linear", 0.1, s) for s in (2, 1) for m in ("logits", "cpt", "ours")]
-    order = [(r.seed, r.method) for r in sorted(runs, key=pool._order)]
+    order = [(r.seed, r.method) for r in sorted(runs, key=lambda run: run.order)]
     assert order[:2] == [(1, "cpt"), (1, "logits")] and order[3] == (2, "cpt")
 
 
@@ -121,7 +122,8 @@ def test_two_workers_give_the_results_of_one(finished, tmp_path):
     other.mkdir()
     for name in ("corpus", "teacher"):
         (other / name).symlink_to(finished / name, target_is_directory=True)
-    pool.run_all("search", runs, other, "python", "cpu", SHRINK, workers=2, seconds=1e9)
+    opened = partial(Study, other, "python", "cpu", SHRINK)
+    pool.run_all("search", runs, other, opened, execute, workers=2, seconds=1e9)
     ours = {result["key"]: result["validation"] for result in read_results(other)}
     theirs = {result["key"]: result for result in read_results(finished)}
     assert len(ours) == 2
@@ -134,8 +136,8 @@ def test_two_workers_give_the_results_of_one(finished, tmp_path):
 def test_a_timed_run_does_without_a_teacher_that_it_does_not_need(folder, monkeypatch):
     teachers = {}
 
-    def note(study, run, models, distiller, loaders, steps):
-        teachers[run.method] = distiller.teacher
+    def note(study, run, models, training, tokens_per_step):
+        teachers[run.method] = training.teacher
         return {}
 
     monkeypatch.setattr(run, "_train", note)
