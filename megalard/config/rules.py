@@ -34,7 +34,7 @@ def validate(config: Config) -> None:
         prefix = f"stages.{stage}." if config.stages else ""
         for name, stream in stage_config.all_streams().items():
             _check_stream(prefix, name if stage_config.streams else None, stream)
-    _check_kept_optimizers(config)
+    _check_stages(config)
     _check_checkpoint(config.checkpoint)
 
 
@@ -72,13 +72,19 @@ def _check_data(prefix: str, data: DataConfig) -> None:
     )
 
 
-def _check_kept_optimizers(config: Config) -> None:
+def _check_stages(config: Config) -> None:
     before = None
+    last = list(config.stages)[-1:]
     for name, stage in config.stages.items():
         _require(
             not stage.keep_optimizer or (before is not None and stage.trainable == before),
             f"stages.{name}.keep_optimizer is true, so the stage must come after a stage with the "
             "same trainable section",
+        )
+        _require(
+            not (stage.export and [name] == last),
+            f"stages.{name}.export is true, but the student that the last stage leaves is saved in "
+            "any case: leave it out",
         )
         before = stage.trainable
 

@@ -66,14 +66,15 @@ class AtomicFolder:
     def commit(self) -> None:
         """Rename the finished directory to its final name.
 
-        The caller has written every file to the disk. A directory that is replaced is removed only
-        after the rename has succeeded.
+        The caller has written the content of every file to the disk. A directory that is replaced
+        is removed only after the rename has succeeded.
 
         Raises:
             OSError: the final name belongs to something that must not be replaced. That and
                 ``path`` stay as they are.
         """
         directory, old = self.directory, None
+        sync_directory(self.path)
         if self.replace and directory.is_dir() and any(directory.iterdir()):
             self._keep_others()
             old = directory.with_name(f"{directory.name}.old-{secrets.token_hex(4)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ import torch
 from megalard.config.schema import Config, EvaluationConfig
 from megalard.evaluation.measure import check_lengths, cut_windows, default_lengths, length_multiple
 from megalard.evaluation.plots import draw
-from megalard.evaluation.report import Entry, Restoration, print_tables, write_json
+from megalard.evaluation.report import Entry, Restoration, print_tables, read_json, write_json
 from megalard.evaluation.suite import Suite, run_suite
 from megalard.model.decoder import Decoder
 from megalard.parallel.agreement import checked_on_all_ranks
@@ -102,6 +104,20 @@ class Evaluator:
         """
         if self.is_active:
             self._measure(name, student, teacher, tokens)
+            if self.mesh.is_rank_0:
+                self._write()
+
+    def resume(self, names: Sequence[str]) -> None:
+        """Take over what was measured between stages before the run was stopped.
+
+        Args:
+            names: how the tables call these measurements.
+        """
+        if self.is_active and self.mesh.is_rank_0 and names:
+            # A file that is not there or was not written to its end costs these rows alone.
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+                entries, _ = read_json(self._path)
+                self.entries += [entry for entry in entries if entry.name in names]
 
     def after(self, teacher: Decoder, student: Decoder, tokens: int) -> None:
         """Measure the restored student; rank 0 prints the table and writes JSON and PNG.
@@ -114,9 +130,15 @@ class Evaluator:
         self._measure("restored", student, teacher, tokens)
         if self.mesh.is_rank_0:
             print_tables(self.entries, self.restoration)
-            path = self.output / "evaluation.json"
-            write_json(path, self.entries, self.settings, self.restoration)
-            draw(path.with_suffix(".png"), self.entries, self.restoration)
+            self._write()
+            draw(self._path.with_suffix(".png"), self.entries, self.restoration)
+
+    @property
+    def _path(self) -> Path:
+        return self.output / "evaluation.json"
+
+    def _write(self) -> None:
+        write_json(self._path, self.entries, self.settings, self.restoration)
 
     def _measure(self, name: str, model: Decoder, teacher: Decoder | None, tokens: int = 0) -> None:
         native = self.restoration.native_window

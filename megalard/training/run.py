@@ -87,6 +87,7 @@ class Run:
         axis = checkpoint_axis(mesh)
         self.steps_done = open_checkpoint(self.output, plan, axis, self.reporter)
         number = stage_after(self.stages, self.steps_done)
+        self.evaluator.resume([_after(stage) for stage in self.stages[:number]])
         self.student = student_to_restore(self.student, self.stages, number, plan, mesh)
         self._make_distiller(self.stages[number])
         origin_sections = restore(
@@ -181,7 +182,7 @@ class Run:
         if self.stage.exports:
             self._export(f"stage-{self.stage.name}")
         self.evaluator.between(
-            f"after {self.stage.name}", self.teacher, self.student.decoder, self._tokens_done()
+            _after(self.stage), self.teacher, self.student.decoder, self._tokens_done()
         )
 
     def export_student(self, stop: StopSignals) -> bool:
@@ -258,3 +259,8 @@ class Run:
             plan.companions,
             self.mesh,
         )
+
+
+def _after(stage: Stage) -> str:
+    """Return how the tables of an evaluation call the student that a stage leaves."""
+    return f"after {stage.name}"

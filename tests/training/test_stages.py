@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megalard.checkpoint.sharded.manifest import read_manifest
+from megalard.evaluation.report import read_json
 from megalard.training.run_folder import checkpoint_path
 from megalard.training.stages import (
     data_key,
@@ -193,3 +194,23 @@ def test_preflight_takes_two_steps_of_each_stage(job, tmp_path, capsys):
     ]
     assert printed.count("gradients: finite and not zero") == 3
     assert "all stages: " in printed and not (tmp_path / "output").exists()
+
+
+def test_what_was_measured_between_stages_is_kept_by_a_resumed_run(job, tmp_path):
+    """A run that is resumed in its last stage reports the students of the stages before."""
+    measured = f"evaluation.paths={job / 'heldout.txt'}", "evaluation.lengths=[16]"
+    complete = tmp_path / "complete"
+    train(arguments(job, complete, *STAGED, *SAVE, *measured))
+    output = interrupted(complete, tmp_path / "output", step=6)
+    shutil.copy(complete / "evaluation.json", output / "evaluation.json")
+    train(arguments(job, output, *STAGED, *SAVE, *measured))
+    names = [entry.name for entry in read_json(output / "evaluation.json")[0]]
+    assert names == ["teacher", "scaled", "after first", "after second", "restored"]
+    content = [(folder / "evaluation.json").read_text() for folder in (complete, output)]
+    assert content[0] == content[1]
+
+
+def test_an_export_of_the_last_stage_is_refused(job, tmp_path, capsys):
+    changed = STAGED[0].replace("mode: all}", "mode: all}, export: true")
+    sentence = refusal(capsys, "train", *arguments(job, tmp_path / "output", changed, STAGED[1]))
+    assert "stages.last.export is true, but the student that the last stage leaves" in sentence
