@@ -18,6 +18,7 @@ def _shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, voca
 
 SHAPES = {
     "tiny": _shape(256, 688, 4, 4, 4, 1000),
+    "tiny-grouped": _shape(256, 688, 4, 4, 2, 1000),
     "llama-1b": _shape(2048, 5632, 22, 16, 16, 32000),
     "llama2-7b": _shape(4096, 11008, 32, 32, 32, 32000),
     "llama3-8b": _shape(4096, 14336, 32, 32, 8, 128256),

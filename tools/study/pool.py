@@ -17,7 +17,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megalard.errors import UserError
-from tools.study.results import RESULTS, read_results, validation_loss
+from tools.study.results import RESULTS, read_results
 
 
 class AnyRun(Protocol):
@@ -141,8 +141,8 @@ def _execute_before(
 
 def _describe(result: dict) -> str:
     text = result["key"]
-    if "validation" in result:
-        text += f"  validation loss {validation_loss(result):.4f}"
+    if "loss" in result:
+        text += f"  training loss {result['loss']:.4f}"
     if "seconds_per_step" in result:
         text += f"  {result['seconds_per_step'] * 1e3:.0f} ms per step"
     return text

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RECIPES = Path(__file__).parents[3] / "launch" / "configs" / "study" / "pretrained"
+# The lengths of blocks of short text in the recipes are for a teacher with this window.
+RECIPE_WINDOW = 8192
 
 
 @dataclass(frozen=True)
