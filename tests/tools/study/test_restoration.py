@@ -10,10 +10,11 @@ import pytest
 from megalard.checkpoint.open import open_model
 from tests.command_line import one_error, tool
 from tools.study import pool, pretraining, run
+from tools.study.description import Run
 from tools.study.folder import Study
 from tools.study.lengths import TASKS
 from tools.study.results import read_results
-from tools.study.run import Run, execute
+from tools.study.run import execute
 
 restoration = tool("study.restoration")
 # So much smaller that four steps remain, of which the first is where methods are compared.
