@@ -33,8 +33,11 @@ def test_every_recipe_has_the_values_of_its_file(path):
     stages = given.get("stages") or {"main": given}
     assert [*config.all_stages()] == [*stages]
     for name, stage in config.all_stages().items():
-        rate = (stages[name].get("optimizer") or given["optimizer"])["learning_rate"]
-        assert stage.optimizer.learning_rate == float(rate)
+        optimizer = {**given.get("optimizer", {}), **stages[name].get("optimizer", {})}
+        assert {"warmup_steps", "clip"} & optimizer.keys()
+        for key, value in optimizer.items():
+            read = getattr(stage.optimizer, key)
+            assert read == ([float(x) for x in value] if key == "betas" else float(value))
 
 
 def test_recipes_are_found_by_name(tmp_path, monkeypatch):
