@@ -101,10 +101,15 @@ def log_likelihoods(
     result = np.zeros(len(rows))
     axis, first_id = tensor_axis(model), model.first_vocab_row
     for numbers in _blocks(rows):
-        tokens = np.concatenate([rows[number].tokens for number in numbers])
         ends = np.cumsum([len(rows[number].tokens) for number in numbers])
         starts = ends - [len(rows[number].tokens) for number in numbers]
-        batch = collate([(tokens, list(zip(starts.tolist(), ends.tolist(), strict=True)))])
+        documents = list(zip(starts.tolist(), ends.tolist(), strict=True))
+        # The ranks of the axis get equally many tokens: one more document fills the block up.
+        size = int(ends[-1])
+        padding = np.zeros(-size % axis.size, dtype=np.int64)
+        tokens = np.concatenate([*(rows[number].tokens for number in numbers), padding])
+        documents += [(size, len(tokens))] if len(padding) else []
+        batch = collate([(tokens, documents)])
         batch = batch.to(mesh.device)
         target = batch.target_bs.flatten()
         places = (target >= 0).nonzero()[:, 0]

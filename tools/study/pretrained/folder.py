@@ -157,7 +157,7 @@ class Study:
             "run.output": "unused",
         }
         if end_token is not None:
-            settings["data.end_token"] = json.dumps(end_token)
+            settings["data.end_token"] = end_token
         shares = (1.0,) if len(phases) == 1 else (_FIRST_SHARE, 1 - _FIRST_SHARE)
         for phase, rate, share in zip(phases, rates, shares, strict=True):
             stage = self._stage(phase, factor)
