@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import zipfile
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import megalard
 from tests.processes import CHECKOUT, finished
 
 # transformers looks for a PyPI package called kernels, for which ours must not be taken.
@@ -24,6 +26,25 @@ assert origin is None or "site-packages" in origin, f"{origin} shadows the PyPI 
 print(relation_kl.__file__)
 """
 
+# Every command of the wheel prints its help, and a recipe is read by its name.
+COMMANDS = """
+import contextlib, io
+from megalard import cli
+from megalard.config.file import load_config
+from megalard.config.schema import ROPE_TYPES
+for name in cli.COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            cli.main([name, "--help"])
+        except SystemExit as end:
+            assert end.code == 0, name
+    assert f"usage: megalard {name}" in printed.getvalue(), name
+given = ["--model.teacher=m", "--data.paths=d", "--run.output=o", "--stages.long.data.paths=l"]
+config = load_config("linearard-llama2-7b-x8", given)
+assert config.rope.factor == 8 and len(config.stages) == 2, config
+print(", ".join(ROPE_TYPES))
+"""
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
@@ -34,7 +55,7 @@ def wheel(tmp_path_factory):
     for name in ("megalard", "kernels", "launch/configs", "tools", "tests"):
         hidden = shutil.ignore_patterns("__pycache__", ".*")
         shutil.copytree(CHECKOUT / name, source / name, ignore=hidden, symlinks=True)
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(CHECKOUT / name, source)
     command = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     command = [sys.executable, "-m", *command, "--wheel-dir", folder, source]
@@ -42,6 +63,14 @@ def wheel(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel):
+    """The folder of an unpacked wheel, which is on no search path."""
+    folder = wheel.parent / "unpacked"
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
 
 
 def run(*command: str, path: Path, folder: Path) -> str:
@@ -83,10 +112,30 @@ def test_the_wheel_has_the_recipes(wheel):
         assert archive.read(f"megalard/recipes/{name}") == content
 
 
-def test_the_unpacked_wheel_works_anywhere(wheel, tmp_path):
-    zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
-    printed = run("-c", IMPORTS, path=tmp_path / "unpacked", folder=tmp_path)
-    inside = tmp_path / "unpacked" / "megalard" / "kernels" / "relation_kl" / "__init__.py"
+def test_the_wheel_is_typed_and_described(wheel):
+    archive = zipfile.ZipFile(wheel)
+    assert "megalard/py.typed" in archive.namelist()
+    (path,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+    metadata = archive.read(path).decode()
+    assert f"\nVersion: {megalard.__version__}\n" in metadata
+    assert (CHECKOUT / "README.md").read_text(encoding="utf-8") in metadata
+    # The kernels are mapped into the package and have no second copy next to it.
+    assert not any(name.startswith("kernels/") for name in archive.namelist())
+
+
+def test_the_commands_work_from_the_wheel(unpacked, tmp_path):
+    version = run("-m", "megalard", "--version", path=unpacked, folder=tmp_path)
+    assert version == f"megalard {megalard.__version__}"
+    usage = run("-m", "megalard", "--help", path=unpacked, folder=tmp_path)
+    for name in ("train", "preflight", "evaluate", "prepare", "convert", "inspect", "verify"):
+        assert re.search(rf"^ +{name}\b", usage, re.MULTILINE), name
+    printed = run("-c", COMMANDS, path=unpacked, folder=tmp_path)
+    assert printed.startswith("linear, abf")
+
+
+def test_the_unpacked_wheel_works_anywhere(unpacked, tmp_path):
+    printed = run("-c", IMPORTS, path=unpacked, folder=tmp_path)
+    inside = unpacked / "megalard" / "kernels" / "relation_kl" / "__init__.py"
     assert printed == str(inside)
 
 

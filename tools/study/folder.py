@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,11 +16,9 @@ from megalard.evaluation.measure import cut_windows
 from megalard.evaluation.samples import sentence_filler
 from megalard.evaluation.suite import Suite, make_samples
 from megalard.parallel.mesh import Mesh, build_mesh
+from tools.study.description import Run
 from tools.study.lengths import DEPTHS, FACTOR, TASK_LENGTHS, TASKS, Sizes
 from tools.study.methods import METHODS, recipe
-
-if TYPE_CHECKING:
-    from tools.study.run import Run
 
 
 class Study:

@@ -108,7 +108,7 @@ def pretrain(options: argparse.Namespace) -> None:
 
 def search(options: argparse.Namespace) -> None:
     """Try every learning rate of every method."""
-    from tools.study.run import Run
+    from tools.study.description import Run
 
     runs = [
         Run("search", method, rope, rate)
@@ -121,8 +121,8 @@ def search(options: argparse.Namespace) -> None:
 
 def final(options: argparse.Namespace) -> None:
     """Run every method at its best rate, for every RoPE and seed, and measure the baselines."""
+    from tools.study.description import Run
     from tools.study.results import best_rate, read_results
-    from tools.study.run import Run
 
     results = read_results(options.folder)
     runs = [Run("baseline", "teacher", options.ropes[0])]
@@ -140,8 +140,8 @@ def timing(options: argparse.Namespace) -> None:
     """Time a few steps of each method, one run at a time per GPU."""
     import torch
 
+    from tools.study.description import Run
     from tools.study.results import best_rate, read_results
-    from tools.study.run import Run
 
     results, rope = read_results(options.folder), options.ropes[0]
     runs = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 
@@ -11,61 +11,11 @@ from megalard.errors import UserError
 from megalard.evaluation.measure import Measurement
 from megalard.evaluation.suite import Results, Suite, run_suite
 from megalard.model.decoder import Decoder
+from tools.study.description import WARM_UP_STEPS, Run
 from tools.study.folder import Study
 from tools.study.lengths import EDGES, NATIVE_WINDOW, SHORT_LENGTHS, STUDENT_WINDOW
 from tools.study.methods import METHODS
 from tools.study.training import Training
-
-# Steps of a timed run; the first ones are left out of the median.
-_TIMED_STEPS, _WARM_UP_STEPS = 15, 5
-
-
-@dataclass(frozen=True)
-class Run:
-    """The description of one run.
-
-    Attributes:
-        kind: ``search`` tries a learning rate, ``final`` is compared, ``timing`` measures time and
-            memory, and ``baseline`` trains nothing.
-        method: a name in ``METHODS``; for a baseline ``teacher`` or ``scaled``.
-        rope: ``rope.type`` of the student.
-        rate: the learning rate.
-        seed: the seed of the run.
-    """
-
-    kind: str
-    method: str
-    rope: str
-    rate: float = 0.0
-    seed: int = 0
-
-    @property
-    def key(self) -> str:
-        """The name of the run in the file of results."""
-        return f"{self.kind}/{self.method}/{self.rope}/{self.rate:g}/{self.seed}"
-
-    @property
-    def order(self) -> tuple[int, bool]:
-        """A key that sorts runs by seed, and the longest runs of a seed first.
-
-        If time runs out, all methods then lack the same seeds. No long run is left alone at the
-        end.
-        """
-        is_long = self.method in METHODS and METHODS[self.method].is_long
-        return self.seed, not is_long
-
-    def tokens(self, shrink: int, tokens_per_step: int) -> int:
-        """Return the number of training tokens.
-
-        Args:
-            shrink: the divisor of every number of tokens.
-        """
-        if self.kind == "timing":
-            return _TIMED_STEPS * tokens_per_step
-        method = METHODS.get(self.method)
-        if method is None or self.kind == "baseline":
-            return 0
-        return (method.search_tokens if self.kind == "search" else method.tokens) // shrink
 
 
 class Models:
@@ -178,7 +128,7 @@ def _train(study: Study, run: Run, models: Models, training: Training, per_step:
             if milestones[number + 1] == METHODS[run.method].compared_at:
                 result["compared"] = models.everything()
     return result | {
-        "seconds_per_step": float(np.median(times[_WARM_UP_STEPS:] or times)),
+        "seconds_per_step": float(np.median(times[WARM_UP_STEPS:] or times)),
         "peak_memory": training.peak_memory(),
     }
 

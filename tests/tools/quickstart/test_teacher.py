@@ -1,3 +1,7 @@
+"""The quickstart's teacher, which is kept in the repository: its files and what it can do."""
+
+from __future__ import annotations
+
 import json
 import statistics
 from pathlib import Path
@@ -6,8 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalard.data.tokenizer import load_tokenizer
+from tests.processes import CHECKOUT
 
-TEACHER = Path(__file__).parents[2] / "launch" / "quickstart_teacher"
+TEACHER = CHECKOUT / "launch" / "quickstart_teacher"
 
 
 def test_folder_is_small_and_spells_rope_both_ways():
@@ -23,7 +28,7 @@ def test_folder_is_small_and_spells_rope_both_ways():
 
 @torch.no_grad()
 def heldout_loss(length, **changes):
-    """Mean loss on rows of ``length`` tokens of a held-out file, each read alone."""
+    """Return the mean loss on rows of ``length`` tokens of a held-out file, each read alone."""
     config = LlamaConfig.from_pretrained(TEACHER, **changes)
     model = LlamaForCausalLM.from_pretrained(TEACHER, config=config).float().eval()
     text = Path(statistics.__file__).read_text(encoding="utf-8")[:20_000]
