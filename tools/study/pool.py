@@ -127,8 +127,10 @@ def _start_worker(open_study: Callable[[], object], started) -> None:
     with started.get_lock():
         number = started.value
         started.value += 1
-    if torch.cuda.device_count() > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = gpus.split(",") if gpus else list(map(str, range(torch.cuda.device_count())))
+    if len(names) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]
     _open(open_study)
 
 
