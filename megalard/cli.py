@@ -16,11 +16,11 @@ from types import ModuleType
 
 from megalard import __version__
 from megalard.error_file import leave_reason
-from megalard.errors import DiskError, RankError, UserError
+from megalard.errors import DiskError, RankError, UserError, printable
 
 COMMANDS = ("train", "preflight", "evaluate", "prepare", "convert", "inspect", "verify")
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 _DESCRIPTION = """\
 Restore the short-text quality of a language model whose context window was extended by scaling its
@@ -80,6 +80,7 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
     rank = int(os.environ.get("RANK", "0"))
 
     def report(sentence: str) -> None:
+        sentence = printable(sentence)
         leave_reason(sentence, is_bad_input=False)
         print(f"{name}: error: {sentence}", file=sys.stderr, flush=True)
 
@@ -99,12 +100,13 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno is None or isinstance(error, ConnectionError):
             raise
         path = f" {error.filename}" if error.filename else ""
+        fix = "; raise the limit with ulimit -n" if error.errno in _TOO_MANY_FILES else ""
         report(
-            f"rank {rank} cannot read or write{path}: {error.strerror}; what was saved before is "
-            "untouched"
+            f"rank {rank} cannot read or write{path}: {error.strerror}{fix}; what was saved before "
+            "is untouched"
         )
         return 1
     except Exception as error:

@@ -65,6 +65,16 @@ def no_tensor(name: str, weights: Weights) -> UserError:
     )
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity. No other tensor of its size is made."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:
+        tensor = tensor.float()
+    # NaN is both the least and the greatest value.
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 def are_equal(weights: Weights, name: str, other: str) -> bool:
     """Whether two matrices hold the same values. A block of rows of each is read at a time."""
     shape = weights.shape(name)

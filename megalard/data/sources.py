@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalard.errors import UserError
+from megalard.files.reading import check_if_regular
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSON_LINES_SUFFIX = ".jsonl"
@@ -75,6 +76,7 @@ def survey(paths: Iterable[str | Path]) -> tuple[list[Path], PassedOver | None]:
     if not files:
         raise UserError("no data path was given: name at least one text file or directory")
     for file in files:
+        check_if_regular(file)
         if not os.access(file, os.R_OK):
             raise UserError(f"data file {file} is not readable: change its permissions")
     return files, _passed_over(others)

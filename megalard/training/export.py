@@ -16,7 +16,7 @@ from megalard.checkpoint.companions import Companion
 from megalard.checkpoint.huggingface import plan_files, write_huggingface
 from megalard.checkpoint.read_back import reading_back
 from megalard.checkpoint.stored_names import StoredWeights
-from megalard.checkpoint.weights import Weights, merge_lora, trained_parts
+from megalard.checkpoint.weights import Weights, is_finite, merge_lora, trained_parts
 from megalard.checkpoint.write_options import FILE_BYTES, WriteOptions
 from megalard.distill.student import Student
 from megalard.errors import UserError
@@ -114,7 +114,13 @@ class _MergedTensors:
             scale = cast(Projection, projection).lora_scale
             lora_a, lora_b = (full[part] for part in parts[-2:])
             original = merge_lora(name, original, lora_a, lora_b, scale)
-        return original.to("cpu", dtype)
+        merged = original.to("cpu", dtype)
+        if not is_finite(merged):
+            raise UserError(
+                f"the trained {name} holds NaN or infinity as {str(dtype).removeprefix('torch.')}: "
+                "go back to an older checkpoint, and lower optimizer.learning_rate"
+            )
+        return merged
 
     def _gather(self, name: str) -> dict[str, torch.Tensor]:
         decoder, changed = self.student.decoder, self.student.changed

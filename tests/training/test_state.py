@@ -116,7 +116,7 @@ def test_another_optimizer_is_refused(make, tmp_path):
     weights = save(distiller, tmp_path / "checkpoint")
     other, _ = make()
     other.optimizer = torch.optim.SGD(other.student.trained.values(), lr=1.0)
-    with pytest.raises(UserError, match="with the optimizer AdamW but this run has SGD: resume"):
+    with pytest.raises(UserError, match="with the optimizer 'AdamW' but this run has SGD: resume"):
         restore_state(other, weights, SINGLE)
 
 
