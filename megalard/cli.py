@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ or train with launch/train.sh, which also does several nodes, restarts and signa
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _print_any_name()
     # Only the module of the command in question is imported.
     chosen = words[0] if words and words[0] in COMMANDS else None
     parser = argparse.ArgumentParser(
@@ -58,11 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             allow_abbrev=False,
         )
         module.add_arguments(subparser)
+    # argparse takes the value away and fails.
+    empty = [word for word in words if word.startswith("--") and word.endswith("=--")]
+    if empty:
+        parser.error(f"{printable(empty[0])}: -- is not a value")
     options, rest = parser.parse_known_args(words)
     options.rest = rest
     module = modules[options.command]
     if rest and not getattr(module, "TAKES_OVERRIDES", False):
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+        parser.error(f"unknown arguments: {printable(' '.join(rest))}")
     return run(lambda: module.run(options))
 
 
@@ -120,6 +126,13 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
         return 1
     finally:
         _leave_process_group()
+
+
+def _print_any_name() -> None:
+    """Escape what the encoding of the output lacks, such as bytes of names that are not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_out_of_gpu_memory(error: Exception) -> bool:

@@ -211,3 +211,11 @@ def test_a_reader_that_ends_is_not_an_error(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_value_of_two_dashes_is_refused(capsys):
+    """argparse takes the dashes for the end of options, and fails at the value that is gone."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["convert", "export", "a", "b", "--file-size=--"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("error: --file-size=--: -- is not a value\n")

@@ -28,7 +28,7 @@ from megalard.files.reading import read_json
 from megalard.files.writing import replace_text
 from megalard.parallel.agreement import checked_on_all_ranks, from_rank_0
 from megalard.parallel.mesh import Mesh, is_first_on_node
-from megalard.training.run_folder import checkpoints
+from megalard.training.run_folder import FINISHED, checkpoints
 
 # Settings that a resumed run may change. Models and text are compared by their content, so that
 # they may have moved; a RoPE table is compared by the frequencies that it gives.
@@ -52,7 +52,6 @@ _MAY_CHANGE = (
 )
 
 _NOTE = "run.json"
-_FINISHED = "finished.json"
 _HOLDER = "running.json"
 
 
@@ -235,13 +234,13 @@ def _look(config: Config, directory: Path) -> Output:
 
 def mark_finished(output: Output, config: Config) -> None:
     """Note in the output directory that this run has finished."""
-    replace_text(output.directory / _FINISHED, json.dumps(to_dict(config), indent=2) + "\n")
+    replace_text(output.directory / FINISHED, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def _is_finished(directory: Path, config: Config) -> bool:
     """Whether a run with these very settings has finished, and its student is there."""
     try:
-        finished = in_present_spelling(read_json(directory / _FINISHED))
+        finished = in_present_spelling(read_json(directory / FINISHED))
     except (OSError, ValueError, AttributeError):
         return False
     has_student = (directory / "student" / "config.json").is_file()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from megalard.checkpoint.sharded.manifest import Manifest, naming_bad_entries, written_by
-from megalard.checkpoint.sharded.save_load import ShardedWeights
+from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.config.schema import Config, to_dict
 from megalard.data.loader import StreamLoaders
 from megalard.data.token_store import TokenStore

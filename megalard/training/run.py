@@ -5,11 +5,14 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import torch
+
 from megalard.checkpoint.sharded.save_load import checkpoint_axis
 from megalard.config.schema import Config
 from megalard.distill.student import Student
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
+from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import Mesh
 from megalard.reporter import Reporter
 from megalard.training.evaluator import Evaluator
@@ -220,9 +223,13 @@ class Run:
         self.evaluator.after(self.teacher, self.student.decoder, self._tokens_done())
 
     def finish(self) -> None:
-        """Note that the run is complete, so that the same command does nothing more."""
-        if self.mesh.is_rank_0:
-            mark_finished(self.output, self.config)
+        """Note that the run is complete, so that the same command does nothing more.
+
+        This is a collective call: no rank ends while rank 0 still writes.
+        """
+        with checked_on_all_ranks(self.mesh.world):
+            if self.mesh.is_rank_0:
+                mark_finished(self.output, self.config)
 
     def _make_distiller(self, stage: Stage) -> None:
         if not needs_teacher(self.stages[self.stages.index(stage) :]):
@@ -266,14 +273,21 @@ class Run:
     def _export(self, name: str) -> None:
         plan, directory = self.plan, Path(self.output.directory / name)
         check_is_there(self.output, self.mesh)
-        save_student(
+        chosen = self.config.checkpoint.export_dtype
+        loss = save_student(
             directory,
             self.student,
             plan.source.weights,
             plan.student_config,
             plan.companions,
             self.mesh,
+            None if chosen == "source" else getattr(torch, chosen),
         )
+        if loss.lost:
+            self.reporter.line(
+                f"{directory}: rounding took {loss.share:.1%} of the {loss.changed:,} changed "
+                "weights back to what they were; checkpoint.export_dtype float32 keeps them"
+            )
 
 
 def _after(stage: Stage) -> str:

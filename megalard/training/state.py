@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from megalard.checkpoint.sharded.save_load import ShardedWeights, as_dtensor, load_sharded
+from megalard.checkpoint.sharded.read import ShardedWeights
+from megalard.checkpoint.sharded.save_load import as_dtensor, load_sharded
 from megalard.errors import UserError, shown
 from megalard.model.layout import Layout
 from megalard.parallel.mesh import Axis

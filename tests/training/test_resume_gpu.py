@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalard.checkpoint.sharded.save_load import ShardedWeights
+from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.train import main
 from megalard.training import saver
 from megalard.training.run_folder import checkpoint_path

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalard.checkpoint.sharded.save_load import ShardedWeights
+from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.config.schema import CheckpointConfig
 from megalard.errors import UserError
 from megalard.parallel.mesh import SINGLE

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalard.checkpoint.sharded.save_load import ShardedWeights, save_sharded
+from megalard.checkpoint.sharded.read import ShardedWeights
+from megalard.checkpoint.sharded.save_load import save_sharded
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.errors import UserError
 from megalard.parallel.mesh import SINGLE

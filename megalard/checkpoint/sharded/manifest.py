@@ -27,6 +27,9 @@ from megalard.parallel.mesh import Mesh
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "megalard checkpoint", 2
 ID_KEY = "megalard_checkpoint"
+# What the tensors of a run's checkpoint that are not weights begin with.
+STATE_PREFIXES = ("optimizer.", "rng.")
+Box = tuple[int, ...]
 _SECTIONS = ("kind", "config", "base", "trained", "training", "written_by", "tensors", "files")
 
 
