@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megalard import cli
 from megalard.checkpoint.sharded.read import ShardedWeights
-from megalard.train import main
 from megalard.training import saver
 from megalard.training.run_folder import checkpoint_path
 from tests.jobs import STEPS, arguments, interrupted, losses, make_job
@@ -34,7 +34,7 @@ TOLERANCE = 1e-4
 
 
 def run(job: Path, output: Path, *options: str) -> None:
-    main(arguments(job, output, *COMMON, *options))
+    assert cli.main(["train", *arguments(job, output, *COMMON, *options)]) == 0
 
 
 def assert_same_bits(output: Path, whole: Path) -> None:

@@ -90,7 +90,7 @@ def measure_text(study: Study, training: Training, run: Run, split: str) -> dict
     model, edges = _model(training, run), study.edges(run.factor)
     sizes, results = study.sizes, {}
     short_tokens = sizes.validation if split == "validation" else sizes.short
-    long_tokens = sizes.validation if split == "validation" else sizes.long
+    long_tokens = max(edges[-1], sizes.validation) if split == "validation" else sizes.long
     for domain in study.domains:
         windows = study.windows(domain, split, study.short_lengths, short_tokens)
         short = run_suite(
