@@ -81,7 +81,15 @@ done
 [ -n "$model" ] || fail "--model is not given: the teacher's Hugging Face directory"
 [ -n "$data" ] || fail "--data is not given: text files or directories, separated by commas"
 [ -n "$output" ] || fail "--output is not given: the directory the run writes to"
-[ -d "$model" ] || fail "--model $model is not a directory"
+if [ ! -d "$model" ]; then
+    hint=''
+    case $model in
+        *.gguf) hint=": make one of it with python -m tools.convert_gguf $model DIR" ;;
+        /* | ./* | ../* | */*/*) ;;
+        */*) hint="; if that is a name on the Hugging Face Hub: hf download $model --local-dir DIR" ;;
+    esac
+    fail "--model $model is not a directory$hint"
+fi
 if [ -n "$config" ] && [ ! -f "$config" ] && [[ $config = */* || $config = *.yaml ]]; then
     fail "--config $config is not a file"
 fi
@@ -265,7 +273,5 @@ if [ -n "$stopped" ]; then
     echo "SIG$requested: stopped while no ranks were running"
     exit "$unsaved"
 fi
-if [ "$status" != 0 ]; then
-    echo "train.sh: error: the run failed with status $status" >&2
-fi
+# The launcher has printed the reason; nothing follows it.
 exit "$status"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,11 +17,11 @@ from types import ModuleType
 
 from megalard import __version__
 from megalard.error_file import leave_reason
-from megalard.errors import DiskError, RankError, UserError
+from megalard.errors import DiskError, RankError, UserError, printable
 
 COMMANDS = ("train", "preflight", "evaluate", "prepare", "convert", "inspect", "verify")
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 _DESCRIPTION = """\
 Restore the short-text quality of a language model whose context window was extended by scaling its
@@ -38,6 +39,7 @@ or train with launch/train.sh, which also does several nodes, restarts and signa
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _print_any_name()
     # Only the module of the command in question is imported.
     chosen = words[0] if words and words[0] in COMMANDS else None
     parser = argparse.ArgumentParser(
@@ -58,11 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             allow_abbrev=False,
         )
         module.add_arguments(subparser)
+    # argparse takes the value away and fails.
+    empty = [word for word in words if word.startswith("--") and word.endswith("=--")]
+    if empty:
+        parser.error(f"{printable(empty[0])}: -- is not a value")
     options, rest = parser.parse_known_args(words)
     options.rest = rest
     module = modules[options.command]
     if rest and not getattr(module, "TAKES_OVERRIDES", False):
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+        parser.error(f"unknown arguments: {printable(' '.join(rest))}")
     return run(lambda: module.run(options))
 
 
@@ -80,6 +86,7 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
     rank = int(os.environ.get("RANK", "0"))
 
     def report(sentence: str) -> None:
+        sentence = printable(sentence)
         leave_reason(sentence, is_bad_input=False)
         print(f"{name}: error: {sentence}", file=sys.stderr, flush=True)
 
@@ -99,12 +106,13 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno is None or isinstance(error, ConnectionError):
             raise
         path = f" {error.filename}" if error.filename else ""
+        fix = "; raise the limit with ulimit -n" if error.errno in _TOO_MANY_FILES else ""
         report(
-            f"rank {rank} cannot read or write{path}: {error.strerror}; what was saved before is "
-            "untouched"
+            f"rank {rank} cannot read or write{path}: {error.strerror}{fix}; what was saved before "
+            "is untouched"
         )
         return 1
     except Exception as error:
@@ -118,6 +126,13 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
         return 1
     finally:
         _leave_process_group()
+
+
+def _print_any_name() -> None:
+    """Escape what the encoding of the output lacks, such as bytes of names that are not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_out_of_gpu_memory(error: Exception) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from megalard.errors import printable
+
 
 class Reporter:
     """Prints on rank 0 and is silent on other ranks.
@@ -16,9 +18,9 @@ class Reporter:
         self.is_rank_0 = is_rank_0
 
     def line(self, text: str) -> None:
-        """Print one line."""
+        """Print one line, in which control characters of names and files are escaped."""
         if self.is_rank_0:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def warning(self, text: str) -> None:
         """Print one line about something that works and may not be meant."""
@@ -27,4 +29,4 @@ class Reporter:
     def error(self, text: str) -> None:
         """Print one line about a failure, on stderr."""
         if self.is_rank_0:
-            print(f"megalard: error: {text}", file=sys.stderr, flush=True)
+            print(f"megalard: error: {printable(text)}", file=sys.stderr, flush=True)

@@ -61,7 +61,7 @@ def test_ctrl_c_is_status_130(capsys):
     assert capsys.readouterr().err == "megalard: interrupted\n"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.ENOENT])
 def test_a_disk_that_refuses_is_named_with_the_rank(number, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert cli.run(fail(OSError(number, os.strerror(number), "/out/metrics.jsonl"))) == 1
@@ -69,6 +69,17 @@ def test_a_disk_that_refuses_is_named_with_the_rank(number, capsys, monkeypatch)
         f"megalard: error: rank 3 cannot read or write /out/metrics.jsonl: {os.strerror(number)}; "
         "what was saved before is untouched\n"
     )
+
+
+def test_too_few_open_files_have_a_fix(capsys):
+    assert cli.run(fail(OSError(errno.EMFILE, "Too many open files"))) == 1
+    assert "Too many open files; raise the limit with ulimit -n" in capsys.readouterr().err
+
+
+def test_a_file_name_cannot_write_lines_of_its_own(capsys):
+    assert cli.run(fail(OSError(errno.ENOENT, "gone", "a\nmegalard: error: b\x1b[31m"))) == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "\x1b" not in printed
 
 
 def test_other_errors_are_bugs_and_keep_their_traceback():
@@ -200,3 +211,11 @@ def test_a_reader_that_ends_is_not_an_error(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_value_of_two_dashes_is_refused(capsys):
+    """argparse takes the dashes for the end of options, and fails at the value that is gone."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["convert", "export", "a", "b", "--file-size=--"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("error: --file-size=--: -- is not a value\n")

@@ -144,13 +144,13 @@ def test_the_evaluation_compares_teacher_scaled_and_restored(one, job):
     assert f"step {STEPS}/{STEPS}" in printed and "Perplexity by context length" in printed
 
 
-def poison(monkeypatch, step: int, tensor: str) -> None:
-    """Put an infinity into one gradient of a step, counted from 1."""
+def poison(monkeypatch, step: int | None, tensor: str) -> None:
+    """Put an infinity into one gradient of a step, counted from 1; None for every step."""
     accumulate = Distiller.accumulate
 
     def poisoned(self, batches, number):
         result = accumulate(self, batches, number)
-        if number == step - 1:
+        if step is None or number == step - 1:
             self.student.trained[tensor].grad.view(-1)[3] = float("inf")
         return result
 
@@ -193,16 +193,64 @@ def test_a_step_that_is_not_finite_can_be_skipped(job, tmp_path, capsys, monkeyp
     assert f"rank 0, in {TENSOR}" in capsys.readouterr().out
 
 
-def test_weights_that_are_not_finite_stop_the_first_step(job, tmp_path, capsys):
-    student = shutil.copytree(job / "model", tmp_path / "student")
-    tensors = load_file(student / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, student / "model.safetensors", {"format": "pt"})
-    command = arguments(job, tmp_path / "output", f"model.student={student}")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", "nan"),
+        # The objective does not reach these three.
+        ("model.layers.2.mlp.down_proj.weight", "inf"),
+        ("model.norm.weight", "nan"),
+        ("lm_head.weight", "-inf"),
+    ],
+)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_weights_that_are_not_finite_are_refused(role, name, value, job, tmp_path, capsys):
+    model = shutil.copytree(job / "model", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].view(-1)[-1] = float(value)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    command = arguments(job, tmp_path / "output", f"model.{role}={model}")
     for options in ([], ["--preflight"]):
         line = refusal(capsys, "train", *options, *command)
-        assert "step 1: the loss is nan and gradients are not finite on rank 0" in line
-        shutil.rmtree(tmp_path / "output", ignore_errors=True)
+        assert f"tensor {name} in {model} holds NaN or infinity" in line
+
+
+def test_a_run_of_which_every_step_was_skipped_fails(job, tmp_path, capsys, monkeypatch):
+    """Started again it fails again, because the checkpoint knows of the skipped steps."""
+    poison(monkeypatch, None, TENSOR)
+    options = ("run.non_finite=skip", "checkpoint.save_every=2", "optimizer.steps=4")
+    command = arguments(job, tmp_path / "output", *options)
+    for _ in range(2):
+        line = refusal(capsys, "train", *command)
+        assert "all 4 steps were skipped, so the student is as it was" in line
+    assert not (tmp_path / "output" / "student").exists()
+
+
+def test_skipped_steps_are_counted_over_starts(job, tmp_path, capsys, monkeypatch):
+    """Step 1 is skipped, and the run is stopped and started again."""
+    poison(monkeypatch, 1, TENSOR)
+    options = ("run.non_finite=skip", "checkpoint.save_every=2", "optimizer.steps=4")
+    command = arguments(job, tmp_path / "output", *options)
+    train(command)
+    assert "warning: 1 of 4 steps were skipped" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "output" / "student")
+    train(command)
+    assert "warning: 1 of 4 steps were skipped" in capsys.readouterr().out
+
+
+def test_a_removed_output_directory_is_named(job, tmp_path, capsys, monkeypatch):
+    output, step = tmp_path / "output", Distiller.step
+
+    def remove(self, batches, number):
+        if number == 1:
+            shutil.rmtree(output)
+        return step(self, batches, number)
+
+    monkeypatch.setattr(Distiller, "step", remove)
+    for options in (["checkpoint.save_every=2"], []):
+        line = refusal(capsys, "train", *arguments(job, output, *options))
+        assert f"run.output {output} was removed or moved while the run wrote to it" in line
+        assert not output.exists()
 
 
 def test_a_checkpoint_keeps_its_rope_and_is_saved_in_both_spellings(job, tmp_path):

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from megalard.checkpoint.weights import Weights
+from megalard.checkpoint.weights import Weights, is_finite
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
 from megalard.model.layout import Layout
@@ -51,10 +51,20 @@ def load_decoder(
 
 
 def read_parameter(decoder: Decoder, name: str, weights: Weights) -> torch.Tensor:
-    """Return this rank's slice of a parameter, in the dtype of the files, on the CPU."""
+    """Return this rank's slice of a parameter, in the dtype of the files, on the CPU.
+
+    Raises:
+        UserError: the tensor is missing, has another shape, or holds NaN or infinity.
+    """
     layout = decoder.layouts[name]
     check_shape(name, layout.full_shape, weights)
-    return weights.read(name, layout)
+    value = weights.read(name, layout)
+    if not is_finite(value):
+        raise UserError(
+            f"tensor {name} in {weights.directory} holds NaN or infinity: download the model "
+            "again, or use another one"
+        )
+    return value
 
 
 def check_shape(name: str, expected: tuple[int, ...], weights: Weights) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megalard.checkpoint.companions import Companion, is_companion
+from megalard.checkpoint.sharded.manifest import ID_KEY, MANIFEST
 from megalard.checkpoint.weights import Weights, no_tensor, tensor_bytes
 from megalard.checkpoint.write_options import WriteOptions, split_by_size
 from megalard.errors import UserError, shown
@@ -152,11 +153,17 @@ class HuggingFaceWeights:
 
 def _open(path: Path) -> TensorFile:
     try:
-        return TensorFile(path)
+        file = TensorFile(path)
     except OSError as error:
         raise cannot_read(path, error) from None
     except DamagedFile as error:
         raise _damaged(path, error) from None
+    if ID_KEY in file.metadata:
+        raise UserError(
+            f"{path} is part of a sharded checkpoint, but {path.parent} has no {MANIFEST}: restore "
+            "it, or use another checkpoint"
+        )
+    return file
 
 
 def _damaged(path: Path, error: DamagedFile) -> UserError:

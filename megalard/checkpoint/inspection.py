@@ -10,8 +10,7 @@ from megalard.checkpoint.convert import unknown_tensors
 from megalard.checkpoint.open import open_model
 from megalard.checkpoint.peft import AdapterWeights
 from megalard.checkpoint.provenance import check_files
-from megalard.checkpoint.sharded.dcp_storage import STATE_PREFIXES
-from megalard.checkpoint.sharded.manifest import Manifest, incomplete
+from megalard.checkpoint.sharded.manifest import STATE_PREFIXES, Manifest, incomplete
 from megalard.checkpoint.weights import Weights, size_of
 from megalard.errors import UserError
 from megalard.files.safetensors import DTYPES

@@ -13,7 +13,7 @@ from megalard.checkpoint.huggingface import HuggingFaceWeights
 from megalard.checkpoint.peft import ADAPTER_CONFIG, AdapterWeights
 from megalard.checkpoint.provenance import check_files
 from megalard.checkpoint.sharded.manifest import Manifest, incomplete, is_checkpoint
-from megalard.checkpoint.sharded.save_load import ShardedWeights
+from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.checkpoint.stored_names import under_our_names
 from megalard.checkpoint.weights import MergedWeights, Weights, are_equal
 from megalard.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -65,6 +65,16 @@ def no_tensor(name: str, weights: Weights) -> UserError:
     )
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity. No other tensor of its size is made."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:
+        tensor = tensor.float()
+    # NaN is both the least and the greatest value.
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 def are_equal(weights: Weights, name: str, other: str) -> bool:
     """Whether two matrices hold the same values. A block of rows of each is read at a time."""
     shape = weights.shape(name)
@@ -86,19 +96,32 @@ def trained_parts(name: str, trained: Iterable[str]) -> list[str]:
 
 
 def merge_lora(
-    name: str, original: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
+    name: str,
+    original: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype | None = None,
+    on_block: Callable[[slice, torch.Tensor, torch.Tensor], None] = lambda *_: None,
 ) -> torch.Tensor:
-    """Return W + scale B A, computed in fp32 on the device of ``lora_a`` and rounded to W's dtype.
+    """Return W + scale B A, computed in fp32 on the device of ``lora_a`` and rounded.
 
-    The result takes the memory of ``original``, and one block of rows is needed in addition. A
+    In W's dtype the result takes the memory of ``original``, and one block of rows is needed in
+    addition. A
     block has the same bits as the same rows of the full product: this was compared with MKL 2024.2
     on 184 shapes of 16 or more columns, in blocks of 2^16 elements and 64 rows or more. Products of
     fewer columns, and single rows, may differ. cuBLAS chooses its kernel by the shape and is given
     the full product.
 
+    Args:
+        dtype: the dtype of the result; W's when not given.
+        on_block: called with the rows of each block, their exact values and their rounded values.
+
     Raises:
-        UserError: naming W, if the sum is finite and does not fit its dtype (fp16).
+        UserError: naming W, if the sum is finite and does not fit the dtype (fp16).
     """
+    dtype = dtype or original.dtype
+    merged = original if dtype == original.dtype else torch.empty_like(original, dtype=dtype)
     rows, columns = original.shape
     blocks = 1
     if lora_a.device.type == "cpu" and columns >= 16:
@@ -108,14 +131,15 @@ def merge_lora(
         product = lora_b[block] @ lora_a
         product *= scale
         product += original[block].to(product)
-        rounded = product.to(original.dtype)
-        if original.dtype == torch.float16 and bool((rounded.isinf() & product.isfinite()).any()):
+        rounded = product.to(dtype)
+        if dtype == torch.float16 and bool((rounded.isinf() & product.isfinite()).any()):
             raise UserError(
                 f"{name} with LoRA merged into it reaches {float(product.abs().max()):.3g}, more "
                 "than float16 holds: convert the base model to bfloat16 first"
             )
-        original[block] = rounded
-    return original
+        on_block(block, product, rounded)
+        merged[block] = rounded
+    return merged
 
 
 def check_trained(base: Weights, trained: Weights, names: Iterable[str]) -> None:

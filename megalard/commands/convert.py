@@ -87,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
     from megalard.checkpoint.stored_names import StoredWeights
     from megalard.checkpoint.weights import size_of
     from megalard.checkpoint.write_options import WriteOptions
+    from megalard.errors import printable
     from megalard.parallel.agreement import checked_on_all_ranks
     from megalard.parallel.mesh import build_mesh
     from megalard.progress import byte_bar
@@ -110,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.dry_run:
         if mesh.is_rank_0:
-            print(f"would write {summary} to {options.target}; nothing was written")
+            print(printable(f"would write {summary} to {options.target}; nothing was written"))
         return 0
     start = time.perf_counter()
     title, share = f"{options.direction} {options.source.name}", total // mesh.world.size
@@ -131,5 +132,6 @@ def run(options: argparse.Namespace) -> int:
         else:
             convert.export_model(model, options.target, mesh.world, write)
     if mesh.is_rank_0:
-        print(f"{options.target}: {summary}, in {time.perf_counter() - start:.1f} s")
+        seconds = time.perf_counter() - start
+        print(printable(f"{options.target}: {summary}, in {seconds:.1f} s"))
     return 0

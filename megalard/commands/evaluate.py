@@ -34,6 +34,8 @@ TASKS = ("passkey", "multi_key", "multi_value", "variable_tracking")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
+    from megalard.commands import tokens
+
     add = parser.add_argument
     add("models", nargs="+", type=Path, metavar="MODEL", help="models to compare, in this order")
     add(
@@ -53,10 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text-key", default="text", metavar="KEY", help="key of the text in .jsonl files (text)")
     add(
         "--max-tokens",
-        type=int,
+        type=tokens,
         default=262_144,
         metavar="N",
-        help="tokens of the text to read; at least one window of the longest length (262144)",
+        help="tokens of the text to read, as 262144 or 256K; at least one window of the longest "
+        "length (256K)",
     )
     add(
         "--lengths",

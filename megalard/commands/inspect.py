@@ -47,12 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Inspect a directory and print what it contains."""
-    from megalard.training.run_folder import unfinished
+    from megalard.training.run_folder import has_finished, unfinished
 
     directory, problems = options.directory, {}
     try:
         folder, checkpoints = _find_checkpoints(directory)
-        facts, is_good = ({}, True) if checkpoints else _inspect(directory, options, problems)
+        facts, is_good = {}, True
+        if not checkpoints and has_finished(directory):
+            facts, is_good = _inspect(directory / "student", options, problems)
+            facts = {"run": "it has finished, and keeps no checkpoint"} | facts
+            directory = directory / "student"
+        elif not checkpoints:
+            facts, is_good = _inspect(directory, options, problems)
     except UserError as error:
         checkpoints, facts, is_good = [], _unusable(error), False
     if not checkpoints:
@@ -77,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         for path, facts, _ in results:
             _print(path, facts)
         for path in leftovers:
-            print(f"{path}: a save that was not finished; the next start removes it")
+            print(printable(f"{path}: a save that was not finished; the next start removes it"))
         print(f"{len(checkpoints)} complete checkpoints; {newest}")
     return 0 if all(is_good for *_, is_good in results) else 1
 
@@ -134,7 +140,7 @@ def _inspect_checkpoint(
     directory: Path, options: argparse.Namespace, problems: dict
 ) -> tuple[dict, bool]:
     from megalard.checkpoint.inspection import describe_checkpoint, provenance_problem
-    from megalard.checkpoint.sharded.save_load import ShardedWeights
+    from megalard.checkpoint.sharded.read import ShardedWeights
     from megalard.progress import byte_bar
 
     weights = ShardedWeights(directory)
@@ -170,9 +176,9 @@ def _inspect_checkpoint(
 def _print(directory: Path, facts: dict) -> None:
     """Print facts about one directory, each on one line."""
     if "problem" in facts:
-        print(f"{directory}: NOT USABLE: {facts['problem']}")
+        print(printable(f"{directory}: NOT USABLE: {facts['problem']}"))
         return
-    print(f"{directory}")
+    print(printable(f"{directory}"))
     for key, value in facts.items():
         if key != "slices":
             print(f"  {key:<12} {printable(str(value))}")

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         boundaries=boundaries,
         warn=Reporter(True).warning,
     )
-    print(
+    Reporter(True).line(
         f"{store.path}: {len(store.tokens)} tokens in {len(store.documents) - 1} documents, "
         f"{store.tokens.dtype}, ready after {time.perf_counter() - start:.1f} s"
     )

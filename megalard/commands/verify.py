@@ -18,13 +18,15 @@ import sys
 import traceback
 from pathlib import Path
 
-from megalard.errors import UserError
+from megalard.errors import UserError, printable
 
 NAME, HELP = "verify", "compare two models bit for bit, and their logits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
+    from megalard.commands import tokens
+
     parser.add_argument("a", type=Path, metavar="A", help="model, checkpoint or adapter directory")
     parser.add_argument("b", type=Path, metavar="B", help="the directory to compare with A")
     parser.add_argument(
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=tokens,
         default=512,
         metavar="N",
         help="tokens of the text to read, 1 or more (default: 512)",
@@ -111,10 +113,10 @@ def _verify(options: argparse.Namespace) -> bool:
     with byte_bar("tensors", size_of(a.weights)) as advance:
         lines = compare.tensor_differences(a, b, advance)
     for line in lines[: options.lines]:
-        print(line)
+        print(printable(line))
     if len(lines) > options.lines:
         print(f"and {len(lines) - options.lines} more")
-    names = [f"{model.directory} ({model.kind})" for model in models]
+    names = [printable(f"{model.directory} ({model.kind})") for model in models]
     count = len(a.weights.names())
     print(f"{names[0]} and {names[1]}: ", end="")
     print(f"{len(lines)} tensors differ" if lines else f"{count} tensors, every bit the same")

@@ -46,6 +46,7 @@ class Allowed:
         length: number of items of the list; None for any number from 1 on.
         may_be_empty: the list may have no item.
         path: the field names a file or directory.
+        tokens: the field is a number of tokens, which may be written as 4K.
         extra: facts for the code that uses the field.
     """
 
@@ -58,6 +59,7 @@ class Allowed:
     length: int | None = None
     may_be_empty: bool = False
     path: bool = False
+    tokens: bool = False
     extra: Any = None
 
     def problem(self, value: float) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import sys
@@ -9,7 +10,8 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megalard.config.fields import without_none
+from megalard.config.fields import allowed_of, without_none
+from megalard.config.lengths import parse_length
 from megalard.config.objective import RELATIONS
 from megalard.config.recipes import find_config
 from megalard.config.rules import validate
@@ -30,7 +32,8 @@ STAGE_SECTIONS = ("trainable", "data", "optimizer")
 def load_config(path: str | None, overrides: list[str]) -> Config:
     """Read a YAML file, given by its path or as a recipe's name, and apply overrides.
 
-    Overrides are words such as ``--section.key value`` and ``--section.key=value``.
+    Overrides are words such as ``--section.key value`` and ``--section.key=value``. A key that
+    holds a list takes several values.
 
     The override ``null`` removes a key of the file, so that its default holds again.
 
@@ -42,11 +45,11 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
     # Judged before the overrides: a recipe's shared value may lose its last user to an override.
     _check_shared_values(tree, None)
     keys = []
-    for key, text in _pairs(overrides):
+    for key, values in _pairs(overrides):
         present = present_spelling(key)
         if present != key:
             _warn(key, present)
-        _override(tree, present, text)
+        _override(tree, present, values)
         keys.append(present)
     for key in keys:
         _check_shared_values(tree, key)
@@ -57,7 +60,8 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
     return config
 
 
-def _pairs(overrides: list[str]) -> Iterator[tuple[str, str]]:
+def _pairs(overrides: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the keys with the words that follow them."""
     position = 0
     while position < len(overrides):
         word = overrides[position]
@@ -71,12 +75,22 @@ def _pairs(overrides: list[str]) -> Iterator[tuple[str, str]]:
                     f"--{key} needs a value: only --preflight, --version and --help take none"
                 )
             value = overrides[position]
-        yield key, value
         position += 1
+        values = [value]
+        while not equals and _holds_list(key) and position < len(overrides):
+            if overrides[position].startswith("--"):
+                break
+            values.append(overrides[position])
+            position += 1
+        yield key, values
 
 
-def _override(tree: dict, key: str, text: str) -> None:
-    """Set or, for the text ``null``, remove one key of the tree, in place."""
+def _override(tree: dict, key: str, texts: list[str]) -> None:
+    """Set or, for the text ``null``, remove one key of the tree, in place.
+
+    Args:
+        texts: the value, or the items of a list.
+    """
     *sections, last = key.split(".")
     for section in sections:
         if tree.get(section) is None:
@@ -84,7 +98,8 @@ def _override(tree: dict, key: str, text: str) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(f"--{key}: '{section}' is a value, not a section")
-    value = text if _holds_text(key, text) else parse_value(text)
+    items = [text if _holds_text(key, text) else parse_value(text) for text in texts]
+    value: Any = items if len(items) > 1 else items[0]
     if value is None:
         tree.pop(last, None)
     else:
@@ -96,14 +111,23 @@ def _holds_text(key: str, text: str) -> bool:
 
     The word null still removes a text that may be left out.
     """
+    hint, optional = _hint_of(key)
+    return hint is str and not (optional and text in ("null", "~", ""))
+
+
+def _holds_list(key: str) -> bool:
+    return typing.get_origin(_hint_of(key)[0]) is list
+
+
+def _hint_of(key: str) -> tuple[Any, bool]:
+    """Return the type of a dotted key, None if there is no such key, and whether it is optional."""
     hint: Any = Config
-    for name in key.split("."):
+    for name in present_spelling(key).split("."):
         if typing.get_origin(hint) is dict:
             hint = typing.get_args(hint)[1]
         else:
             hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
-    hint, optional = without_none(hint)
-    return hint is str and not (optional and text in ("null", "~", ""))
+    return without_none(hint)
 
 
 def present_spelling(key: str) -> str:
@@ -259,17 +283,29 @@ def _build(cls: Any, tree: Any, prefix: str) -> Any:
     if not isinstance(tree, dict):
         raise UserError(f"'{prefix.rstrip('.')}' is a section, got the value {shown(tree)}")
     hints = typing.get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls)}
+    names = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
     for key, value in tree.items():
         if key not in names:
-            nearest = _nearest(str(key), names, prefix)
+            nearest = _nearest(str(key), set(names), prefix)
             raise UserError(
                 f"unknown key '{prefix}{shown(key).strip(chr(39))}'; the nearest known one is "
                 f"'{nearest}'"
             )
+        if allowed_of(names[key]).tokens:
+            value = _in_tokens(value)
         values[key] = _convert(hints[key], value, f"{prefix}{key}")
     return cls(**values)
+
+
+def _in_tokens(value: Any) -> Any:
+    """Return numbers of tokens for lengths such as ``4K``; other values as they are."""
+    if isinstance(value, list):
+        return [_in_tokens(item) for item in value]
+    if isinstance(value, str) and value[-1:] in ("k", "K"):
+        with contextlib.suppress(UserError):
+            return parse_length(value, least=0)
+    return value
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:

@@ -17,8 +17,9 @@ _WIDTH = 96
 
 _INTRODUCTION = """\
 Every key can stand in the YAML file (--config) and on the command line, as --section.key VALUE or
---section.key=VALUE. The command line wins. A list is written [a, b] (quote it for the shell), a
-section {key: value}; null removes a key that the file sets."""
+--section.key=VALUE. The command line wins. A list is written [a, b] (quote it for the shell) or, on
+the command line, a b; a section {key: value}. Numbers of tokens may be written as 4K. null removes
+a key that the file sets."""
 
 
 def describe_keys() -> str:

@@ -30,7 +30,7 @@ class ModelConfig:
     """Directory of the student's initial weights; the teacher's weights when not given."""
     tokenizer: str | None = setting(None, path=True)
     """Directory of the tokenizer; the teacher's directory when not given."""
-    native_context: int | None = setting(None, at_least=1)
+    native_context: int | None = setting(None, at_least=1, tokens=True)
     """Native window M in tokens; the teacher's max_position_embeddings when not given."""
     compute_dtype: Literal["bfloat16", "float32"] = setting("bfloat16")
     """Dtype of activations and frozen weights. Trained weights are always kept in float32."""
@@ -87,7 +87,7 @@ class DataConfig:
     directory."""
     text_key: str = setting("text")
     """Key of the text in .jsonl files."""
-    context_length: int = setting(4096, at_least=2)
+    context_length: int = setting(4096, at_least=2, tokens=True)
     """Tokens per block; at most the native window where the teacher reads the block."""
     positions: Literal["contiguous", "skip-gaussian", "skip-uniform"] = setting("contiguous")
     """The positions at which the student reads a block. The skip- types place the head and the tail
@@ -200,12 +200,12 @@ class EvaluationConfig:
 
     paths: list[str] = setting([], path=True, may_be_empty=True)
     """Held-out text, in the forms that ``data.paths`` takes."""
-    holdout: int = setting(32768, at_least=0)
+    holdout: int = setting(32768, at_least=0, tokens=True)
     """Without ``paths``, tokens taken from the end of the training text for evaluation: at most
     this many and at most a fiftieth of the text. Zero takes none, and nothing is evaluated."""
-    lengths: list[int] | None = setting(None, at_least=2)
+    lengths: list[int] | None = setting(None, at_least=2, tokens=True)
     """Context lengths in tokens; M/4, M/2, M, ... f*M when not given."""
-    max_tokens: int = setting(65536, at_least=2)
+    max_tokens: int = setting(65536, at_least=2, tokens=True)
     """Tokens that are read at each length."""
 
 
@@ -225,6 +225,9 @@ class CheckpointConfig:
     export_every: int = setting(0, at_least=0)
     """Steps between exports of the student as a Hugging Face directory; zero exports at the end
     only."""
+    export_dtype: Literal["source", "float32", "bfloat16", "float16"] = setting("source")
+    """Dtype of an exported student; source keeps the dtype of each tensor. bfloat16 and float16
+    lose changes that are smaller than half a step of the dtype, and the run says how many."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalard.errors import UserError
+from megalard.files.hints import fix_for_text
+from megalard.files.reading import check_if_regular
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSON_LINES_SUFFIX = ".jsonl"
@@ -64,20 +66,26 @@ def survey(paths: Iterable[str | Path]) -> tuple[list[Path], PassedOver | None]:
             files += texts
             others += not_read
         elif not path.exists():
-            raise UserError(f"data path {path} does not exist: check its spelling")
+            raise UserError(f"data path {path} does not exist: {fix_for_text(path)}")
         elif path.suffix.lower() not in _SUFFIXES:
             raise UserError(
                 f"data file {path} has the unsupported suffix {path.suffix!r}: "
-                f"give one of {', '.join(_SUFFIXES)} or a directory of them"
+                f"give one of {', '.join(_SUFFIXES)} or a directory of them{_hint(path)}"
             )
         else:
             files.append(path)
     if not files:
         raise UserError("no data path was given: name at least one text file or directory")
     for file in files:
+        check_if_regular(file)
         if not os.access(file, os.R_OK):
             raise UserError(f"data file {file} is not readable: change its permissions")
     return files, _passed_over(others)
+
+
+def _hint(path: Path) -> str:
+    fix = fix_for_text(path)
+    return "" if fix == "check its spelling" else f"; {fix}"
 
 
 def _files_in(directory: Path) -> tuple[list[Path], list[Path]]:

@@ -16,7 +16,8 @@ import numpy as np
 from megalard.data.boundaries import Boundaries
 from megalard.data.tokenizer import Tokenizer
 from megalard.errors import RankError, UserError, shown
-from megalard.files.reading import read_json
+from megalard.files.arrays import read_array
+from megalard.files.reading import check_regular, read_json
 
 FORMAT, VERSION = "megalard token store", 2
 TOKENS, DOCUMENTS, META = "tokens.bin", "documents.npy", "meta.json"
@@ -91,9 +92,9 @@ class TokenStore:
         meta = _read_meta(path)
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         try:
+            check_regular(path / TOKENS)
             size = (path / TOKENS).stat().st_size
-            documents = np.load(path / DOCUMENTS, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+        except OSError as error:
             raise UserError(f"token store {path} is damaged ({error}): {_REMAKE}") from error
         if size != meta["tokens"] * dtype.itemsize:
             raise UserError(
@@ -104,6 +105,7 @@ class TokenStore:
         if meta["version"] > 1:
             checksums = _read_checksums(path, meta)
             _compare_file(path / DOCUMENTS, meta["documents_crc32"])
+        documents = _load(path / DOCUMENTS, mmap_mode="r")
         shape = (meta["documents"] + 1,)
         if documents.dtype != np.int64 or documents.shape != shape or not _cover(documents, meta):
             raise UserError(
@@ -221,13 +223,17 @@ class TokenStore:
 
 def _read_checksums(path: Path, meta: dict) -> np.ndarray:
     _compare_file(path / CHECKSUMS, meta["checksums_crc32"])
-    try:
-        checksums = np.load(path / CHECKSUMS, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"token store {path} is damaged ({error}): {_REMAKE}") from error
+    checksums = _load(path / CHECKSUMS)
     if checksums.dtype != np.uint32 or checksums.shape != (-(-meta["tokens"] // TOKENS_PER_SUM),):
         raise UserError(f"token store {path} is damaged: {CHECKSUMS} is too short; {_REMAKE}")
     return checksums
+
+
+def _load(path: Path, **options: Any) -> np.ndarray:
+    try:
+        return read_array(path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"token store {path.parent} is damaged ({error}): {_REMAKE}") from error
 
 
 def _compare_file(path: Path, crc32: int) -> None:
@@ -241,6 +247,7 @@ def _compare_file(path: Path, crc32: int) -> None:
 
 def file_crc32(path: Path) -> int:
     """Return the CRC-32 of a file."""
+    check_regular(path)
     crc = 0
     with open(path, "rb") as file:
         while part := file.read(2**22):

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -35,6 +33,7 @@ from megalard.data.token_store import (
 )
 from megalard.data.tokenizer import Tokenizer
 from megalard.errors import UserError
+from megalard.files.temporary_folders import remove_abandoned, temporary_folder
 from megalard.progress import byte_bar
 
 # Enough text at a time to occupy every core, and little enough to hold in memory.
@@ -71,6 +70,7 @@ def build_store(
     """
     paths, output = list(paths), Path(output)
     boundaries = boundaries or boundaries_of(tokenizer)
+    remove_abandoned(output.absolute())
     text = sources.Text(paths, text_key)
     existing = _open_same(output, tokenizer, boundaries, text)
     if existing is not None:
@@ -93,24 +93,25 @@ def write_store(
 
     The store is written under a hidden name next to ``output`` and then renamed, so that a run that
     stops meanwhile leaves no ``output``. A killed process may leave the hidden directory
-    (``.NAME.partial-XXXXXXXX``), which nothing reads and anybody may delete.
+    (``.NAME.partial-XXXXXXXX``), which the next start removes.
 
     Raises:
         UserError: ``output`` contains something else or cannot be written; there is no document.
     """
     output = Path(output).absolute()
-    partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+
+    def same() -> TokenStore | None:
+        return _open_same(output, tokenizer, boundaries, text)
+
     try:
-        partial.mkdir(parents=True)
-        _write_files(text, tokenizer, partial, boundaries, advance)
-        _move_into_place(partial, output, lambda: _open_same(output, tokenizer, boundaries, text))
+        with temporary_folder(output) as partial:
+            _write_files(text, tokenizer, partial, boundaries, advance)
+            _move_into_place(partial, output, same)
     except OSError as error:
         raise UserError(
             f"token store {output} cannot be written ({error.strerror or error}): "
             "free some space or choose another directory"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return TokenStore.open(output)
 
 

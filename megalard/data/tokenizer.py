@@ -12,10 +12,13 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megalard.errors import UserError, printable, shown
+from megalard.files.reading import cannot_read, check_if_regular
 from megalard.quiet import quiet_transformers
 
 # The files that a tokenizer is loaded from, any one of them.
 _DEFINING_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+# The suffixes of all files that a tokenizer may be loaded from.
+_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
             f"model directory {model_dir} has neither tokenizer.json nor tokenizer.model: "
             "copy the model's tokenizer there"
         )
+    _check_files(model_dir)
     tokenizer = _load(model_dir)
     vocabulary = tokenizer.get_vocab()
     vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -113,6 +117,16 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
 def has_tokenizer(model_dir: Path) -> bool:
     """Whether a directory has the files of a tokenizer."""
     return any((model_dir / name).is_file() for name in _DEFINING_FILES[:3])
+
+
+def _check_files(model_dir: Path) -> None:
+    """Refuse a named pipe or a device among the files that transformers may open."""
+    try:
+        for path in sorted(model_dir.iterdir()):
+            if path.suffix in _SUFFIXES and not path.is_dir():
+                check_if_regular(path)
+    except OSError as error:
+        raise cannot_read(model_dir, error) from None
 
 
 def _load(model_dir: Path) -> PreTrainedTokenizerBase:

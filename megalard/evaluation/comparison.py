@@ -11,6 +11,7 @@ import torch
 
 from megalard.checkpoint.build import load_decoder
 from megalard.checkpoint.open import StoredModel, open_model
+from megalard.config.lengths import parse_length
 from megalard.data.boundaries import Choice, boundaries_of
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
 from megalard.errors import UserError, shown
@@ -252,18 +253,6 @@ def choose_lengths(
     lengths = sorted({parse_length(text) for text in given})
     check_lengths(lengths, tp, cp, "--lengths or --task-lengths")
     return lengths
-
-
-def parse_length(text: str) -> int:
-    """Return the number of tokens of a length such as ``4096`` or ``4K``.
-
-    Raises:
-        UserError: the text is not a length of at least 2 tokens.
-    """
-    number, unit = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
-    if not (number.isascii() and number.isdecimal()) or len(number) > 12 or int(number) * unit < 2:
-        raise UserError(f"{shown(text)} is not a length: write tokens, as 4096 or 4K")
-    return int(number) * unit
 
 
 def _warnings(job: _Job) -> list[str]:

@@ -94,7 +94,7 @@ class AtomicFolder:
         self._mark.close()
         self._mark = None
         if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old, hold_lock(old / _MARK, str(old)))
 
     def _keep_others(self) -> None:
         """Take the files that somebody put into the old directory over into the new one."""
@@ -121,8 +121,10 @@ class AtomicFolder:
                 continue
             if not self.directory.exists():
                 old.rename(self.directory)
-            else:
+            elif any(old.iterdir()):
                 _remove_marked(old)
+            else:
+                old.rmdir()
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:

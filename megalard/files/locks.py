@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import IO
 
 from megalard.errors import UserError
+from megalard.files.reading import check_if_regular, check_regular
 
 # A process that was killed may have started others that keep its files open a moment longer.
 _PATIENCE_S = 5.0
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process may hold the lock of a lock file; it may where that cannot be told."""
+    try:
+        check_regular(path)
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except (OSError, UserError):
+        return True
 
 
 def hold_lock(path: Path, target: str) -> IO[bytes]:
@@ -24,9 +36,10 @@ def hold_lock(path: Path, target: str) -> IO[bytes]:
         target: what is being written, for the error message.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: another process holds the lock, or the path is not a regular file.
         OSError: the file cannot be opened.
     """
+    check_if_regular(path)
     file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
     deadline = time.monotonic() + _PATIENCE_S
     while True:

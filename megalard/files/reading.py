@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import stat
@@ -22,17 +23,27 @@ def cannot_read(path: str | Path, error: OSError) -> UserError:
     return DiskError(f"cannot read {path}: {error.strerror or error}; {fix}")
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: str | Path) -> None:
     """Refuse a path that is not a regular file, such as a named pipe, on which reading could wait.
 
     Raises:
         UserError: the path is not a regular file.
         OSError: the path cannot be looked at.
     """
-    mode = path.stat().st_mode
+    mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
         raise UserError(f"{path} is {kind}: a regular file is needed there")
+
+
+def check_if_regular(path: str | Path) -> None:
+    """Refuse a path at which there is something that is not a regular file.
+
+    Raises:
+        UserError: as ``check_regular``; a path at which there is nothing is accepted.
+    """
+    with contextlib.suppress(OSError):
+        check_regular(path)
 
 
 def read_text(path: Path, limit: int, what: str = "file") -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megalard.errors import DiskError, UserError
+from megalard.files.reading import check_regular
 
 Progress = Callable[[int], object]
 """Called with the number of bytes that were just read or written."""
@@ -26,6 +27,19 @@ def cannot_write(directory: Path, error: OSError) -> UserError:
     file = error.filename if error.errno != errno.ENOSPC else None
     where = f" ({file})" if file else ""
     return DiskError(f"cannot write {directory}: {error.strerror or error}{where}")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file that has its old or its new content, whenever the process ends.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with open(partial, "x", encoding="utf-8") as file:
+        file.write(text)
+    partial.replace(path)
 
 
 def sync_files(directory: Path) -> None:
@@ -49,7 +63,13 @@ def sync_directory(path: str | Path) -> None:
 
 
 def file_sha256(path: str | Path, progress: Progress = no_progress) -> str:
-    """Return the sha256 of a file in hexadecimal, in constant memory."""
+    """Return the sha256 of a file in hexadecimal, in constant memory.
+
+    Raises:
+        UserError: the path is not a regular file.
+        OSError: the file cannot be read.
+    """
+    check_regular(path)
     digest = hashlib.sha256()
     buffer = bytearray(4 * 2**20)
     view = memoryview(buffer)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from megalard.model.merged_attention import merged_attention, uses_cudnn
 from megalard.transfer import to_device
@@ -25,13 +24,6 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    _VARLEN_OPTIONS = set(inspect.signature(varlen_attn).parameters)
-except ImportError:
-    _VARLEN_OPTIONS = set()
 
 _BLOCK_ROWS = 1024
 
@@ -94,7 +86,7 @@ def attend(
         short = [span for span in spans if not _is_long(span)]
         out = merged_attention(q, k, v, long)
         return out + attend(q, k, v, short, window) if short else out
-    if is_half_on_gpu and "window_size" in _VARLEN_OPTIONS and dim % 8 == 0 and dim <= 256:
+    if is_half_on_gpu and "window_size" in _varlen_options() and dim % 8 == 0 and dim <= 256:
         return _variable_length(_varlen, q, k, v, spans, window)
     return _span_by_span(q, k, v, spans, window)
 
@@ -145,6 +137,8 @@ def _causal(q, k, v, window):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
         # For fp32 with grouped heads no fused kernel takes this mask; torch would hold it whole.
         if q.is_cuda and (q.dtype != torch.float32 or not is_grouped):
+            from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler
+
             corner = causal_lower_right(queries, keys)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=corner, enable_gqa=is_grouped)
     # Blocks of queries against the keys that they reach: memory stays linear in the length.
@@ -241,10 +235,25 @@ def _flash(q, k, v, pack: _Packing, sides: tuple[int, int]):
     )
 
 
+@functools.cache
+def _varlen_options() -> set[str]:
+    """Return the arguments of torch's kernel; none in a version that lacks it.
+
+    The kernel is imported where it is used, because that imports torch's compiler.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return set()
+    return set(inspect.signature(varlen_attn).parameters)
+
+
 def _varlen(q, k, v, pack: _Packing, sides: tuple[int, int]):
+    from torch.nn.attention.varlen import varlen_attn
+
     groups = q.shape[1] // k.shape[1]
     options: dict[str, Any] = {}
-    if groups > 1 and "enable_gqa" in _VARLEN_OPTIONS:
+    if groups > 1 and "enable_gqa" in _varlen_options():
         options["enable_gqa"] = True
     elif groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))

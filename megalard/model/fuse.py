@@ -12,12 +12,16 @@ def fused_on_gpu(function: Callable) -> Callable:
     """Compile ``function`` for CUDA inputs, and call it as it is for CPU inputs.
 
     A machine without a GPU may have no compiler. On the 7B shape the unfused RoPE, SwiGLU and
-    scaling of gradients took a tenth of a step.
+    scaling of gradients took a tenth of a step. The compiler is imported with the first CUDA input,
+    because that takes seconds.
     """
-    compiled = torch.compile(function)
+
+    @functools.cache
+    def compiled() -> Callable:
+        return torch.compile(function)
 
     @functools.wraps(function)
     def call(first: torch.Tensor, *rest):
-        return (compiled if first.is_cuda else function)(first, *rest)
+        return (compiled() if first.is_cuda else function)(first, *rest)
 
     return call

@@ -16,6 +16,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megalard.config.schema import RopeConfig
 from megalard.errors import UserError
+from megalard.files.arrays import read_array
+from megalard.files.reading import read_json, read_text
 from megalard.model.export_config import export_config
 from megalard.model.families import FAMILIES
 from megalard.model.fuse import fused_on_gpu
@@ -23,6 +25,8 @@ from megalard.model.spec import ModelSpec
 from megalard.model.transformers_config import as_transformers_reads
 from megalard.quiet import quiet_transformers
 from megalard.transfer import to_device
+
+_TABLE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -258,12 +262,13 @@ def read_table(path: str, head_dim: int) -> torch.Tensor:
     file = Path(path)
     try:
         if file.suffix == ".json":
-            values = np.asarray(json.loads(file.read_text()), dtype=np.float64)
+            values = np.asarray(read_json(file), dtype=np.float64)
         elif file.suffix == ".npy":
-            values = np.load(file, allow_pickle=False).astype(np.float64)
+            values = read_array(file).astype(np.float64)
         else:
-            values = np.loadtxt(file, dtype=np.float64, ndmin=1)
-    except (OSError, ValueError, TypeError) as error:
+            text = read_text(file, _TABLE_BYTES)
+            values = np.loadtxt(text.splitlines(), dtype=np.float64, ndmin=1)
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"cannot read inverse frequencies from {path}: {error}") from None
     if values.shape != (head_dim // 2,):
         raise UserError(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from transformers import PretrainedConfig
 
 from megalard.errors import UserError, shown
+from megalard.files.hints import fix_for_missing_model, fix_for_model_without
 from megalard.files.reading import read_json
 from megalard.model.families import FAMILIES, reason_to_refuse
 from megalard.model.families.family import ACTIVATIONS, REASONS, Family
@@ -94,13 +95,13 @@ def read_spec(model_dir: str | Path) -> ModelSpec:
     """
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
-        raise UserError(f"no model directory at {model_dir}: give a Hugging Face model directory")
+        raise UserError(f"no model directory at {model_dir}: {fix_for_missing_model(model_dir)}")
     path = model_dir / "config.json"
     try:
         config = read_json(path)
     except FileNotFoundError:
         raise UserError(
-            f"{model_dir} has no config.json: give a Hugging Face model directory"
+            f"{model_dir} has no config.json: {fix_for_model_without(model_dir, 'config.json')}"
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): correct it, or download it again") from None

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from megalard.errors import UserError
+from megalard.parallel.watchdog import watch_other_ranks
 from megalard.parents import end_with_parent
 
 
@@ -106,6 +107,7 @@ def build_mesh(device: str, tp: int, cp: int = 1) -> Mesh:
         torch.cuda.set_device(target)
     if not dist.is_initialized():
         start_process_group("nccl" if target.type == "cuda" else "gloo")
+        watch_other_ranks()
     names, shape = ("dp", "cp", "tp"), (world // (cp * tp), cp, tp)
     mesh = init_device_mesh(target.type, shape, mesh_dim_names=names)
     axes = {name: _axis(mesh.get_group(name)) for name in names}

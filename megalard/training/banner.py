@@ -58,6 +58,8 @@ def report_finished(output: Output, mesh: Mesh) -> None:
 def report_end(run: Run) -> None:
     """Print where the student is and what was won."""
     run.reporter.line(f"restored model: {run.output.directory / 'student'}")
+    if run.steps_skipped:
+        run.reporter.warning(f"{run.steps_skipped} of {run.steps_done} steps were skipped")
     if not run.evaluator.is_active:
         run.reporter.line(
             "nothing was measured: give held-out text in evaluation.paths, or evaluate the model "

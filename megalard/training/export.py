@@ -2,7 +2,7 @@
 
 Tensors that were not trained are copied from the source files bit for bit. Trained tensors are
 gathered from their slices, LoRA pairs are merged in fp32, and the result is rounded to the dtype of
-the source file.
+the source file, or to the dtype that the user chose for all tensors.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from megalard.checkpoint.companions import Companion
 from megalard.checkpoint.huggingface import plan_files, write_huggingface
 from megalard.checkpoint.read_back import reading_back
+from megalard.checkpoint.rounding import RoundingLoss
 from megalard.checkpoint.stored_names import StoredWeights
-from megalard.checkpoint.weights import Weights, merge_lora, trained_parts
+from megalard.checkpoint.weights import Weights, is_finite, merge_lora, trained_parts
 from megalard.checkpoint.write_options import FILE_BYTES, WriteOptions
 from megalard.distill.student import Student
 from megalard.errors import UserError
@@ -36,7 +37,8 @@ def save_student(
     config: dict,
     companions: tuple[Companion, ...],
     mesh: Mesh,
-) -> None:
+    dtype: torch.dtype | None = None,
+) -> RoundingLoss:
     """Write the merged student; a collective call of all ranks, in which rank 0 writes.
 
     The directory appears completely or not at all. One tensor at a time is gathered, so that the
@@ -47,13 +49,20 @@ def save_student(
         source: the weights that the student started from.
         config: the student's ``config.json``.
         companions: files that are copied next to the weights, such as the tokenizer's.
+        dtype: the dtype of all floating-point tensors; that of the source when not given.
+
+    Returns:
+        On rank 0, what rounding took away from the trained weights.
 
     Raises:
         UserError: on every rank, if rank 0 cannot write.
     """
-    sentence = None
+    sentence, loss = None, RoundingLoss()
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        config = {**config, "dtype": name, "torch_dtype": name}
     if mesh.dp.rank == 0:
-        merged = _MergedTensors(student, source, mesh.tp)
+        merged = _MergedTensors(student, source, mesh.tp, dtype, loss)
         stored = StoredWeights(merged, student.decoder.spec)
         files = plan_files(stored, _SHARD_BYTES)
         merged.pending = [part for file in files for name in file for part in stored.parts[name]]
@@ -70,6 +79,7 @@ def save_student(
     sentence = from_rank_0(sentence, mesh.world)
     if sentence is not None:
         raise UserError(sentence)
+    return loss
 
 
 class _MergedTensors:
@@ -82,10 +92,18 @@ class _MergedTensors:
         pending: the tensors that have not been read, in the order in which they will be.
     """
 
-    def __init__(self, student: Student, source: Weights, axis: Axis):
+    def __init__(
+        self,
+        student: Student,
+        source: Weights,
+        axis: Axis,
+        dtype: torch.dtype | None,
+        loss: RoundingLoss,
+    ):
         self.student, self.source, self.axis = student, source, axis
         self.directory = source.directory
-        self.shape, self.dtype, self.files = source.shape, source.dtype, source.files
+        self.shape, self.files = source.shape, source.files
+        self._dtype, self._loss = dtype, loss
         self.pending: list[str] = []
 
     def names(self) -> list[str]:
@@ -94,6 +112,10 @@ class _MergedTensors:
         is_tied = self.student.decoder.spec.tied_embeddings
         return [n for n in self.source.names() if not (is_tied and n == "lm_head.weight")]
 
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self.source.dtype(name)
+        return self._dtype if self._dtype and stored.is_floating_point else stored
+
     def drain(self) -> None:
         """Join the gathers that remain."""
         for name in list(self.pending):
@@ -101,20 +123,39 @@ class _MergedTensors:
                 self._gather(name)
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """Return the merged tensor in the source's dtype, on the CPU."""
+        """Return the merged tensor on the CPU, in the dtype in which it is stored."""
         assert layout is None, "the student is exported as full tensors"
         self.pending.remove(name)
-        parts = trained_parts(name, self.student.changed)
-        if not parts:
-            return self.source.read(name)
-        full, dtype = self._gather(name), self.source.dtype(name)
-        original = full[name] if name in full else self.source.read(name)
-        if parts != [name]:
-            projection = self.student.decoder.get_submodule(name.removesuffix(".weight"))
-            scale = cast(Projection, projection).lora_scale
-            lora_a, lora_b = (full[part] for part in parts[-2:])
-            original = merge_lora(name, original, lora_a, lora_b, scale)
-        return original.to("cpu", dtype)
+        parts, dtype = trained_parts(name, self.student.changed), self.dtype(name)
+        source = self.source.read(name)
+        merged = self._merge(name, parts, source, dtype) if parts else source.to(dtype)
+        if (parts or dtype != source.dtype) and not is_finite(merged):
+            raise UserError(
+                f"{name} holds NaN or infinity as {str(dtype).removeprefix('torch.')}: choose "
+                "another checkpoint.export_dtype, or go back to an older checkpoint and lower "
+                "optimizer.learning_rate"
+            )
+        return merged
+
+    def _merge(
+        self, name: str, parts: list[str], source: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        full = self._gather(name)
+        if parts == [name]:
+            exact = full[name].to("cpu")
+            merged = exact.to(dtype)
+            self._loss.add(source, exact, merged)
+            return merged
+        projection = self.student.decoder.get_submodule(name.removesuffix(".weight"))
+        scale = cast(Projection, projection).lora_scale
+        lora_a, lora_b = (full[part] for part in parts[-2:])
+        # Where an earlier stage changed the weight itself, the pair is added to that.
+        original = full.get(name, source)
+
+        def count(rows: slice, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+            self._loss.add(source[rows], exact, rounded)
+
+        return merge_lora(name, original, lora_a, lora_b, scale, dtype, count).to("cpu")
 
     def _gather(self, name: str) -> dict[str, torch.Tensor]:
         decoder, changed = self.student.decoder, self.student.changed

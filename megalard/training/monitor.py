@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from megalard.files.reading import check_regular
+from megalard.files.writing import cannot_write, replace_text
 from megalard.reporter import Reporter
 from megalard.training.step import StepResult
 
@@ -64,12 +68,15 @@ class Monitor:
         self.peak_flops = peak_flops
         self.last_time, self.last_step = time.perf_counter(), steps_done
         if reporter.is_rank_0:
-            from torch.utils.tensorboard import SummaryWriter
+            from megalard.training.board import Board  # imports much
 
             path = output / "metrics.jsonl"
-            _drop_after(path, steps_done)
-            self.metrics = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=steps_done + 1)
+            try:
+                _drop_after(path, steps_done)
+                self.metrics = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
+                self.board = Board(output / "tensorboard", steps_done + 1)
+            except OSError as error:
+                raise cannot_write(output, error) from None
 
     def restart_clock(self, step: int) -> None:
         """Leave the time since the last report out: it was not spent on steps."""
@@ -105,8 +112,7 @@ class Monitor:
             "skipped": result.skipped,
         }
         self.metrics.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, number)
+        self.board.add(values, number)
         self.reporter.line(self._line(number, result, values, pace, seconds))
         if result.skipped is not None:
             self.reporter.line(f"skipped {result.skipped}")
@@ -147,19 +153,21 @@ class Monitor:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines of steps up to ``step``; later steps are taken again."""
-    if not path.exists():
+    """Keep the lines of steps up to ``step``; later steps are taken again.
+
+    A line that cannot be read is dropped: a killed process may leave half a line.
+    """
+    if not os.path.lexists(path):
         return
+    check_regular(path)
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            break  # a killed process may leave half a line at the end
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+    with open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                text = line.decode()
+                if json.loads(text)["step"] <= step and text.endswith("\n"):
+                    lines.append(text)
+    replace_text(path, "".join(lines))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -19,15 +19,16 @@ from typing import IO
 
 import torch.distributed as dist
 
-from megalard.checkpoint.sharded.manifest import read_manifest
+from megalard.checkpoint.sharded.manifest import check_run, naming_bad_entries, read_manifest
 from megalard.config.file import in_present_spelling
 from megalard.config.schema import Config, to_dict
 from megalard.errors import UserError, shown
 from megalard.files.locks import hold_lock
 from megalard.files.reading import read_json
+from megalard.files.writing import replace_text
 from megalard.parallel.agreement import checked_on_all_ranks, from_rank_0
 from megalard.parallel.mesh import Mesh, is_first_on_node
-from megalard.training.run_folder import checkpoints
+from megalard.training.run_folder import FINISHED, checkpoints
 
 # Settings that a resumed run may change. Models and text are compared by their content, so that
 # they may have moved; a RoPE table is compared by the frequencies that it gives.
@@ -50,7 +51,7 @@ _MAY_CHANGE = (
     "rope.table",
 )
 
-_FINISHED = "finished.json"
+_NOTE = "run.json"
 _HOLDER = "running.json"
 
 
@@ -110,6 +111,20 @@ def open_output(config: Config, mesh: Mesh) -> Iterator[Output]:
         yield output if output.is_new else find_output(config, mesh)
 
 
+def check_is_there(output: Output, mesh: Mesh) -> None:
+    """Refuse to write to an output directory that was removed meanwhile; a collective call.
+
+    Raises:
+        UserError: on every rank.
+    """
+    with checked_on_all_ranks(mesh.world):
+        if mesh.is_rank_0 and not (output.directory / _NOTE).is_file():
+            raise UserError(
+                f"run.output {output.directory} was removed or moved while the run wrote to it: "
+                "put it back, and start the same command again"
+            )
+
+
 @contextmanager
 def emptied_on_error(output: Output, mesh: Mesh) -> Iterator[None]:
     """Empty the output directory of a new run if the block raises a ``UserError``.
@@ -143,7 +158,7 @@ def scratch_folder(mesh: Mesh) -> Iterator[Path]:
 
 
 def _lock(output: Output, config: Config) -> IO[bytes]:
-    note = output.directory / "run.json"
+    note = output.directory / _NOTE
     try:
         output.directory.mkdir(parents=True, exist_ok=True)
         holder = _describe_holder(output.directory)
@@ -171,7 +186,7 @@ def _note_holder(directory: Path) -> None:
         "host": socket.gethostname(),
         "since": datetime.now().isoformat(" ", "seconds"),
     }
-    (directory / _HOLDER).write_text(json.dumps(holder) + "\n")
+    replace_text(directory / _HOLDER, json.dumps(holder) + "\n")
 
 
 def _describe_holder(directory: Path) -> str:
@@ -179,7 +194,7 @@ def _describe_holder(directory: Path) -> str:
     try:
         holder = read_json(directory / _HOLDER)
         place = f"process {holder['process']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError):
         return ""
     return f" ({place})"
 
@@ -200,10 +215,12 @@ def _look(config: Config, directory: Path) -> Output:
                 f"{path} is a whole model and not a checkpoint of a run: move it out of "
                 f"{output.checkpoints}"
             )
-        _compare(manifest.training["config"], to_dict(config), directory)
+        check_run(manifest)
+        with naming_bad_entries(manifest):
+            _compare(manifest.training["config"], to_dict(config), directory)
         return Output(directory, False, path, _is_finished(directory, config))
     # A run that was stopped before its first checkpoint begins again.
-    note = directory / "run.json"
+    note = directory / _NOTE
     not_empty = UserError(f"run.output {directory} is not empty: choose another directory")
     if not note.is_file():
         raise not_empty
@@ -217,16 +234,13 @@ def _look(config: Config, directory: Path) -> Output:
 
 def mark_finished(output: Output, config: Config) -> None:
     """Note in the output directory that this run has finished."""
-    path = output.directory / _FINISHED
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    partial.replace(path)
+    replace_text(output.directory / FINISHED, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def _is_finished(directory: Path, config: Config) -> bool:
     """Whether a run with these very settings has finished, and its student is there."""
     try:
-        finished = in_present_spelling(read_json(directory / _FINISHED))
+        finished = in_present_spelling(read_json(directory / FINISHED))
     except (OSError, ValueError, AttributeError):
         return False
     has_student = (directory / "student" / "config.json").is_file()
@@ -259,6 +273,9 @@ def _compare(saved: dict, current: dict, directory: Path) -> None:
                 f"({', '.join(names) or 'none'}, not {', '.join(now) or 'none'}): choose another "
                 "directory, or set them back to resume that run"
             )
+    for key, section in current.items():
+        if isinstance(section, dict) and not isinstance(saved.get(key, {}), dict):
+            raise ValueError(f"the section {key} of its configuration is {shown(saved[key])}")
     # Settings that the saved run does not have are newer than the run, which had their defaults.
     saved, current = _flat(in_present_spelling(saved)), _flat(current)
     for key in sorted(saved.keys() & current.keys()):

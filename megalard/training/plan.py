@@ -13,13 +13,14 @@ from megalard.data.sampler import check_global_batch
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
 from megalard.distill.objective import reaches_of
 from megalard.errors import UserError
+from megalard.evaluation.measure import length_multiple
 from megalard.model.export_config import export_config
 from megalard.model.rope import rope_table, scaled_config, window_of
 from megalard.model.spec import ModelSpec, spec_from_config
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Mesh
-from megalard.parallel.tensor.layout import check_divisible
+from megalard.parallel.tensor.layout import check_divisible, tensor_parallel_sizes
 from megalard.training.origins import Origins
 
 
@@ -70,7 +71,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         teacher = open_model(config.model.teacher)
         source = open_model(config.model.student) if config.model.student else teacher
         native_window = _native_window(config, teacher)
-        check_divisible(teacher.spec, mesh.tp.size)
+        check_divisible(teacher.spec, mesh.tp.size, _tokens_of_ranks(config, mesh))
         if config.rope.type == "checkpoint":
             window = window_of(source.spec, native_window)
             student_config = export_config(source.spec, window=window)
@@ -118,6 +119,15 @@ def naming_stream(stream: str, config: Config, stage: str = "main") -> Iterator[
         raise type(error)(f"{', '.join(names)}: {error}") from None
 
 
+def _tokens_of_ranks(config: Config, mesh: Mesh) -> list[int]:
+    """Return how many tokens a micro-batch of each stream gives a cp rank."""
+    return [
+        stream.micro_batch * stream.data.context_length // mesh.cp.size
+        for stage in config.all_stages().values()
+        for stream in stage.all_streams().values()
+    ]
+
+
 def _check_stream(stream: StreamConfig, native_window: int, student: ModelSpec, mesh: Mesh) -> None:
     """Refuse a stream that the models cannot read or the ranks cannot share."""
     length, student_window = stream.data.context_length, student.max_positions
@@ -133,9 +143,12 @@ def _check_stream(stream: StreamConfig, native_window: int, student: ModelSpec, 
         )
     rows = stream.micro_batch * SequenceShard(length, mesh.cp).local_length
     if rows % mesh.tp.size:
+        sizes = [size for size in tensor_parallel_sizes(student) if rows % size == 0]
+        multiple = length_multiple(mesh.tp.size, mesh.cp.size)
         raise UserError(
             f"a micro-batch gives each cp rank {rows} tokens, which parallel.tp {mesh.tp.size} "
-            "does not divide: choose a context length that it divides"
+            f"does not divide: use parallel.tp {' or '.join(map(str, sizes))}, or a context length "
+            f"such as {max(length // multiple, 1) * multiple}"
         )
     check_global_batch(stream.global_batch, mesh.dp.size, stream.micro_batch)
     reaches_of(stream.objective, student.num_layers)

@@ -54,12 +54,11 @@ def run_preflight(stages: Sequence[Stage], plan: Plan, scratch: Path, mesh: Mesh
             seconds, losses = _two_steps(distiller, loaders)
         memory = max(memory, *gather_objects(peak_memory_bytes(mesh.device), mesh.world))
         if mesh.is_rank_0:
-            if number == 0:
-                _print_rope(console, rope, student.decoder.rope, plan)
             if len(stages) > 1:
                 console.print(f"stage {stage.name}")
             total_minutes += _print_stage(console, distiller, seconds, losses)
     if mesh.is_rank_0:
+        _print_rope(console, rope, student.decoder.rope, plan)
         if len(stages) > 1:
             console.print(f"all stages: {total_minutes:.1f} minutes")
         console.print(

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
-from megalard.checkpoint.sharded.manifest import Manifest, written_by
-from megalard.checkpoint.sharded.save_load import ShardedWeights
+from megalard.checkpoint.sharded.manifest import Manifest, naming_bad_entries, written_by
+from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.config.schema import Config, to_dict
 from megalard.data.loader import StreamLoaders
 from megalard.data.token_store import TokenStore
@@ -26,10 +26,10 @@ from megalard.training.step import Distiller
 from megalard.training.streams import Stores
 
 
-def open_checkpoint(output: Output, plan: Plan, axis: Axis, reporter: Reporter) -> int:
-    """Return how many steps the output's checkpoint has; 0 for a new run. A collective call.
+def open_checkpoint(output: Output, plan: Plan, axis: Axis, reporter: Reporter) -> tuple[int, int]:
+    """Return the steps of the output's checkpoint, and how many of them were skipped.
 
-    Saves that were not finished are removed.
+    A new run has none. This is a collective call. Saves that were not finished are removed.
 
     Raises:
         UserError: on every rank, if the checkpoint is of another student.
@@ -43,12 +43,14 @@ def open_checkpoint(output: Output, plan: Plan, axis: Axis, reporter: Reporter) 
             reporter.line(
                 f"{output.directory} holds no complete checkpoint: the run begins at the start"
             )
-        return 0
+        return 0, 0
     with checked_on_all_ranks(axis):
         with naming_older_checkpoint(output.checkpoint):
             manifest = ShardedWeights(output.checkpoint).manifest
-        _check_student(manifest, plan.student)
-    return manifest.training["step"]
+        with naming_bad_entries(manifest):
+            _check_student(manifest, plan.student)
+    # Earlier versions did not count the skipped steps.
+    return manifest.training["step"], manifest.training.get("skipped", 0)
 
 
 def restore(
@@ -73,7 +75,8 @@ def restore(
     with checked_on_all_ranks(axis):
         with naming_older_checkpoint(output.checkpoint):
             weights = ShardedWeights(output.checkpoint)
-        _check_data(weights.manifest, stages, stores)
+        with naming_bad_entries(weights.manifest):
+            _check_data(weights.manifest, stages, stores)
 
     def check() -> None:
         with naming_older_checkpoint(output.checkpoint):
@@ -137,6 +140,7 @@ def describe_run(
     loaders: Mapping[str, StreamLoaders],
     stages: Sequence[Stage],
     step: int,
+    skipped: int,
 ) -> dict:
     """Return the manifest's sections after ``step`` steps, except those of the models.
 
@@ -144,6 +148,7 @@ def describe_run(
         config: the configuration of the run.
         stage: the stage of the step.
         loaders: the loaders of each stage, by its name.
+        skipped: how many of the steps changed nothing.
     """
     student = distiller.student
     layouts, trainable = student.decoder.layouts, stage.config.trainable
@@ -169,6 +174,7 @@ def describe_run(
         },
         "training": {
             "step": step,
+            "skipped": skipped,
             "stage": stage.name,
             "seed": config.run.seed,
             "data": data,

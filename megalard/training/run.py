@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
+
+import torch
 
 from megalard.checkpoint.sharded.save_load import checkpoint_axis
 from megalard.config.schema import Config
 from megalard.distill.student import Student
+from megalard.errors import UserError
 from megalard.model.decoder import Decoder
+from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import Mesh
 from megalard.reporter import Reporter
 from megalard.training.evaluator import Evaluator
@@ -18,7 +21,7 @@ from megalard.training.flops import peak_flops, step_flops
 from megalard.training.holdout import split_holdout
 from megalard.training.models import load_models, load_teacher, next_student, student_to_restore
 from megalard.training.monitor import Monitor, Pace
-from megalard.training.output import Output, emptied_on_error, mark_finished
+from megalard.training.output import Output, check_is_there, emptied_on_error, mark_finished
 from megalard.training.plan import Plan
 from megalard.training.resume import describe_run, open_checkpoint, restore
 from megalard.training.saver import Saver
@@ -41,6 +44,7 @@ class Run:
         evaluator: what is measured before, between and after the stages.
         reporter: prints on rank 0.
         steps_done: the number of steps taken, over all stages.
+        steps_skipped: how many of them changed nothing.
         monitor, saver: what reports and saves the steps, after ``resume``.
     """
 
@@ -51,7 +55,7 @@ class Run:
 
     def __init__(self, config: Config, plan: Plan, output: Output, mesh: Mesh):
         self.config, self.plan, self.output, self.mesh = config, plan, output, mesh
-        self.stages, self.steps_done = stages_of(config), 0
+        self.stages, self.steps_done, self.steps_skipped = stages_of(config), 0, 0
         self.reporter = Reporter(mesh.is_rank_0)
         is_resumed = output.checkpoint is not None
         self.teacher: Decoder | None
@@ -85,7 +89,8 @@ class Run:
         """
         config, plan, mesh = self.config, self.plan, self.mesh
         axis = checkpoint_axis(mesh)
-        self.steps_done = open_checkpoint(self.output, plan, axis, self.reporter)
+        progress = open_checkpoint(self.output, plan, axis, self.reporter)
+        self.steps_done, self.steps_skipped = progress
         number = stage_after(self.stages, self.steps_done)
         self.evaluator.resume([_after(stage) for stage in self.stages[:number]])
         self.student = student_to_restore(self.student, self.stages, number, plan, mesh)
@@ -149,6 +154,7 @@ class Run:
         batches = self._loaders[stage.name].step(place, self.mesh.device)
         result = self.distiller.step(batches, place)
         self.steps_done = number
+        self.steps_skipped += result.skipped is not None
         self.monitor.report(number, result)
         return result
 
@@ -158,6 +164,7 @@ class Run:
         if has_failed:
             self.saver.wait()
         if signal_name or self.saver.is_due(number):
+            check_is_there(self.output, self.mesh)
             self.saver.save(number)
         if signal_name:
             self.saver.wait()
@@ -186,7 +193,16 @@ class Run:
         )
 
     def export_student(self, stop: StopSignals) -> bool:
-        """Export the restored student; return whether a signal asks to stop here."""
+        """Export the restored student; return whether a signal asks to stop here.
+
+        Raises:
+            UserError: no step has changed the student.
+        """
+        if self.steps_skipped == self.steps_done:
+            raise UserError(
+                f"all {self.steps_done} steps were skipped, so the student is as it was: lower "
+                "optimizer.learning_rate, set model.compute_dtype float32, or look at the text"
+            )
         self._export("student")
         signal_name, _ = stop.agreed(self.mesh, False)
         if signal_name:
@@ -207,9 +223,13 @@ class Run:
         self.evaluator.after(self.teacher, self.student.decoder, self._tokens_done())
 
     def finish(self) -> None:
-        """Note that the run is complete, so that the same command does nothing more."""
-        if self.mesh.is_rank_0:
-            mark_finished(self.output, self.config)
+        """Note that the run is complete, so that the same command does nothing more.
+
+        This is a collective call: no rank ends while rank 0 still writes.
+        """
+        with checked_on_all_ranks(self.mesh.world):
+            if self.mesh.is_rank_0:
+                mark_finished(self.output, self.config)
 
     def _make_distiller(self, stage: Stage) -> None:
         if not needs_teacher(self.stages[self.stages.index(stage) :]):
@@ -220,8 +240,7 @@ class Run:
     def _save_stage(self, stage: Stage) -> None:
         self.saver.begin_stage(
             self.distiller,
-            partial(
-                describe_run,
+            lambda step: describe_run(
                 self.config,
                 stage,
                 self.distiller,
@@ -229,6 +248,8 @@ class Run:
                 self._stores,
                 self._loaders,
                 self.stages,
+                step,
+                self.steps_skipped,
             ),
         )
 
@@ -251,14 +272,22 @@ class Run:
 
     def _export(self, name: str) -> None:
         plan, directory = self.plan, Path(self.output.directory / name)
-        save_student(
+        check_is_there(self.output, self.mesh)
+        chosen = self.config.checkpoint.export_dtype
+        loss = save_student(
             directory,
             self.student,
             plan.source.weights,
             plan.student_config,
             plan.companions,
             self.mesh,
+            None if chosen == "source" else getattr(torch, chosen),
         )
+        if loss.lost:
+            self.reporter.line(
+                f"{directory}: rounding took {loss.share:.1%} of the {loss.changed:,} changed "
+                "weights back to what they were; checkpoint.export_dtype float32 keeps them"
+            )
 
 
 def _after(stage: Stage) -> str:

@@ -10,6 +10,8 @@ import re
 import shutil
 from pathlib import Path
 
+# The settings of a run that has finished, in its output directory.
+FINISHED = "finished.json"
 _COMPLETE = re.compile(r"step-(\d+)")
 _UNFINISHED = re.compile(r"step-\d+\.(partial|removed)")
 _REMOVED = ".removed"
@@ -34,6 +36,11 @@ def unfinished(folder: Path) -> list[Path]:
         return []
     paths = (path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name))
     return sorted(path for path in paths if path.is_dir())
+
+
+def has_finished(directory: Path) -> bool:
+    """Whether a run has finished in its output directory, with whatever settings."""
+    return (directory / FINISHED).is_file() and (directory / "student").is_dir()
 
 
 def discard(path: Path) -> None:

@@ -156,6 +156,9 @@ class Saver:
                 )
 
     def __enter__(self) -> Saver:
+        # A process that was killed after its last save has not removed the checkpoint before.
+        if self.axis.rank == 0:
+            self._prune()
         return self
 
     def __exit__(self, kind, error, trace) -> None:

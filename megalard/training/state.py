@@ -6,12 +6,11 @@ blocks that a step reads, and the dropout masks of LoRA are pure functions of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from megalard.checkpoint.sharded.save_load import ShardedWeights, as_dtensor, load_sharded
-from megalard.errors import UserError
+from megalard.checkpoint.sharded.read import ShardedWeights
+from megalard.checkpoint.sharded.save_load import as_dtensor, load_sharded
+from megalard.errors import UserError, shown
 from megalard.model.layout import Layout
 from megalard.parallel.mesh import Axis
 from megalard.training.step import Distiller
@@ -68,6 +67,7 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
     Raises:
         UserError: on every rank, if a tensor is missing, has another shape or cannot be read.
     """
+    _check_optimizer(distiller.optimizer, weights)
     layouts, trained = distiller.student.decoder.layouts, distiller.student.trained
     saved, mesh = weights.manifest.tensors, distiller.mesh
     changed = distiller.student.changed
@@ -80,46 +80,55 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
     tensors = {name: as_dtensor(p.detach(), layouts[name], mesh) for name, p in changed.items()}
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for number, (name, parameter) in enumerate(trained.items()):
-        for key in _optimizer_keys(saved, name):
+        for key in _optimizer_keys(distiller.optimizer):
             full_name = f"optimizer.{key}.{name}"
-            if weights.shape(full_name) == layouts[name].full_shape:
+            if key == "step":
+                value = tensors[full_name] = torch.zeros((), dtype=torch.float32)
+            else:
                 value = torch.zeros_like(parameter, requires_grad=False)
                 tensors[full_name] = as_dtensor(value, layouts[name], mesh)
-            else:
-                value = torch.zeros(weights.shape(full_name), dtype=weights.dtype(full_name))
-                tensors[full_name] = value
             moments.setdefault(number, {})[key] = value
     generators = {}
+    has_same_ranks = weights.manifest.body["written_by"]["ranks"] == mesh.world.size
     for device_type in ("cpu", "cuda"):
         name = _rng_name(device_type, mesh.world.rank)
-        has_same_ranks = weights.manifest.body["written_by"]["ranks"] == mesh.world.size
         if has_same_ranks and name in saved and device_type in ("cpu", mesh.device.type):
-            value = torch.zeros(weights.shape(name), dtype=torch.uint8)
-            generators[device_type] = tensors[name] = value
+            is_cpu = device_type == "cpu"
+            now = torch.get_rng_state() if is_cpu else torch.cuda.get_rng_state(mesh.device)
+            generators[device_type] = tensors[name] = torch.zeros_like(now, device="cpu")
     load_sharded(weights, tensors, axis)
     distiller.student.use_carried()
 
-    saved_class = weights.manifest.training["optimizer"].get("class")
-    current_class = type(distiller.optimizer).__name__
-    if saved_class not in (None, current_class):
-        raise UserError(
-            f"checkpoint {weights.directory} was written with the optimizer {saved_class} but "
-            f"this run has {current_class}: resume where the same optimizer package is installed"
-        )
-    groups = weights.manifest.training["optimizer"]["groups"]
+    # The settings are those of the configuration, which is the saved one. apex counts its steps
+    # among them.
+    (group,) = optimizer_settings(distiller.optimizer)
+    count = weights.manifest.training["optimizer"]["groups"][0].get("step")
+    if type(count) is int:
+        group["step"] = count
+    group["params"] = list(range(len(trained)))
     # The optimizer moves each tensor to the device that it needs.
-    distiller.optimizer.load_state_dict(
-        {"state": moments, "param_groups": [{**groups[0], "params": list(range(len(trained)))}]}
-    )
+    distiller.optimizer.load_state_dict({"state": moments, "param_groups": [group]})
     if "cpu" in generators:
         torch.set_rng_state(generators["cpu"])
     if "cuda" in generators:
         torch.cuda.set_rng_state(generators["cuda"], mesh.device)
 
 
-def _optimizer_keys(saved: Mapping[str, dict], name: str) -> list[str]:
-    """Return which tensors of the optimizer were saved for a parameter."""
-    return [key for key in ("exp_avg", "exp_avg_sq", "step") if f"optimizer.{key}.{name}" in saved]
+def _check_optimizer(optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> None:
+    saved_class = weights.manifest.training["optimizer"].get("class")
+    current_class = type(optimizer).__name__
+    if saved_class not in (None, current_class):
+        raise UserError(
+            f"checkpoint {weights.directory} was written with the optimizer {shown(saved_class)} "
+            f"but this run has {current_class}: resume where the same optimizer package is "
+            "installed"
+        )
+
+
+def _optimizer_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Return which tensors an optimizer keeps for each parameter; apex's counts steps elsewhere."""
+    moments = ("exp_avg", "exp_avg_sq")
+    return (*moments, "step") if isinstance(optimizer, torch.optim.AdamW) else moments
 
 
 def _rng_name(device_type: str, rank: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.command_line import megalard
 from tests.conversions import to_adapter, to_sharded
 from tests.jobs import arguments, flip_bit, make_job, train
 from tests.models import change_config, make_model
+from tests.processes import finished
 from tests.ranks import run_ranks
 
 SAVE = ("checkpoint.save_every=1", "optimizer.steps=2", "optimizer.warmup_steps=1")
@@ -131,9 +133,12 @@ def test_exports_of_a_run_are_not_taken_for_checkpoints(job, tmp_path, capsys):
     train(arguments(job, tmp_path / "run", *SAVE, *never))
     capsys.readouterr()
     assert (tmp_path / "run" / "step-000001" / "model.safetensors").exists()
-    assert inspect(tmp_path / "run") == 1
+    assert inspect(tmp_path / "run") == 0
     printed = capsys.readouterr().out
-    assert "complete checkpoints" not in printed and "NOT USABLE" in printed
+    assert "complete checkpoints" not in printed and printed.startswith(f"{tmp_path}/run/student\n")
+    (tmp_path / "run" / "finished.json").unlink()
+    assert inspect(tmp_path / "run") == 1
+    assert "NOT USABLE" in capsys.readouterr().out
     assert inspect(tmp_path / "run" / "step-000001") == 0
 
 
@@ -202,3 +207,25 @@ def test_a_sharded_copy_of_a_run_s_student_has_no_base(job, tmp_path, capsys):
     to_sharded(job / "run" / "student", tmp_path / "sharded")
     assert inspect(tmp_path / "sharded") == 0
     assert "base files" not in capsys.readouterr().out
+
+
+def test_a_finished_run_without_checkpoints_is_described(job, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(arguments(job, run, "checkpoint.save_every=0", "optimizer.steps=1"))
+    capsys.readouterr()
+    assert inspect(run) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{run / 'student'}\n")
+    assert "run          it has finished, and keeps no checkpoint" in printed
+    assert "a Hugging Face model" in printed
+    (run / "student" / "model.safetensors").unlink()
+    assert inspect(run) == 1
+    assert "NOT USABLE" in capsys.readouterr().out
+
+
+def test_a_name_that_is_not_utf_8_is_escaped(folder, tmp_path):
+    """On the terminal, whose encoding does not have it."""
+    copy = shutil.copytree(folder / "hf", os.fsdecode(bytes(tmp_path) + b"/out\xff\n"))
+    done = finished([sys.executable, "-m", "megalard", "inspect", copy])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"{tmp_path}/out\\udcff\\n"

@@ -192,3 +192,23 @@ def test_long_values_are_shortened_in_messages():
     assert len(refusal("--optimizer.steps", "x" * 10**6)) < 300
     assert len(refusal("--optimizer.steps", "9" * 4000)) < 300
     assert len(refusal(f"--{'k' * 10**5}", "1")) < 400
+
+
+def test_words_after_a_key_are_a_list():
+    config = load("--evaluation.lengths", "192", "768", "--objective.layers", "0", "3")
+    assert config.evaluation.lengths == [192, 768] and config.objective.layers == [0, 3]
+    assert load("--data.paths", "a b", "c").data.paths == ["a b", "c"]
+    # Only where the key holds a list, and the value is a word of its own.
+    assert "expected --section.key value, got '4'" in refusal("--run.seed", "3", "4")
+    assert "expected --section.key value, got '4'" in refusal("--objective.layers=3", "4")
+    assert "expected --section.key value, got '4'" in refusal("--run.seed=3", "4")
+
+
+@pytest.mark.parametrize("lengths", [("[4K, 2k, 7]",), ("4K", "2K", "7")])
+def test_numbers_of_tokens_have_a_unit(lengths, write):
+    config = load("--evaluation.lengths", *lengths, "--data.context_length=8k")
+    assert config.evaluation.lengths == [4096, 2048, 7] and config.data.context_length == 8192
+    assert load(path=write("evaluation: {max_tokens: 64K}")).evaluation.max_tokens == 65536
+    # Other numbers have none.
+    assert "optimizer.steps must be of type int, got '2K'" in refusal("--optimizer.steps=2K")
+    assert "data.context_length must be of type int" in refusal("--data.context_length=4.5K")

@@ -49,7 +49,7 @@ DAMAGE = {
     "truncated": (lambda s: write(s, "tokens.bin", b"\0" * 6), "truncated: tokens.bin has 6 bytes"),
     "longer": (lambda s: write(s, "tokens.bin", b"\0" * 60), "60 bytes where"),
     "no tokens": (lambda s: remove(s, "tokens.bin"), "is damaged"),
-    "no offsets": (lambda s: remove(s, "documents.npy"), "is damaged"),
+    "no offsets": (lambda s: remove(s, "documents.npy"), "documents.npy cannot be read"),
     "bad offsets": (lambda s: write(s, "documents.npy", b"junk"), "is damaged"),
     "empty offsets": (lambda s: write(s, "documents.npy", b""), "is damaged"),
     "pickle": (lambda s: save_documents(s, np.array([{}, 3], object)), "is damaged"),

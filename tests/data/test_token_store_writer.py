@@ -12,6 +12,7 @@ from megalard.data.boundaries import Boundaries
 from megalard.data.token_store import TokenStore
 from megalard.data.token_store_writer import build_store
 from megalard.errors import UserError
+from megalard.files import temporary_folders
 from tests.command_line import user_error
 from tests.data.documents import store_of
 from tests.small_tokenizers import EOS, make_byte_tokenizer
@@ -117,6 +118,7 @@ def test_an_output_with_something_else_is_left_alone(tmp_path, text_file, byte_t
 def test_an_empty_output_directory_is_filled(tmp_path, text_file, byte_tokenizer):
     (tmp_path / "store").mkdir()
     assert len(build_store([text_file], byte_tokenizer, tmp_path / "store").tokens) == 10
+    assert not list(tmp_path.glob(".store.partial-*"))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_a_killed_write_does_not_look_like_a_store(
 
     with monkeypatch.context() as patch:
         patch.setattr(token_store_writer, "_move_into_place", killed)
-        patch.setattr(token_store_writer.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(temporary_folders.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(SystemExit):
             build_store([text_file], byte_tokenizer, tmp_path / "store")
     assert len(list(tmp_path.glob(".store.partial-*"))) == 1

@@ -127,9 +127,21 @@ def test_the_new_name_is_on_the_disk_before_the_old_directory_is_removed(tmp_pat
     write(AtomicFolder(tmp_path / "out"), "old")
     calls = killed_at(100, monkeypatch)
     write(AtomicFolder(tmp_path / "out", replace=True), "new")
-    # The old name moves away, the new name appears, the parent is synced, the mark goes.
-    last = ["sync_directory", "touch", "rename", "rename", "sync_directory", "unlink", "rmtree"]
-    assert calls[-7:] == last
+    last = {name: len(calls) - 1 - calls[::-1].index(name) for name in calls}
+    assert last["rename"] < last["sync_directory"] < last["rmtree"]
+    removals = [number for number, name in enumerate(calls) if name == "rmtree"]
+    assert min(removals) > last["sync_directory"]
+
+
+def test_what_a_kill_left_of_a_replaced_directory_is_removed(tmp_path):
+    """The mark is the last file that is removed, and an empty directory needs none."""
+    write(AtomicFolder(tmp_path / "out"), "new")
+    for name, files in (("out.old-00000001", [".unfinished", "content"]), ("out.old-00000002", [])):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    write(AtomicFolder(tmp_path / "out", replace=True), "newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_directories_of_somebody_else_are_left_alone(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megalard.checkpoint.sharded.save_load import ShardedWeights
+from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.train import main
 from megalard.training.run_folder import checkpoint_path, checkpoints, discard, unfinished
 from tests.command_line import refusal

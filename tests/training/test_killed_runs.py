@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from megalard.checkpoint.sharded.manifest import MANIFEST
+from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.checkpoint.sharded.save_load import (
-    ShardedWeights,
     as_dtensor,
     checkpoint_axis,
     save_sharded,

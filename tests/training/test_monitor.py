@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import resource
 import time
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from megalard.reporter import Reporter
 from megalard.training.monitor import Monitor, Pace
 from megalard.training.step import StepResult
+from tests.command_line import user_error
 
 # Four steps of 100 tokens and 1000 operations, then six of 50 tokens and 4000 operations.
 PACES = [Pace("short", 4, 100, 1000.0), Pace("long", 10, 50, 4000.0)]
@@ -135,6 +138,42 @@ def test_lines_of_steps_that_are_taken_again_are_removed(make, clock, tmp_path):
     monitor.report(3, result())
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
     assert "loss" not in lines_of(tmp_path)[1] and lines_of(tmp_path)[2]["loss"] == 2.0
+
+
+@pytest.mark.parametrize("bad", [b"\xff\n", b"[" * 100_000 + b"\n", b"3\n", b"{}\n", b"\n"])
+def test_a_line_that_cannot_be_read_is_dropped(bad, make, clock, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + bad + b'{"step": 2}\n')
+    monitor = make(steps_done=2)
+    clock[0] = 1.0
+    monitor.report(3, result())
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "link loop", "board"])
+def test_what_is_in_the_way_of_the_files_is_named(kind, make, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link loop":
+        path.symlink_to(path)
+    else:
+        (tmp_path / "tensorboard").touch()
+    sentence = user_error(make, steps_done=2)
+    assert str(tmp_path / "tensorboard" if kind == "board" else path) in sentence
+
+
+def test_too_few_open_files_are_named(make, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    make()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, limits[1]))
+    try:
+        sentence = user_error(make, steps_done=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert f"cannot write {tmp_path}: Too many open files" in sentence
 
 
 def test_other_ranks_write_nothing(make, tmp_path, capsys):

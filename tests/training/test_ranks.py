@@ -25,7 +25,7 @@ CASES = {
     "three heads": (
         ["model.teacher={job}/three-heads"],
         "parallel.tp 2 does not divide the model (3 heads, 3 K/V heads, intermediate size 48): "
-        "use one of 1, 3",
+        "use one of 1",
     ),
     "intermediate size not divisible": (
         ["model.teacher={job}/indivisible"],
@@ -34,7 +34,7 @@ CASES = {
     ),
     "rows not divisible": (
         ["data.context_length=31", "optimizer.micro_batch=1"],
-        "choose a context length",
+        "or a context length such as 30",
     ),
     "evaluation not divisible": (
         ["evaluation.lengths=[9]"],

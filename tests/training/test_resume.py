@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from megalard.checkpoint.sharded.manifest import read_manifest
 from megalard.data.token_store import TokenStore
 from megalard.training.run_folder import checkpoint_path
+from tests.checkpoint.sharded.damage import rewrite_manifest
 from tests.command_line import refusal
 from tests.jobs import (
     BATCH,
@@ -192,3 +193,63 @@ def test_the_manifest_describes_the_run(job):
     assert training["optimizer"]["class"] == "AdamW"
     assert training["optimizer"]["groups"][0]["betas"] == [0.9, 0.95]
     assert training["config"]["rope"]["factor"] == 4
+
+
+def _remove(*path: str):
+    def change(body: dict) -> None:
+        for key in path[:-1]:
+            body = body[key]
+        del body[path[-1]]
+
+    return change
+
+
+def _set(value: object, *path: str):
+    def change(body: dict) -> None:
+        for key in path[:-1]:
+            body = body[key]
+        body[path[-1]] = value
+
+    return change
+
+
+Q = "model.layers.0.self_attn.q_proj.lora_A"
+SIGNED = {
+    **{
+        f"no {key}": (_remove("training", key), "manifest.json")
+        for key in ("step", "data", "optimizer", "config")
+    },
+    "no position": (_remove("training", "data", "main"), "it has no 'main'"),
+    "a number for the configuration": (_set(3, "training", "config"), "training.config is 3"),
+    "a list for a section": (_set([], "training", "config", "optimizer"), "manifest.json"),
+    "no ranks": (_remove("written_by", "ranks"), "it has no 'ranks'"),
+    "no groups": (_set([], "training", "optimizer", "groups"), "manifest.json"),
+    "no count": (_remove("tensors", f"optimizer.step.{Q}"), f"no tensor optimizer.step.{Q}"),
+    "no moment": (_remove("tensors", f"optimizer.exp_avg.{Q}"), f"no tensor optimizer.exp_avg.{Q}"),
+    "another generator": (
+        _set({"dtype": "U8", "shape": [0], "chunks": []}, "tensors", "rng.cpu.00000"),
+        "tensor rng.cpu.00000",
+    ),
+    "no config": (_set({}, "config"), "has no model_type"),
+    "a number for a base": (_set(64, "base"), "manifest.json"),
+}
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_a_manifest_that_lacks_an_entry_is_refused_though_it_is_signed(kind, job, tmp_path, capsys):
+    change, sentence = SIGNED[kind]
+    output = interrupted(job / "one", tmp_path / "output")
+    rewrite_manifest(checkpoint_path(output / "checkpoints", 4), change)
+    assert sentence in refusal(capsys, "train", *arguments(job, output, *SAVE))
+
+
+def test_the_settings_of_the_optimizer_are_those_of_the_configuration(job, tmp_path):
+    """Words in their place in a manifest would fail in the first step."""
+    output = interrupted(job / "one", tmp_path / "output")
+    checkpoint = checkpoint_path(output / "checkpoints", 4)
+    settings = {"betas": "x", "lr": None, "eps": []}
+    rewrite_manifest(
+        checkpoint, lambda body: body["training"]["optimizer"]["groups"][0].update(settings)
+    )
+    train(arguments(job, output, *SAVE))
+    assert losses(output) == losses(job / "one")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megalard import cli
-from megalard.checkpoint.sharded.save_load import ShardedWeights
+from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.training import saver
 from megalard.training.run_folder import checkpoint_path
 from tests.jobs import STEPS, arguments, interrupted, losses, make_job

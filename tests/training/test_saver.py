@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalard.checkpoint.sharded.save_load import ShardedWeights
+from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.config.schema import CheckpointConfig
 from megalard.errors import UserError
+from megalard.parallel.mesh import SINGLE
 from megalard.training import run as run_module
 from megalard.training import saver as saver_module
 from megalard.training.run_folder import checkpoint_path, checkpoints
@@ -51,6 +53,15 @@ def test_checkpoints_are_saved_and_kept_as_configured(settings, kept, job, tmp_p
     options = [f"checkpoint.{setting}" for setting in settings.split()]
     train(arguments(job, tmp_path / "output", *options))
     assert saved_steps(tmp_path / "output") == kept
+
+
+def test_a_checkpoint_beyond_those_to_keep_is_removed_by_the_next_start(job, tmp_path):
+    """A process that is killed between a save and the removal leaves one."""
+    output = shutil.copytree(job / "one", tmp_path / "output")
+    (output / "finished.json").unlink()
+    assert saved_steps(output) == [2, 4, 6, 8]
+    train(arguments(job, output, "checkpoint.save_every=2", "checkpoint.keep_last=3"))
+    assert saved_steps(output) == [4, 6, 8]
 
 
 def test_training_continues_while_a_checkpoint_is_written(job, tmp_path, monkeypatch):
@@ -107,7 +118,7 @@ def test_a_failed_save_in_the_background_ends_the_run_at_the_next_step(
 
 def make_saver(folder: Path, resumed_step: int = 0, **settings) -> Saver:
     """Return the saver of an unreal run of 10 steps."""
-    return Saver(folder, 10, None, (), CheckpointConfig(**settings), None, {}, resumed_step)
+    return Saver(folder, 10, None, (), CheckpointConfig(**settings), SINGLE, {}, resumed_step)
 
 
 @pytest.mark.parametrize(

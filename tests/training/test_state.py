@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalard.checkpoint.sharded.save_load import ShardedWeights, save_sharded
+from megalard.checkpoint.sharded.read import ShardedWeights
+from megalard.checkpoint.sharded.save_load import save_sharded
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.errors import UserError
 from megalard.parallel.mesh import SINGLE
@@ -116,7 +117,7 @@ def test_another_optimizer_is_refused(make, tmp_path):
     weights = save(distiller, tmp_path / "checkpoint")
     other, _ = make()
     other.optimizer = torch.optim.SGD(other.student.trained.values(), lr=1.0)
-    with pytest.raises(UserError, match="with the optimizer AdamW but this run has SGD: resume"):
+    with pytest.raises(UserError, match="with the optimizer 'AdamW' but this run has SGD: resume"):
         restore_state(other, weights, SINGLE)
 
 

@@ -42,7 +42,8 @@ def run(work: str, shape: str, directory: Path) -> None:
 
     from megalard.checkpoint.huggingface import write_huggingface
     from megalard.checkpoint.sharded.manifest import written_by
-    from megalard.checkpoint.sharded.save_load import ShardedWeights, load_sharded, save_sharded
+    from megalard.checkpoint.sharded.read import ShardedWeights
+    from megalard.checkpoint.sharded.save_load import load_sharded, save_sharded
     from megalard.checkpoint.write_options import WriteOptions
     from megalard.parallel.agreement import checked_meanwhile
     from megalard.parallel.mesh import SINGLE, build_mesh

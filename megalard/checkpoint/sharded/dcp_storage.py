@@ -37,7 +37,14 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megalard.checkpoint.sharded.manifest import ID_KEY, Manifest, identity, write_manifest
+from megalard.checkpoint.sharded.manifest import (
+    ID_KEY,
+    STATE_PREFIXES,
+    Box,
+    Manifest,
+    identity,
+    write_manifest,
+)
 from megalard.checkpoint.write_options import WriteOptions, split_by_size
 from megalard.files.atomic_folder import AtomicFolder
 from megalard.files.safetensors import (
@@ -51,9 +58,6 @@ from megalard.files.safetensors import (
 from megalard.files.writing import file_sha256
 
 SHARDING_KEY, OFFSETS_KEY = "DCP_SHARDING_INFO", "saved_offsets"
-STATE_PREFIXES = ("optimizer.", "rng.")
-
-Box = tuple[int, ...]
 
 
 def _completed(value) -> Future:

@@ -12,6 +12,8 @@ import json
 import math
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -25,6 +27,9 @@ from megalard.parallel.mesh import Mesh
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "megalard checkpoint", 2
 ID_KEY = "megalard_checkpoint"
+# What the tensors of a run's checkpoint that are not weights begin with.
+STATE_PREFIXES = ("optimizer.", "rng.")
+Box = tuple[int, ...]
 _SECTIONS = ("kind", "config", "base", "trained", "training", "written_by", "tensors", "files")
 
 
@@ -168,6 +173,33 @@ def read_manifest(directory: str | Path) -> Manifest:
     return manifest
 
 
+@contextmanager
+def naming_bad_entries(manifest: Manifest) -> Iterator[None]:
+    """Raise an error about the manifest if the block meets an entry that is missing or wrong."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise incomplete(manifest, error) from None
+
+
+def check_run(manifest: Manifest) -> None:
+    """Refuse a run's checkpoint without the entries that a run is resumed from.
+
+    Raises:
+        UserError: naming the first such entry.
+    """
+    training, writer = manifest.body["training"], manifest.body["written_by"]
+    places: list[tuple[str, dict, str, type]]
+    places = [("training", training, key, dict) for key in ("data", "optimizer", "config")]
+    places += [("training", training, "step", int), ("written_by", writer, "ranks", int)]
+    with naming_bad_entries(manifest):
+        for section, content, key, kind in places:
+            if type(content[key]) is not kind:
+                raise ValueError(f"{section}.{key} is {shown(content[key])}")
+        if type(training["optimizer"]["groups"][0]) is not dict:
+            raise ValueError("training.optimizer has no groups")
+
+
 def incomplete(manifest: Manifest, error: Exception) -> UserError:
     """Return the error about a manifest in which an entry is missing or wrong."""
     reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
@@ -185,6 +217,10 @@ def _check_kind(manifest: Manifest) -> None:
     for section in sections:
         if not isinstance(manifest.body[section], dict):
             raise ValueError(f"its section {section} is not a JSON object")
+    if manifest.kind == "model" and any(
+        manifest.body.get(section) is not None for section in ("base", "teacher", "training")
+    ):
+        raise ValueError("a whole model has no base, teacher or training")
     if manifest.kind == "training":
         for note in filter(None, (manifest.base, manifest.teacher)):
             Path(note["path"])

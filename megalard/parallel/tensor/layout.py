@@ -7,6 +7,8 @@ computes only a part of the slice's gradient, so the gradient has to be summed o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from megalard.errors import UserError
 from megalard.model.layout import Layout, full_layout
 from megalard.model.names import (
@@ -20,24 +22,35 @@ from megalard.model.names import (
 from megalard.model.spec import ModelSpec
 
 
-def check_divisible(spec: ModelSpec, tp: int) -> None:
+def check_divisible(spec: ModelSpec, tp: int, tokens: Iterable[int] = ()) -> None:
     """Refuse a tp size that the model cannot be split by.
+
+    Args:
+        tokens: numbers of tokens that the recommended sizes divide too.
 
     Raises:
         UserError: naming the size and the sizes that work.
     """
-    heads, kv_heads, intermediate = spec.num_heads, spec.num_kv_heads, spec.intermediate_size
-
-    def fits(size: int) -> bool:
-        kv_fit = kv_heads % size == 0 or size % kv_heads == 0
-        return heads % size == 0 and intermediate % size == 0 and kv_fit
-
-    if not fits(tp):
-        sizes = [size for size in range(1, heads + 1) if fits(size)]
+    sizes = tensor_parallel_sizes(spec)
+    if tp not in sizes:
+        sizes = [size for size in sizes if all(count % size == 0 for count in tokens)]
         raise UserError(
-            f"parallel.tp {tp} does not divide the model ({heads} heads, {kv_heads} K/V heads, "
-            f"intermediate size {intermediate}): use one of {', '.join(map(str, sizes))}"
+            f"parallel.tp {tp} does not divide the model ({spec.num_heads} heads, "
+            f"{spec.num_kv_heads} K/V heads, intermediate size {spec.intermediate_size}): use one "
+            f"of {', '.join(map(str, sizes))}"
         )
+
+
+def tensor_parallel_sizes(spec: ModelSpec) -> list[int]:
+    """Return the tp sizes that a model can be split by."""
+    heads, kv_heads, intermediate = spec.num_heads, spec.num_kv_heads, spec.intermediate_size
+    return [
+        size
+        for size in range(1, heads + 1)
+        if heads % size == 0
+        and intermediate % size == 0
+        and (kv_heads % size == 0 or size % kv_heads == 0)
+    ]
 
 
 def kv_replicas(spec: ModelSpec, tp: int) -> int:

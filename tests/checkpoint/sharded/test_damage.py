@@ -11,7 +11,7 @@ import pytest
 from megalard.checkpoint.sharded.manifest import MANIFEST
 from tests.checkpoint.sharded.damage import another_version, flip
 from tests.command_line import user_error
-from tests.conversions import shard_models, to_hugging_face
+from tests.conversions import shard_models, to_hugging_face, to_sharded
 from tests.models import make_model
 from tests.ranks import run_ranks
 
@@ -76,3 +76,11 @@ def test_a_manifest_of_another_version_is_refused(copy, tmp_path):
     expected = another_version(copy)
     sentence = refused_export(copy, tmp_path / "out")
     assert expected in sentence and sentence.endswith("use the megalard that wrote it")
+
+
+def test_shards_without_a_manifest_are_no_hugging_face_model(sharded, tmp_path):
+    """One rank's shards hold whole tensors, whose checksums nobody would compare."""
+    to_sharded(sharded / "a", tmp_path / "whole")
+    (tmp_path / "whole" / MANIFEST).unlink()
+    sentence = refused_export(tmp_path / "whole", tmp_path / "out")
+    assert "is part of a sharded checkpoint" in sentence and f"has no {MANIFEST}" in sentence

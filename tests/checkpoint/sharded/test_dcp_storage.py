@@ -17,8 +17,8 @@ from megalard.checkpoint.sharded.dcp_storage import (
     ShardWriter,
 )
 from megalard.checkpoint.sharded.manifest import ID_KEY, identity, read_manifest
+from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.checkpoint.sharded.save_load import (
-    ShardedWeights,
     as_dtensor,
     checkpoint_axis,
     save_sharded,

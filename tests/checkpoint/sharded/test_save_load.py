@@ -15,8 +15,8 @@ from megalard.checkpoint.companions import Companion
 from megalard.checkpoint.convert import weight_layouts
 from megalard.checkpoint.open import open_model
 from megalard.checkpoint.sharded.manifest import read_manifest
+from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.checkpoint.sharded.save_load import (
-    ShardedWeights,
     as_dtensor,
     checkpoint_axis,
     load_sharded,
