@@ -9,7 +9,7 @@ The authors divide all three relations by the number of query heads, so ours hav
 Hkv/Hq and Hkv/Hq.
 
 Then the time of one micro-step (forward, backward and update) of --shape, with LoRA on q, k and v
-and activation checkpointing in both, which --plot draws. Needs a GPU and the package peft. At the
+and activation checkpointing in both, which tools.bench.authors_plot draws. Needs a GPU and the package peft. At the
 default shape the authors' step takes some 25 s on an H200.
 """
 
@@ -57,9 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
     command_line.add_device(parser)
     command_line.add_repeats(parser, 3)
     command_line.add_json(parser)
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw times and memory into this PNG"
-    )
     options = parser.parse_args(arguments)
     return cli.run(lambda: run(options))
 
@@ -85,8 +82,6 @@ def run(options: argparse.Namespace) -> None:
     print_times(times, options)
     if options.json:
         write_json(options.json, environment, options, [results])
-    if options.plot:
-        draw_times(options.plot, times, options, environment["device"])
 
 
 def compare(kernel, tokens: int, mesh: Mesh) -> dict:
@@ -197,26 +192,6 @@ def print_times(times: dict, options: argparse.Namespace) -> None:
             "" if memory is None else f"{memory:.1f}",
             f"{slow / seconds:.1f}",
         )
-
-
-def draw_times(path: Path, times: dict, options: argparse.Namespace, device: str) -> None:
-    """Draw the time and the memory of a micro-step of both implementations."""
-    from matplotlib.figure import Figure
-
-    from megalard.evaluation.plots import COLORS
-
-    labels = {"authors": "authors' code", "megalard": "megalard"}
-    panels = {"seconds": "seconds per micro-step", "peak_gib": "peak memory, GiB"}
-    figure = Figure(figsize=(9, 2.2), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        values = [times[name][key] or 0.0 for name in labels]
-        bars = axes.barh([*labels.values()], values, color=COLORS[:2])
-        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3)
-        axes.set_title(title)
-        axes.margins(x=0.15)
-        axes.invert_yaxis()
-    figure.suptitle(f"{options.shape}, {options.tokens} tokens, one {device}")
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
