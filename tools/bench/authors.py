@@ -9,8 +9,8 @@ The authors divide all three relations by the number of query heads, so ours hav
 Hkv/Hq and Hkv/Hq.
 
 Then the time of one micro-step (forward, backward and update) of --shape, with LoRA on q, k and v
-and activation checkpointing in both, which tools.bench.authors_plot draws. Needs a GPU and the package peft. At the
-default shape the authors' step takes some 25 s on an H200.
+and activation checkpointing in both, which tools.bench.authors_plot draws. Needs a GPU and the
+package peft. At the default shape the authors' step takes some 25 s on an H200.
 """
 
 from __future__ import annotations
