@@ -25,6 +25,11 @@ def make_stock(folder: Path) -> None:
         make(folder / name)
 
 
+def make_byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer with one id per byte, an end token and a BOS, into a folder."""
+    _bytes(folder)
+
+
 def _save(tokenizer, folder: Path, **config) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

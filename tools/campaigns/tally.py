@@ -1,8 +1,16 @@
-"""Count the outcomes of a campaign, and print every one that is not as it should be."""
+"""What all campaigns share: arguments, bounds, progress, and a summary of every bad outcome."""
 
 from __future__ import annotations
 
+import argparse
 import collections
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from megalard import cli
+
+_PROGRESS_S = 10.0
 
 
 class Tally:
@@ -28,4 +36,50 @@ class Tally:
         """Print the counts; return the exit status."""
         for kind, number in self.counts.most_common():
             print(f"{number:8d} {kind}")
+        print(
+            f"{sum(self.counts.values()):8d} cases, of which {self.bad} are not as they should be"
+        )
         return 1 if self.bad else 0
+
+
+def numbers(options: argparse.Namespace, tally: Tally) -> Iterator[int]:
+    """Yield the numbers of the cases until their count or the time is reached; show progress."""
+    start = shown = time.monotonic()
+    for number in range(options.seed, options.seed + options.count):
+        now = time.monotonic()
+        if options.minutes and now - start > 60 * options.minutes:
+            print(f"stopped before seed {number}, after {options.minutes:g} minutes")
+            return
+        if now - shown > _PROGRESS_S:
+            shown = now
+            done = number - options.seed
+            print(f"{done} cases in {now - start:.0f} s, {tally.bad} bad", file=sys.stderr)
+        yield number
+
+
+def main_of(
+    description: str | None,
+    run: Callable[[argparse.Namespace], int],
+    count: int,
+    arguments: list[str] | None,
+    add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> int:
+    """Parse the arguments that every campaign has, run it, and return the exit status.
+
+    Args:
+        description: the docstring of the campaign.
+        run: runs the campaign with the parsed arguments.
+        count: the default number of cases.
+        add_arguments: declares further arguments.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=count, help=f"cases ({count})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case (0)")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="stop after these many minutes (no limit)"
+    )
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    return cli.run(lambda: run(options))

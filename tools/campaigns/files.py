@@ -1,0 +1,154 @@
+"""Change files of models, checkpoints, runs and texts, and read them with the commands.
+
+  python -m tools.campaigns.files --count 20000 --seed 0
+  python -m tools.campaigns.files --count 1000000 --minutes 30
+
+A case changes one or two files: JSON with other values, headers of safetensors and .npy files,
+manifests and token stores that are signed anew, flipped bits, cut files, links, pipes and devices.
+Each command must succeed or refuse in one sentence. A traceback, a wait of more than a minute, more
+memory than a small model takes, and control characters in what is printed are printed and give
+status 1. That a change is never silently taken for the original is what the campaign damage shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+from tools.campaigns.material import Material, make_material
+from tools.campaigns.mutations import mutate, remove, sign_manifest, sign_store
+from tools.campaigns.tally import Tally, main_of, numbers
+from tools.campaigns.trial import Trial, try_call, try_command
+
+# Beyond what the process has when the cases begin; a small model takes some MiB.
+_MEMORY_BYTES = 4 * 2**30
+
+TARGETS = ("model", "model", "indexed", "sharded", "sharded", "adapter", "run", "table", "text")
+
+
+def try_case(seed: int, material: Material, scratch: Path) -> tuple[str, Trial]:
+    """Draw a case and run its commands; return its description, and the first bad or last trial."""
+    rng = random.Random(seed)
+    target = rng.choice(TARGETS)
+    remove(scratch)
+    scratch.mkdir()
+    if target == "table":
+        return _try_table(rng, scratch)
+    if target == "text":
+        return _try_text(rng, material, scratch)
+    folder = scratch / target
+    if target == "run":
+        material.unfinished_run(folder)
+    else:
+        material.copy(target, folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if target == "run" and rng.random() < 0.5:
+        files = [path for path in files if "step-000002" not in str(path)]
+    hows = []
+    for path in rng.sample(files, rng.choice([1, 1, 1, 2])):
+        how = mutate(rng, path)
+        hows.append(f"{path.relative_to(folder)} {how}")
+    if rng.random() < 0.7:
+        for path in folder.rglob("manifest.json"):
+            sign_manifest(path)
+        for path in folder.rglob("meta.json"):
+            sign_store(path.parent)
+    return f"{target}: {'; '.join(hows)}", _read(rng, target, folder, material, scratch)
+
+
+def _read(
+    rng: random.Random, target: str, folder: Path, material: Material, scratch: Path
+) -> Trial:
+    commands: list[list] = [["inspect", folder]]
+    if target == "run":
+        commands.append(material.command(folder))
+    else:
+        text = ["--logits", material.folder / "text.txt", "--tokens", "16"]
+        commands.append(["verify", folder, material.folder / "model", *text])
+        commands.append(
+            rng.choice(
+                (
+                    ["convert", "import", folder, scratch / "sharded-copy"],
+                    ["convert", "export", folder, scratch / "copy"],
+                    _prepare(material.folder / "text.txt", folder, scratch),
+                )
+            )
+        )
+    for command in commands:
+        trial = try_command(command)
+        if not trial.is_good:
+            break
+    return trial
+
+
+def _try_table(rng: random.Random, scratch: Path) -> tuple[str, Trial]:
+    import json
+
+    import numpy as np
+
+    from megalard.model.rope import read_table
+
+    values = [1.0, 0.3, 0.02, 0.0005]
+    path = scratch / rng.choice(["t.json", "t.npy", "t.txt"])
+    if path.suffix == ".npy":
+        np.save(path, np.array(values))
+    else:
+        path.write_text(
+            json.dumps(values) if path.suffix == ".json" else "\n".join(map(str, values))
+        )
+    how = mutate(rng, path)
+
+    def read() -> int:
+        from megalard import cli
+
+        def call() -> None:
+            read_table(str(path), 8)
+
+        return cli.run(call)
+
+    return f"table: {path.name} {how}", try_call(read)
+
+
+def _try_text(rng: random.Random, material: Material, scratch: Path) -> tuple[str, Trial]:
+    source = material.folder / rng.choice(["text.txt", "text.jsonl"])
+    path = scratch / source.name
+    path.write_bytes(source.read_bytes())
+    how = mutate(rng, path)
+    command = _prepare(path, material.folder / "model", scratch)
+    return f"text: {path.name} {how}", try_command(command)
+
+
+def _prepare(text: Path, model: Path, scratch: Path) -> list:
+    return ["prepare", text, "--model", model, "--output", scratch / "tokens"]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the campaign; return the exit status."""
+    tally = Tally()
+    with tempfile.TemporaryDirectory(prefix="megalard-campaign-") as name:
+        material = make_material(Path(name, "material"))
+        _limit_memory()
+        for number in numbers(options, tally):
+            case, trial = try_case(number, material, Path(name, "scratch"))
+            tally.add(trial.kind, trial.is_good, f"seed {number}: {case}", trial.detail)
+    return tally.report()
+
+
+def _limit_memory() -> None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmSize:"):
+            now = int(line.split()[1]) * 1024
+            resource.setrlimit(resource.RLIMIT_AS, (now + _MEMORY_BYTES, resource.RLIM_INFINITY))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the campaign; return the exit status."""
+    return main_of(__doc__, run, 20_000, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
