@@ -70,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Try the mutants of a sample, and print how many survive."""
+    # An end by SIGTERM takes the change back and ends the tests, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     mutants = sample(ROOT, package_files(options.changed), options.count, options.seed)
     results = read_results(options.output)
     with tempfile.TemporaryDirectory(prefix="megalard-mutants-") as name:

@@ -83,6 +83,7 @@ def test_results_are_kept_and_survivors_give_status_1(tmp_path, monkeypatch, cap
     monkeypatch.setattr(run, "sample", lambda *arguments: mutants)
     monkeypatch.setattr(run, "copy_checkout", lambda target: target)
     monkeypatch.setattr(run, "try_mutant", answer)
+    monkeypatch.setattr(run.signal, "signal", lambda *arguments: None)
     options = argparse.Namespace(
         changed=None, count=2, seed=0, output=tmp_path / "x.jsonl", python="python", limit_s=1.0
     )
