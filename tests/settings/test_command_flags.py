@@ -82,10 +82,11 @@ def prepare(job, tmp_path):
     lines = [{"text": "one", "body": "three"}, {"text": "two", "body": "seventeen"}]
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
-    def run(*words: object, model: Path = job / "teacher") -> TokenStore:
+    def run(
+        *words: object, model: Path = job / "teacher", file: Path = tmp_path / "text.jsonl"
+    ) -> TokenStore:
         output = tmp_path / f"store-{len(list(tmp_path.glob('store-*')))}"
-        given = ("--model", model, "--output", output)
-        assert megalard("prepare", *given, *words, tmp_path / "text.jsonl") == 0
+        assert megalard("prepare", "--model", model, "--output", output, *words, file) == 0
         return TokenStore.open(output)
 
     return run
@@ -112,6 +113,22 @@ def test_prepare_output(prepare, tmp_path):
 
 def test_prepare_text_key(prepare):
     assert lengths(prepare()) == [3, 3] and lengths(prepare("--text-key", "body")) == [5, 9]
+
+
+def test_prepare_format(prepare, job, tmp_path):
+    """The chat template of the model makes the text."""
+    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}!{% endfor %}"
+    shutil.copytree(job / "teacher", tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    store = prepare("--format", "chat", model=tmp_path / "chat", file=chats(tmp_path))
+    assert lengths(store) == [len("user:abc!"), len("user:abcde!")]
+
+
+def chats(folder: Path) -> Path:
+    """Write two conversations; return the file."""
+    lines = [{"messages": [{"role": "user", "content": text}]} for text in ("abc", "abcde")]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "chats.jsonl"
 
 
 def test_prepare_eos(prepare):

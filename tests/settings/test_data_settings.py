@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -55,6 +56,19 @@ def test_data_paths(run, job, documents):
 def test_data_text_key(run, documents):
     other = run(f"data.paths={documents}", "data.text_key=body")
     assert lengths(other.store) == [length + 1 for length in DOCUMENTS]
+
+
+def test_data_format(run, job, documents, tmp_path):
+    """The chat template makes the text; its special tokens are the only ones."""
+    chats = [[{"role": "user", "content": "x" * count}] for count in DOCUMENTS]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}!{% endfor %}"
+    chosen = tmp_path / "tokenizer"
+    shutil.copytree(job / "teacher", chosen)
+    (chosen / "chat_template.jinja").write_text(template)
+    chat = run(f"data.paths={path}", "data.format=chat", f"model.tokenizer={chosen}")
+    assert lengths(chat.store) == [len("user:!") + count for count in DOCUMENTS]
 
 
 def test_data_context_length(run):
