@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,42 +16,12 @@ from megalard.model.decoder import Decoder
 from megalard.parallel.mesh import Mesh
 from megalard.parallel.ops import tensor_axis
 from megalard.parallel.tensor.vocab import cross_entropy
+from tools.study.pretrained.questions import Question
 
 # Choices are read as documents of blocks of this many tokens, and their logits for a few rows at a
 # time.
 _BLOCK = 8192
 _LOGIT_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question.
-
-    Attributes:
-        contexts: the text before each choice; often the same for all choices.
-        choices: the texts to choose from.
-        answer: the index of the right choice.
-        per_byte: whether log-likelihoods are divided by the number of bytes of the choice.
-    """
-
-    contexts: list[str]
-    choices: list[str]
-    answer: int
-    per_byte: bool
-
-
-def write_questions(path: Path, questions: Sequence[Question]) -> None:
-    """Write questions, one JSON object per line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.GzipFile(path, "wb", mtime=0) as file:
-        for question in questions:
-            file.write((json.dumps(question.__dict__) + "\n").encode())
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Return the questions of a file of ``write_questions``."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [Question(**json.loads(line)) for line in file]
 
 
 @dataclass(frozen=True)
@@ -101,10 +68,15 @@ def log_likelihoods(
     result = np.zeros(len(rows))
     axis, first_id = tensor_axis(model), model.first_vocab_row
     for numbers in _blocks(rows):
-        tokens = np.concatenate([rows[number].tokens for number in numbers])
         ends = np.cumsum([len(rows[number].tokens) for number in numbers])
         starts = ends - [len(rows[number].tokens) for number in numbers]
-        batch = collate([(tokens, list(zip(starts.tolist(), ends.tolist(), strict=True)))])
+        documents = list(zip(starts.tolist(), ends.tolist(), strict=True))
+        # The ranks of the axis get equally many tokens: one more document fills the block up.
+        size = int(ends[-1])
+        padding = np.zeros(-size % axis.size, dtype=np.int64)
+        tokens = np.concatenate([*(rows[number].tokens for number in numbers), padding])
+        documents += [(size, len(tokens))] if len(padding) else []
+        batch = collate([(tokens, documents)])
         batch = batch.to(mesh.device)
         target = batch.target_bs.flatten()
         places = (target >= 0).nonzero()[:, 0]

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _domain(text: str) -> tuple[str, Path]:
     name, _, path = text.partition("=")
-    if not re.fullmatch(r"[a-z0-9_-]+", name) or not Path(path).is_dir():
+    if not re.fullmatch(r"[a-z0-9_-]+", name) or not path or not Path(path).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not NAME=DIR with a directory that exists")
     return name, Path(path)
 

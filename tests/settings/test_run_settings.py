@@ -1,0 +1,209 @@
+"""parallel, evaluation, checkpoint and run: how a run is split, measured, saved and reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megalard.data.tokenizer import load_tokenizer
+from megalard.training.step import Distiller
+from tests.command_line import megalard, refusal
+from tests.ranks import run_ranks
+from tests.settings.tiny_run import CONTEXT, LAYERS, STEPS, settings_of
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def _train_and_note(words: list[str], notes: str) -> None:
+    """Train on this rank, and write what it holds of the tokens and of a weight."""
+    update = Distiller.update
+
+    def note(self, *arguments):
+        rank = self.mesh.world.rank
+        result = update(self, *arguments)
+        held = {
+            "dp": self.mesh.dp.size,
+            "rows": dict(self.student.decoder.named_parameters())[Q].shape[0],
+            "loss": result.loss,
+        }
+        Path(notes, f"{rank}-{arguments[-1]}.json").write_text(json.dumps(held))
+        return result
+
+    accumulate = Distiller.accumulate
+
+    def note_tokens(self, batches, number):
+        shape = list(batches["main"][0].tokens_bs.shape)
+        Path(notes, f"tokens-{self.mesh.world.rank}.json").write_text(json.dumps(shape))
+        return accumulate(self, batches, number)
+
+    Distiller.update, Distiller.accumulate = note, note_tokens
+    assert megalard("train", *words) == 0
+
+
+def on_two_ranks(job: Path, folder: Path, *overrides: str) -> tuple[list[dict], list[list[int]]]:
+    """Return the notes of the first step of both ranks, and the shapes of their tokens."""
+    folder.mkdir()
+    words = settings_of(job, folder / "output", overrides)
+    run_ranks(2, _train_and_note, words, str(folder))
+    read = [json.loads((folder / f"{rank}-0.json").read_text()) for rank in range(2)]
+    return read, [json.loads((folder / f"tokens-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_parallel_tp(run, job, tmp_path):
+    """Each of two ranks has half of the rows of q, and all tokens."""
+    notes, tokens = on_two_ranks(job, tmp_path / "tp", "parallel.tp=2")
+    assert [(note["rows"], note["dp"]) for note in notes] == [(16, 1), (16, 1)]
+    assert tokens == [[1, CONTEXT]] * 2
+    assert notes[0]["loss"] == pytest.approx(run().losses[0], rel=1e-5)
+
+
+def test_parallel_cp(run, job, tmp_path):
+    """Each of two ranks has half of the tokens of a block, and all rows of q."""
+    notes, tokens = on_two_ranks(job, tmp_path / "cp", "parallel.cp=2")
+    assert [(note["rows"], note["dp"]) for note in notes] == [(32, 1), (32, 1)]
+    assert tokens == [[1, CONTEXT // 2]] * 2
+    assert notes[0]["loss"] == pytest.approx(run().losses[0], rel=1e-5)
+
+
+def test_parallel_activation_checkpointing(run):
+    """A layer of the student is run once more in the backward pass of each of two micro-batches."""
+    passes = 2 * STEPS
+    assert run("parallel.activation_checkpointing=false").layers_run == passes * 2 * LAYERS
+    assert run().layers_run == passes * 3 * LAYERS
+    assert run("parallel.activation_checkpointing=false").losses == run().losses
+
+
+def test_parallel_offload(run):
+    offloaded = run("parallel.offload=true")
+    assert offloaded.offloads == 2 * STEPS and run().offloads == 0
+    assert offloaded.losses == run().losses
+
+
+HELD_OUT = "evaluation.lengths=[32, 64]"
+
+
+def held_out_losses(run) -> dict[str, float]:
+    return {n: m["loss"] for n, m in run.evaluation["models"][0]["by_length"].items()}
+
+
+def test_evaluation_paths(run, job):
+    measured = run(f"evaluation.paths={job / 'heldout.txt'}", HELD_OUT)
+    other = run(f"evaluation.paths={job / 'text.txt'}", HELD_OUT)
+    assert held_out_losses(measured) != held_out_losses(other)
+    assert not (run().output / "evaluation.json").exists()
+
+
+def test_evaluation_holdout(run, job):
+    """At most a fiftieth of the text is taken from its end; the rest is trained on."""
+    total = len((job / "text.txt").read_text())
+    options = ("optimizer.steps=2", "optimizer.global_batch=150", "optimizer.micro_batch=150")
+    taken = run("evaluation.holdout=100", "evaluation.lengths=[32]", *options)
+    whole = run(*options)
+    assert set(held_out_losses(taken)) == {"32"}
+    blocks = [blocks_of(one) for one in (taken, whole)]
+    assert blocks == [(total - 100) // CONTEXT, total // CONTEXT]
+
+
+def blocks_of(run) -> int:
+    """Return how many different blocks the steps read, which is more than an epoch."""
+    return len({tuple(row) for batch in run.batches() for row in batch.tokens_bs.tolist()})
+
+
+def test_evaluation_lengths(run, job):
+    held_out = f"evaluation.paths={job / 'heldout.txt'}"
+    assert set(held_out_losses(run(held_out, HELD_OUT))) == {"32", "64"}
+    default = {"16", "32", "64", "128", "256"}
+    assert set(held_out_losses(run(held_out))) == default
+
+
+def test_evaluation_max_tokens(run, job):
+    options = (f"evaluation.paths={job / 'heldout.txt'}", "evaluation.lengths=[32]")
+    network = AutoModelForCausalLM.from_pretrained(job / "teacher", dtype=torch.float64)
+    tokens = torch.tensor(load_tokenizer(job / "teacher").encode_batch([text_of(job)])[0])
+    for count in (64, 1024):
+        measured = run(*options, f"evaluation.max_tokens={count}")
+        rows = tokens[:count].view(-1, 32)
+        with torch.no_grad():
+            expected = network(rows, labels=rows).loss
+        assert held_out_losses(measured)["32"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def text_of(job: Path) -> str:
+    return (job / "heldout.txt").read_text()
+
+
+LONG = ("optimizer.steps=7", "checkpoint.keep_last=9")
+
+
+def test_checkpoint_save_every(run):
+    """One more is saved after the last step."""
+    saved = run(*LONG, "checkpoint.save_every=3")
+    assert saved.folders("checkpoints") == ["step-000003", "step-000006", "step-000007"]
+    assert run().folders("checkpoints") == []
+
+
+def test_checkpoint_asynchronous(run):
+    names = run(*LONG, "checkpoint.save_every=3").saving_threads
+    assert len(names) == 3 and all(name.startswith("checkpoint") for name in names)
+    at_once = run(*LONG, "checkpoint.save_every=3", "checkpoint.asynchronous=false")
+    assert at_once.saving_threads == ["MainThread"] * 3
+
+
+def test_checkpoint_keep_last(run):
+    kept = run("optimizer.steps=7", "checkpoint.save_every=1", "checkpoint.keep_last=2")
+    assert kept.folders("checkpoints") == ["step-000006", "step-000007"]
+
+
+def test_checkpoint_keep_every(run):
+    options = ("optimizer.steps=7", "checkpoint.save_every=1", "checkpoint.keep_last=1")
+    kept = run(*options, "checkpoint.keep_every=3")
+    assert kept.folders("checkpoints") == ["step-000003", "step-000006", "step-000007"]
+
+
+def test_checkpoint_export_every(run):
+    exported = run(*LONG, "checkpoint.export_every=3")
+    names = {path.name for path in exported.output.iterdir() if path.is_dir()}
+    assert {"step-000003", "step-000006", "student"} <= names and "step-000007" not in names
+
+
+def test_run_output(run):
+    assert run().folders("student") and (run().output / "finished.json").is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_run_device(job, tmp_path, capsys, run):
+    words = settings_of(job, tmp_path / "output", ("run.device=cuda",))
+    assert "cuda" in refusal(capsys, "train", *words)
+    assert run("run.device=auto").losses == run().losses
+
+
+def test_run_seed(run):
+    other = run("run.seed=7")
+    assert not torch.equal(other.batches()[0].tokens_bs, run().batches()[0].tokens_bs)
+    name = "model.layers.0.self_attn.q_proj.lora_A"
+    assert not torch.equal(other.steps[0].before[name], run().steps[0].before[name])
+
+
+def test_run_deterministic(run):
+    assert all(step.is_deterministic for step in run("run.deterministic=true").steps)
+    assert not any(step.is_deterministic for step in run().steps)
+
+
+def test_run_log_every(run):
+    """The last step is always reported."""
+    assert [line["step"] for line in run("run.log_every=2").metrics] == [2, 3]
+
+
+def test_run_non_finite(run, job, tmp_path, capsys):
+    """An update of 1e30 makes the second step overflow."""
+    options = ("optimizer.learning_rate=1e25", "trainable.mode=weights")
+    words = settings_of(job, tmp_path / "output", options)
+    assert "step 2: the loss is nan" in refusal(capsys, "train", *words)
+    skipped = run(*options, "run.non_finite=skip")
+    assert [line["skipped"] is None for line in skipped.metrics] == [True, False, False]
+    second = skipped.steps[1]
+    assert all(torch.equal(second.before[n], second.after[n]) for n in second.before)
