@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from megalard import __version__
 from megalard.error_file import leave_reason
@@ -36,13 +37,20 @@ _EPILOG = """\
 or train with launch/train.sh, which also does several nodes, restarts and signals."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, whatever words it was given."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _print_any_name()
     # Only the module of the command in question is imported.
     chosen = words[0] if words and words[0] in COMMANDS else None
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megalard",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -63,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse takes the value away and fails.
     empty = [word for word in words if word.startswith("--") and word.endswith("=--")]
     if empty:
-        parser.error(f"{printable(empty[0])}: -- is not a value")
+        parser.error(f"{empty[0]}: -- is not a value")
     options, rest = parser.parse_known_args(words)
     options.rest = rest
     module = modules[options.command]
     if rest and not getattr(module, "TAKES_OVERRIDES", False):
-        parser.error(f"unknown arguments: {printable(' '.join(rest))}")
+        parser.error(f"unknown arguments: {' '.join(rest)}")
     return run(lambda: module.run(options))
 
 

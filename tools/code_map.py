@@ -80,9 +80,7 @@ def renewed(page: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print or write the maps; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", action="store_true", help="one line per file")
     parser.add_argument("--write", action="store_true", help="renew the maps in the pages")
     options = parser.parse_args(arguments)

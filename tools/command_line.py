@@ -11,6 +11,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from megalard import cli
+
 CHECKPOINTING = {"no": [False], "yes": [True], "both": [False, True]}
 
 
@@ -34,7 +36,7 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
         module: the module that is run, such as ``tools.bench.step``.
         description: the docstring of the module.
     """
-    return argparse.ArgumentParser(
+    return cli.Parser(
         prog=f"python -m {module}",
         description=description,
         formatter_class=_Formatter,

@@ -51,9 +51,7 @@ def _is_same(a: Entry, b: Entry) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare the runs that the arguments name; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output of a run")
     parser.add_argument(
         "--output",

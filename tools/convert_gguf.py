@@ -82,9 +82,7 @@ def _restore_pre_tokenizer(backend: Any, name: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Convert the file that the arguments name; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="MODEL.gguf", help="the file to read")
     parser.add_argument("output", type=Path, metavar="MODEL_DIR", help="new or empty directory")
     options = parser.parse_args(arguments)

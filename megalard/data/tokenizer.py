@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megalard.errors import UserError, printable, shown
-from megalard.files.reading import cannot_read, check_if_regular
+from megalard.files.reading import cannot_read, check_if_regular, read_json
 from megalard.quiet import quiet_transformers
 
 # The files that a tokenizer is loaded from, any one of them.
 _DEFINING_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+# The largest vocabularies have some 300,000 ids.
+_LARGEST_ID = 2**24
 # The suffixes of all files that a tokenizer may be loaded from.
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
@@ -91,6 +93,7 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
             "copy the model's tokenizer there"
         )
     _check_files(model_dir)
+    _check_ids(model_dir)
     tokenizer = _load(model_dir)
     vocabulary = tokenizer.get_vocab()
     vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -133,6 +136,41 @@ def _check_files(model_dir: Path) -> None:
                 check_if_regular(path)
     except OSError as error:
         raise cannot_read(model_dir, error) from None
+
+
+def _check_ids(model_dir: Path) -> None:
+    """Refuse ids for which the library of tokenizers would take gigabytes, one entry per id."""
+    for name in ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"):
+        try:
+            content = read_json(model_dir / name)
+        except (OSError, ValueError):
+            continue  # transformers names what is wrong, or does not need the file
+        for token, id in _ids_of(name, content):
+            if isinstance(id, int) and abs(id) > _LARGEST_ID:
+                raise UserError(
+                    f"{model_dir / name} gives the token {shown(token)} the id {shown(id)}, more "
+                    "than a vocabulary has: copy the tokenizer's files again"
+                )
+
+
+def _ids_of(name: str, content: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the tokens and ids of a file of a tokenizer."""
+    if not isinstance(content, dict):
+        return
+    vocabulary = content
+    if name == "tokenizer.json":
+        model = content.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else {}
+        added = content.get("added_tokens")
+        for token in added if isinstance(added, list) else ():
+            if isinstance(token, dict):
+                yield token.get("content"), token.get("id")
+    elif name == "tokenizer_config.json":
+        added = content.get("added_tokens_decoder")
+        for id in added if isinstance(added, dict) else ():
+            yield id, int(id) if id.isascii() and id.isdecimal() and len(id) < 100 else None
+        return
+    yield from vocabulary.items() if isinstance(vocabulary, dict) else ()
 
 
 def _load(model_dir: Path) -> PreTrainedTokenizerBase:

@@ -176,3 +176,19 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named_in_one_sentence(tmp_path):
         folder.mkdir()
         (folder / name).write_bytes(b"{ not it")
         raises(folder, "cannot be loaded by transformers .*: copy its files again")
+
+
+@pytest.mark.parametrize("place", ["vocabulary", "added token", "decoder"])
+def test_an_id_that_no_vocabulary_has_is_refused(place, tmp_path):
+    """The library of tokenizers would take memory for every id below it."""
+    save_byte_tokenizer(tmp_path)
+    if place == "decoder":
+        token = {"content": "<x>", "special": True}
+        settings = {"eos_token": "</s>", "added_tokens_decoder": {str(2**31): token}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    elif place == "vocabulary":
+        edit(tmp_path, lambda content: content["model"]["vocab"].update(Y=2**31))
+    else:
+        edit(tmp_path, lambda content: content["added_tokens"][0].update(id=2**31))
+    with pytest.raises(UserError, match="the id 2147483648, more than a vocabulary has"):
+        load_tokenizer(tmp_path)

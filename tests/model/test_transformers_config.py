@@ -26,6 +26,7 @@ def test_missing_keys_have_the_defaults_of_the_class():
         ({"rope_scaling": {"rope_type": "linear"}}, "Missing required keys"),
         ({"num_attention_heads": 5}, "attention heads"),
         ({"model_type": "no-such-model"}, "no-such-model"),
+        ({"dtype": [0]}, "no item|index out of range|dtype"),
     ],
 )
 def test_what_transformers_refuses_is_one_sentence(changes, reason):

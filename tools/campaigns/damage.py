@@ -63,6 +63,8 @@ _DAMAGES: tuple[Damage, ...] = (_flip, _flip, _flip, _remove, _cut, _replace, _r
 
 def same_weights(a: Path, b: Path) -> bool:
     """Whether two model directories have the same tensors, bit for bit."""
+    if not (a / "model.safetensors").is_file():
+        return False
     first, second = (load_file(path / "model.safetensors") for path in (a, b))
     return first.keys() == second.keys() and all(
         torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first

@@ -12,7 +12,6 @@ transformers, or the directory is refused in one sentence. Anything else is prin
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import random
 import sys
@@ -22,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from megalard import cli
 from megalard.errors import UserError
 from megalard.quiet import quiet_transformers
 from tools.campaigns.drawn_config import LENGTH, disturb, draw_family, draw_rope
 from tools.campaigns.drawn_files import lay_out_tokenizer, lay_out_weights
 from tools.campaigns.drawn_tokenizers import make_stock
+from tools.campaigns.tally import Tally, main_of, numbers
 
 # fp32 against float64 through three layers; what is read wrongly is off by 1e-2 or more.
 TOLERANCE = 2e-5
@@ -157,36 +156,30 @@ def _by_us(folder: Path) -> tuple[list, torch.Tensor]:
     return ids, logits.double()
 
 
-def run(count: int, seed: int, show: bool) -> int:
+def run(options: argparse.Namespace) -> int:
     """Try directories and print the count of each outcome; return the exit status."""
-    outcomes: collections.Counter[str] = collections.Counter()
-    bad = []
+    tally = Tally()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         stock = Path(name, "tokenizers")
         make_stock(stock)
-        for number in range(count):
-            outcome = try_directory(seed + number, stock)
-            outcomes[outcome.kind] += 1
-            if outcome.kind not in GOOD:
-                bad.append(outcome)
-            if show or outcome.kind not in GOOD:
+        for number in numbers(options, tally):
+            outcome = try_directory(number, stock)
+            is_good = outcome.kind in (*GOOD, "read by us alone")
+            tally.add(outcome.kind, is_good, outcome.detail)
+            # What transformers refuses and we read is no fault, and worth a look.
+            if options.show or (is_good and outcome.kind not in GOOD):
                 print(f"{outcome.kind}: {outcome.detail}", flush=True)
-    for kind, number in outcomes.most_common():
-        print(f"{number:6d} {kind}")
-    return 1 if any(outcome.kind != "read by us alone" for outcome in bad) else 0
+    return tally.report()
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--show", action="store_true", help="print every directory")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=500, help="directories to draw (500)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first directory (0)")
-    parser.add_argument("--show", action="store_true", help="print every directory")
-    options = parser.parse_args(arguments)
-    return cli.run(lambda: run(options.count, options.seed, options.show))
+    return main_of(__doc__, run, 500, arguments, _add_arguments)
 
 
 if __name__ == "__main__":

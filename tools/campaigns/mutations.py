@@ -194,6 +194,8 @@ def change_array(rng: random.Random, path: Path) -> str:
 
 def sign_manifest(path: Path) -> None:
     """Give a manifest a checksum that holds, if it is one."""
+    if not path.is_file():
+        return
     try:
         body = json.loads(path.read_text())
         body.pop("checksum", None)
@@ -205,6 +207,9 @@ def sign_manifest(path: Path) -> None:
 
 def sign_store(folder: Path) -> None:
     """Give a token store checksums of its files that hold, if it is one."""
+    names = ("meta.json", "documents.npy", "checksums.npy")
+    if not all((folder / name).is_file() for name in names):
+        return
     try:
         meta = json.loads((folder / "meta.json").read_text())
         for name in ("documents", "checksums"):

@@ -17,11 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megalard import cli
 from megalard.config.file import load_config
 from megalard.config.schema import Config
 from megalard.errors import UserError
-from tools.campaigns.tally import Tally
+from tools.campaigns.tally import Tally, main_of, numbers
 
 SLOWEST_S = 1.0
 
@@ -175,13 +174,13 @@ def draw(rng: random.Random, folder: Path) -> tuple[str | None, list[str]]:
     return path, overrides
 
 
-def run(count: int, seed: int) -> int:
+def run(options: argparse.Namespace) -> int:
     """Try configurations; return the exit status."""
     tally = Tally()
     with tempfile.TemporaryDirectory() as name:
-        for number in range(seed, seed + count):
+        for number in numbers(options, tally):
             path, overrides = draw(random.Random(number), Path(name))
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 load_config(path, overrides)
                 kind, detail = "read", ""
@@ -191,7 +190,7 @@ def run(count: int, seed: int) -> int:
                 kind, detail = "traceback", f"{type(error).__name__}: {error}"[:300]
             if kind == "refused" and ("\n" in detail or len(detail) > 2000):
                 kind = "sentence of several lines"
-            if time.perf_counter() - start > SLOWEST_S:
+            if time.process_time() - start > SLOWEST_S:
                 kind = "slow"
             case = f"seed {number}: {overrides!r}"[:300]
             tally.add(kind, kind in ("read", "refused"), case, detail)
@@ -200,13 +199,7 @@ def run(count: int, seed: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=15000, help="configurations (15000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first (0)")
-    options = parser.parse_args(arguments)
-    return cli.run(lambda: run(options.count, options.seed))
+    return main_of(__doc__, run, 15_000, arguments)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main_of(
         count: the default number of cases.
         add_arguments: declares further arguments.
     """
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=count, help=f"cases ({count})")

@@ -61,7 +61,7 @@ def test_a_difference_is_found(stock, outcomes, monkeypatch, part, capsys):
 
     monkeypatch.setattr(directories, "_by_us", wrong)
     assert directories.try_directory(seed, stock).kind == "different"
-    assert directories.run(1, seed, show=False) == 1
+    assert directories.main(["--count", "1", "--seed", str(seed)]) == 1
     assert "different: seed" in capsys.readouterr().out
 
 
