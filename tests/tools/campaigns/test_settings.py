@@ -29,7 +29,9 @@ class Sentence(UserError):
 
 def test_configurations_are_read_or_refused(capsys):
     assert campaign("--count", 400, "--seed", 10**6) == 0
-    counts = dict(reversed(line.split()) for line in capsys.readouterr().out.splitlines())
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert total.strip() == "400 cases, of which 0 are not as they should be"
+    counts = dict(reversed(line.split()) for line in lines)
     assert int(counts["read"]) > 20 and int(counts["refused"]) > 200
     assert sum(map(int, counts.values())) == 400
 
@@ -75,5 +77,7 @@ def test_a_tally_prints_what_is_bad_and_counts_all(capsys):
     tally.add("read", True, "case 1")
     tally.add("slow", False, "case 2", "took\ntwo seconds")
     assert tally.report() == 1 and Tally().report() == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed == [r"slow: case 2: took\ntwo seconds", "       1 read", "       1 slow"]
+    *lines, total, empty_total = capsys.readouterr().out.splitlines()
+    assert lines == [r"slow: case 2: took\ntwo seconds", "       1 read", "       1 slow"]
+    assert total == "       2 cases, of which 1 are not as they should be"
+    assert empty_total == "       0 cases, of which 0 are not as they should be"
