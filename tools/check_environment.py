@@ -2,8 +2,8 @@
 
     python tools/check_environment.py [EXTRA]
 
-Prints what is missing on stderr. Uses the standard library alone, apart from ``packaging``, which
-every pip environment has, and ``tomli``, which pip carries for Python 3.10.
+The script prints missing requirements on stderr. It uses only the standard library, ``packaging``,
+which every pip environment has, and for Python 3.10 ``tomli``, which pip includes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
   python -m tools.code_map                  one line per folder
   python -m tools.code_map --files          one line per file
-  python -m tools.code_map --write          renew the maps in README.md and docs/tour.md
+  python -m tools.code_map --write          update the maps in README.md and docs/tour.md
 
 A page holds a map between the lines ``<!-- map: folders -->`` (or ``files``) and ``<!-- end -->``.
 """
@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "folders", "docs/tour.md": "files"}
 # Folders whose files are not modules of a package, with what they hold.
 _OTHER = {
-    "tools/": "Command-line scripts; bench/, study/ and quickstart/ have their own.",
+    "tools/": "Command-line scripts; more are in bench/, campaigns/, quickstart/ and study/.",
     "launch/": "Start scripts for one node, several nodes and Slurm, and the recipes in configs/.",
-    "tests/": "The folders of the package mirrored, and parity/ against a reference.",
+    "tests/": "Tests in the folders of the package; parity/ compares whole steps with a reference.",
 }
 
 
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print or write the maps; return the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", action="store_true", help="one line per file")
-    parser.add_argument("--write", action="store_true", help="renew the maps in the pages")
+    parser.add_argument("--write", action="store_true", help="update the maps in the pages")
     options = parser.parse_args(arguments)
 
     def work() -> None:

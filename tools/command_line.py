@@ -79,7 +79,7 @@ def share(text: str) -> float:
 
 
 def _new_file(text: str) -> Path:
-    """Return the path of a file to write, refused before the work rather than after it."""
+    """Return the path of a file to write; refuse a bad path before the work begins."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a directory: give the name of a file")
@@ -139,7 +139,7 @@ def add_repeats(parser: argparse.ArgumentParser, default: int) -> None:
         type=at_least(1),
         default=default,
         metavar="N",
-        help="measurements that the median is taken of, after runs to warm up",
+        help="measurements, of which the median is reported; warm-up runs come first",
     )
 
 
@@ -162,21 +162,23 @@ def add_output(parser: argparse.ArgumentParser, content: str, required: bool = T
     parser.add_argument("--output", type=Path, required=required, metavar="DIR", help=content)
 
 
-def add_seed(parser: argparse.ArgumentParser, of: str) -> None:
+def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Declare ``--seed``.
 
     Args:
-        of: the random things, for the help text.
+        purpose: what the seed decides, for the help text.
     """
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help=f"seed of {of}")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help=f"seed of {purpose}"
+    )
 
 
-def add_workers(parser: argparse.ArgumentParser, default: int, of: str) -> None:
+def add_workers(parser: argparse.ArgumentParser, default: int, work: str) -> None:
     """Declare ``--workers``.
 
     Args:
-        of: the work of the processes, for the help text.
+        work: what the processes do, for the help text.
     """
     parser.add_argument(
-        "--workers", type=at_least(1), default=default, metavar="N", help=f"processes that {of}"
+        "--workers", type=at_least(1), default=default, metavar="N", help=f"processes that {work}"
     )

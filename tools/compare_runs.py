@@ -22,7 +22,7 @@ def collect(runs: list[Path]) -> tuple[list[Entry], Restoration]:
     """Return teacher, scaled student, and each run's restored student under the name of the run.
 
     Raises:
-        UserError: a run has no evaluation, or was evaluated on something else than the first run.
+        UserError: a run has no evaluation, or was evaluated on other text than the first run.
     """
     entries: list[Entry] = []
     for run in runs:
@@ -33,7 +33,8 @@ def collect(runs: list[Path]) -> tuple[list[Entry], Restoration]:
         if not entries:
             entries, first_restoration = run_entries[:2], restoration
         is_same = restoration == first_restoration and all(
-            _is_same(ours, theirs) for ours, theirs in zip(run_entries, entries[:2], strict=False)
+            _is_same(entry, expected)
+            for entry, expected in zip(run_entries, entries[:2], strict=False)
         )
         if not is_same:
             raise UserError(f"{run} restored another model or was evaluated on other text")

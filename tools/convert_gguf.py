@@ -1,10 +1,10 @@
-"""Make a Hugging Face directory of a GGUF file that transformers can read.
+"""Make a Hugging Face directory from a GGUF file that transformers can read.
 
   python -m tools.convert_gguf MODEL.gguf MODEL_DIR
 
-The weights are stored in fp32: after quantization a finer grid costs nothing, and small changes
-by LoRA would vanish in bf16. GGUF keeps the name of the pre-tokenizer but not the pre-tokenizer
-itself; where the name is known, it is put back. Needs the package gguf.
+The weights are stored in fp32, because small changes by LoRA would be rounded away in bf16. A GGUF
+file has the name of the pre-tokenizer, but not the pre-tokenizer itself. Where the name is known,
+the pre-tokenizer is restored. The package gguf must be installed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def convert(file: Path, output: Path) -> None:
 
 
 def _read(file: Path) -> tuple[Any, Any]:
-    """Return the model, as one that was never quantized, and its tokenizer."""
+    """Return the model without its quantization settings, and its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -54,7 +54,7 @@ def _read(file: Path) -> tuple[Any, Any]:
                 file.parent, dtype=torch.float32, **options
             )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-    except Exception as error:  # transformers and gguf raise many kinds for a file they cannot read
+    except Exception as error:  # transformers and gguf raise many kinds for an unreadable file
         reason = printable(" ".join(str(error).split()), 300)
         raise UserError(f"transformers cannot read {file} ({reason}): give another file") from None
     settings = quantized.config.to_dict()
@@ -68,7 +68,7 @@ def _read(file: Path) -> tuple[Any, Any]:
 
 
 def _restore_pre_tokenizer(backend: Any, name: str) -> None:
-    """Restore the pre-tokenizer that GGUF knows by name, where it is not plain byte level."""
+    """Restore the pre-tokenizer that the GGUF file names, unless it is plain byte level."""
     from tokenizers import pre_tokenizers
 
     if name == "smollm":

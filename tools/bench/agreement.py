@@ -1,4 +1,4 @@
-"""Whether two ways of computing one thing agree, which a benchmark checks before it times them."""
+"""Check that two ways of computing one result agree, before a benchmark times them."""
 
 from __future__ import annotations
 

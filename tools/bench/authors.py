@@ -3,13 +3,14 @@
     git clone https://github.com/gracefulning/LinearARD AUTHORS
     python -m tools.bench.authors --checkout AUTHORS --json authors.json
 
-First a small model with grouped heads: the loss, and the gradients of the weights of q, k and v, of
-their loss and of ours for the same weights and tokens in bf16. Both are compared with ours in fp32.
-The authors divide all three relations by the number of query heads, so ours have the weights 1,
-Hkv/Hq and Hkv/Hq.
+First the benchmark compares the losses of both implementations, and their gradients of the weights
+of q, k and v, on a small model with grouped heads. Both compute in bf16 from the same weights and
+tokens, and both are compared with megalard's results in fp32. The authors divide all three
+relations by the number of query heads, so megalard's relations have the weights 1, Hkv/Hq and
+Hkv/Hq.
 
-Then the time of one micro-step (forward, backward and update) of --shape, with LoRA on q, k and v
-and activation checkpointing in both, which tools.bench.authors_plot draws. Needs a GPU and the
+Then it measures one micro-step (forward, backward and update) of --shape in both, with LoRA on q, k
+and v and activation checkpointing, which tools.bench.authors_plot draws. It needs a GPU and the
 package peft. At the default shape the authors' step takes some 25 s on an H200.
 """
 
@@ -97,17 +98,17 @@ def compare(kernel, tokens: int, mesh: Mesh) -> dict:
     tokens_bs = torch.randint(vocabulary, (1, tokens), generator=generator).to(mesh.device)
     loss = models.loss(tokens_bs)
     loss.backward()
-    theirs = {name: p.grad.float() for name, p in models.parameters.items()}
+    authors_gradients = {name: p.grad.float() for name, p in models.parameters.items()}
     state = models.teacher.state_dict()
     losses = {"authors": loss.item()}
-    gradients = {"authors": theirs}
+    gradients = {"authors": authors_gradients}
     for dtype in ("bfloat16", "float32"):
         losses[dtype], gradients[dtype] = our_loss_and_gradients(state, tokens_bs, dtype, mesh)
     exact = gradients["float32"]
 
-    def distance(these: dict[str, torch.Tensor]) -> dict[str, float]:
+    def distance(actual: dict[str, torch.Tensor]) -> dict[str, float]:
         return {
-            projection: _relative_distance(these, exact, f"{projection}_proj")
+            projection: _relative_distance(actual, exact, f"{projection}_proj")
             for projection in "qkv"
         }
 
@@ -119,9 +120,9 @@ def compare(kernel, tokens: int, mesh: Mesh) -> dict:
     }
 
 
-def _relative_distance(these: dict, exact: dict, part: str) -> float:
+def _relative_distance(actual: dict, exact: dict, part: str) -> float:
     names = [name for name in exact if part in name]
-    square = sum(float((these[name] - exact[name]).norm() ** 2) for name in names)
+    square = sum(float((actual[name] - exact[name]).norm() ** 2) for name in names)
     return (square / sum(float(exact[name].norm() ** 2) for name in names)) ** 0.5
 
 

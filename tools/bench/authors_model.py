@@ -46,7 +46,7 @@ class AuthorsModels:
         kernel: as ``load_kernel`` returns it.
         shape: a name in ``SHAPES``.
         window: the native window, which is the length of a block.
-        lora_rank: the rank of LoRA on q, k and v; None to train these weights themselves.
+        lora_rank: the rank of LoRA on q, k and v; None to train the weights of q, k and v.
     """
 
     def __init__(

@@ -94,7 +94,7 @@ class StepTimes:
 
 
 def step_times(step: Callable[[], object], device: torch.device, repeats: int) -> StepTimes:
-    """Time a micro-step after one to warm up; the median."""
+    """Return the median time of a micro-step, after one micro-step to warm up."""
     times = []
     step()
     if device.type == "cuda":

@@ -3,16 +3,17 @@
     python -m tools.bench.checkpoint --scratch /a/disk --json checkpoint.json
     torchrun --nproc-per-node 4 -m tools.bench.checkpoint --stall --scratch /a/disk
 
-Without --stall: ``megalard convert import`` and ``export`` of a model with random weights, and save
-and load of its sharded state, each once and in a separate process. The reference is a recursive
-``cp`` of the same model. Caches are dropped before each where the system allows it (root on Linux).
-Everything that megalard writes ends with fsync. cp does not, so it is listed with and without a
-sync. The peak memory is the largest resident size of the process. For save and load the size of the
-state is subtracted. At the end the exported model is compared with the original bit for bit.
+Without --stall the benchmark measures ``megalard convert import`` and ``export`` of a model with
+random weights, and save and load of its sharded state, each once and in a separate process. The
+reference is a recursive ``cp`` of the same model. Caches are dropped before each measurement where
+the system allows it (root on Linux). megalard ends every write with fsync. cp does not, so cp is
+listed with and without a sync. The peak memory is the largest resident size of the process. For
+save and load the size of the state is subtracted. At the end the exported model is compared with
+the original bit for bit.
 
-With --stall: LoRA is trained on random tokens, and a save during the run is compared with the same
-steps without a save, in the foreground and in the background. The cost of a save is the time that
-it holds up the run plus the time by which the steps after it are slower.
+With --stall the benchmark trains LoRA on random tokens, and compares a save during the run, in the
+foreground and in the background, with the same steps without a save. The cost of a save is the time
+for which it blocks the run, plus the time by which the steps after it are slower.
 
 The disk needs four times the size of the model, and save and load need its size in memory.
 Everything is written to a new directory inside the scratch directory, which is removed at the end.
@@ -44,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="a directory on the disk to measure, which is made if need be",
+        help="a directory on the disk to measure, which is made if it does not exist",
     )
     add_shape(parser)
     command_line.add_json(parser)
@@ -58,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=at_least(1),
         default=30,
         metavar="N",
-        help="steps without a save, and steps after each save, at least",
+        help="the smallest number of steps without a save, and of steps after each save",
     )
     stall.add_argument(
         "--tp",

@@ -39,7 +39,7 @@ class Work:
 
 
 def measure(options: argparse.Namespace) -> tuple[dict, list[dict], dict]:
-    """Measure all of them and print a table.
+    """Measure all four and cp, and print a table.
 
     Returns:
         The environment, the results, and facts that concern all results.
@@ -111,7 +111,7 @@ def run_process(command: list[str]) -> Work:
     """Run a command from cold caches.
 
     Raises:
-        UserError: it fails. It has printed the reason.
+        UserError: the process fails. It has printed the reason.
     """
     drop_caches()
     start = time.perf_counter()
@@ -159,7 +159,7 @@ class Report:
         )  # fmt: skip
 
     def add_reference(self, seconds: float, synced_seconds: float) -> None:
-        """Add cp, which all others are compared with."""
+        """Add cp, which all other work is compared with."""
         self._seconds, self._synced_seconds = seconds, synced_seconds
         self.add("cp", seconds, None)
         self.add("cp, then sync", synced_seconds, None)

@@ -89,8 +89,8 @@ class Steps:
 
     Attributes:
         distiller: its state.
-        origins: its model, of which there are no files.
-        number: the steps that were taken.
+        origins: the model that it starts from, which has no files.
+        number: the number of steps taken so far.
     """
 
     def __init__(self, options: argparse.Namespace, mesh: Mesh):
@@ -137,7 +137,7 @@ def measure_saves(
 
     Args:
         plain: the seconds of a step without a save.
-        steps: the steps to take after the save, at least.
+        steps: the smallest number of steps to take after the save.
     """
     distiller: Distiller = run.distiller
     mesh, is_background = distiller.mesh, kind == "background"

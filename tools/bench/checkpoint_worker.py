@@ -2,8 +2,8 @@
 
     python -m tools.bench.checkpoint_worker save --shape tiny --directory DIR
 
-make writes a Hugging Face directory with random weights. save and load write and read the sharded
-state of the same model, and print the seconds that this took as JSON.
+``make`` writes a Hugging Face directory with random weights. ``save`` and ``load`` write and read
+the sharded state of the same model, and print the seconds that this took as JSON.
 """
 
 from __future__ import annotations

@@ -7,21 +7,21 @@
 Every power of two up to the number of ranks is measured, in one run. Times are medians of the
 slowest rank.
 
-Without a further flag: one relation, forward and gradient, by the trainer's difference-cover
-schedule. The reference gathers the rows of all ranks. "not hidden" is the share of the schedule's
-time by which it exceeds the same work without the transfers.
+Without a further flag the benchmark times one relation, forward and gradient, by the trainer's
+difference-cover schedule. The reference gathers the rows of all ranks. "not hidden" is the share of
+the schedule's time by which it exceeds the same work without the transfers.
 
-With --attention: attention of one layer to one document, forward and backward. The trainer either
-gathers K and V first, or attends to the local chunk first while they arrive (in half precision, and
-on pieces that are long enough). The reference is a ring (``tools.bench.ring_attention``). Memory is
-the peak beyond q, k and v.
+With --attention it times the attention of one layer to one document, forward and backward. The
+trainer either gathers K and V first, or attends to the local chunk first while K and V arrive (in
+half precision, and on pieces that are long enough). The reference is a ring
+(``tools.bench.ring_attention``). Memory is the peak beyond q, k and v.
 
-Before anything is timed, all ways of computing one thing are compared with each other.
+Before the timing, the results of the different ways are compared with each other.
 
-With --traffic, which starts eight processes on the CPU by itself: the bytes that one rank sends per
-layer of LLaMA2-7B on up to 64 ranks, by formula. The formula of the relations is compared with the
-counters of the trainer on 2 to 8 ranks first. The other formulas are the references: gathering for
-the relations, and a ring for attention.
+With --traffic it prints the bytes that one rank sends per layer of LLaMA2-7B on up to 64 ranks, by
+formula. First it compares the formula of the relations with the counters of the trainer on 2 to 8
+ranks, which are processes on the CPU that it starts by itself. The other formulas are the
+references: gathering for the relations, and a ring for attention.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def count() -> dict[int, list[tuple[Traffic, Traffic]]]:
     """Return the counters of every rank and the results of the formula, by number of ranks.
 
     The ranks are processes on this machine. They are forked from a server that has imported torch,
-    so that not every one of them imports it.
+    so that each of them need not import it.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

@@ -59,7 +59,7 @@ def random_decoder(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Decoder:
 class RandomWeights:
     """Weights in bf16 that no file holds; see ``megalard.checkpoint.weights.Weights``.
 
-    Every tensor repeats the same 16M numbers, so that making it takes next to no time. The norms
+    Every tensor repeats the same 16M numbers, so that it takes hardly any time to make. The norms
     are ones.
     """
 

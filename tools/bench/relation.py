@@ -3,16 +3,16 @@
     python -m tools.bench.relation --json relation.json
     python -m tools.bench.relation --skip-accuracy --lengths 4096 32768 --shapes d128 packed
 
-Accuracy: values and gradients on unit-normal vectors against dense float64, for every dtype and
-head dimension.
+The accuracy is that of values and gradients on unit-normal vectors against dense float64, for every
+dtype and head dimension.
 
-Speed: bf16, causal, one sequence. Three operations are timed on the same shapes:
+The speed is measured in bf16 on one causal sequence. Three operations are timed on the same shapes:
 
   relation          with the kernels that the trainer chooses on this device
   Triton relation   with the Triton kernels, which run on every GPU
   attention         the reference, with cuDNN on a GPU and with torch's kernels on a CPU
 
-Packed documents are one call of the relation, and one call of attention per document. Times are
+Packed documents take one call of the relation, and one call of attention per document. Times are
 medians and ranges of several runs.
 
 Rates count half-products over the allowed pairs, each of 2 d FLOP per pair and head. The relation

@@ -56,7 +56,7 @@ class Shape:
         return [*lengths, tokens - sum(lengths)]
 
     def pairs(self, tokens: int) -> int:
-        """Return how many pairs of tokens causal attention sees, without the diagonal's halves."""
+        """Return the number of pairs of tokens that causal attention sees, n² / 2 per document."""
         return sum(length * length // 2 for length in self.documents(tokens))
 
 
@@ -74,8 +74,8 @@ def measure_speed(
     """Measure and print both passes of every operation at one shape.
 
     Returns:
-        One result per length, operation and pass. An operation that cannot run, for want of memory
-        or of a kernel, is printed with the reason and has no result.
+        One result per length, operation and pass. An operation that cannot run, because memory
+        or a kernel is missing, is printed with the reason and has no result.
     """
     shape = SHAPES[name]
     print(

@@ -49,7 +49,7 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         axis, grad = ctx.axis, grad.contiguous()
         grad_q = torch.zeros_like(q, dtype=torch.float32)
-        chunk_grads = None  # of the chunk at hand, from the ranks that it has visited
+        chunk_grads = None  # of the present chunk, from the ranks that it has visited
         for source, k_chunk, v_chunk in _chunks_in_turn(k, v, axis):
             if chunk_grads is None:
                 chunk_grads = [x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v)]

@@ -17,7 +17,7 @@ from tools.bench.random_run import make_config, make_distiller, random_batches
 from tools.bench.step_trace import trace_step
 from tools.bench.timing import MatrixProduct, Seconds, Stopwatch
 
-# The tokens that the paper restores LLaMA2-7B with (LinearARD, arXiv 2604.00004).
+# The number of tokens with which the paper restores LLaMA2-7B (LinearARD, arXiv 2604.00004).
 _RECIPE_TOKENS, _RECIPE_SHAPE = 4_250_000, "llama2-7b"
 
 

@@ -20,7 +20,7 @@ _BUSY_CYCLES = 2_000_000
 
 @dataclass(frozen=True)
 class Seconds:
-    """The times of several runs of one thing, in seconds."""
+    """The times of several runs of the same work, in seconds."""
 
     median: float
     shortest: float

@@ -1,1 +1,1 @@
-"""Campaigns that try the program with inputs that nobody wrote by hand."""
+"""Campaigns that run the program on randomly generated inputs."""

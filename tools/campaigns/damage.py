@@ -1,12 +1,12 @@
-"""Damage what a run goes on from: it is refused or has no effect, and never silently different.
+"""Damage the files that a run resumes from: the damage is refused or changes nothing.
 
   python -m tools.campaigns.damage --count 500 --seed 0
 
 A run that stopped halfway, a token store, the model that the run started from and a sharded model
 are damaged: a flipped bit, a file that is missing, empty or cut, or a file of another model,
 another step or another text. Then the run is resumed, or the model exported. Either the command
-refuses in one sentence, or its result has the bits of the undamaged one. Anything else is printed
-and gives status 1.
+refuses in one sentence, or its result equals the result from undamaged files bit for bit. Anything
+else is printed and gives status 1.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ def same_weights(a: Path, b: Path) -> bool:
     """Whether two model directories have the same tensors, bit for bit."""
     if not (a / "model.safetensors").is_file():
         return False
-    first, second = (load_file(path / "model.safetensors") for path in (a, b))
-    return first.keys() == second.keys() and all(
-        torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first
+    tensors_a, tensors_b = (load_file(path / "model.safetensors") for path in (a, b))
+    return tensors_a.keys() == tensors_b.keys() and all(
+        torch.equal(tensors_a[name].view(torch.uint8), tensors_b[name].view(torch.uint8))
+        for name in tensors_a
     )
 
 
@@ -86,22 +87,22 @@ def _try_run(rng: random.Random, material: Material, scratch: Path) -> tuple[str
         foreign = material.folder / "other" / path.name
     else:
         foreign = material.folder / "other-run" / path.relative_to(output)
-    how = rng.choice(_DAMAGES)(rng, path, foreign)
+    change = rng.choice(_DAMAGES)(rng, path, foreign)
     trial = try_command(material.command(output, f"model.teacher={model}"))
     is_same = trial.kind != "done" or same_weights(
         output / "student", material.folder / "run" / "student"
     )
-    return f"{path.relative_to(scratch)} {how}", trial, is_same
+    return f"{path.relative_to(scratch)} {change}", trial, is_same
 
 
 def _try_model(rng: random.Random, material: Material, scratch: Path) -> tuple[str, Trial, bool]:
     """Damage a sharded model; export it."""
     model, out = material.copy("sharded", scratch / "sharded"), scratch / "out"
     path = rng.choice(_files(model))
-    how = rng.choice(_DAMAGES)(rng, path, material.folder / "other-sharded" / path.name)
+    change = rng.choice(_DAMAGES)(rng, path, material.folder / "other-sharded" / path.name)
     trial = try_command(["convert", "export", model, out])
     is_same = trial.kind != "done" or same_weights(out, material.folder / "model")
-    return f"{path.relative_to(scratch)} {how}", trial, is_same
+    return f"{path.relative_to(scratch)} {change}", trial, is_same
 
 
 def _files(folder: Path) -> list[Path]:
@@ -127,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _make_other_run(material: Material) -> None:
-    """Run the job once more on another text, for files that do not belong."""
+    """Run the job once more on another text, to get files that do not belong to the first run."""
     text = material.folder / "other.txt"
     text.write_text(" ".join(reversed((material.folder / "text.txt").read_text().split())))
     trial = try_command(material.command(material.folder / "other-run", f"data.paths={text}"))

@@ -2,11 +2,11 @@
 
   python -m tools.campaigns.directories --count 500 --seed 0
 
-Each directory is a random small model of one of the supported families: its config.json in one of
-the spellings that files have and perhaps with one thing changed, its weights stored in one of the
-ways that they are stored in, and one of several tokenizers. Either ids and logits are those of
-transformers, or the directory is refused in one sentence. Anything else is printed. It gives status
-1, except where transformers itself fails on a directory that megalard reads.
+Each directory is a random small model of one of the supported families. Its config.json has one of
+the spellings that are in use, and may have one key changed. Its weights are stored in one of
+several ways, and it has one of several tokenizers. Either megalard computes the ids and logits that
+transformers computes, or it refuses the directory in one sentence. Anything else is printed. It
+gives status 1, except where transformers itself fails on a directory that megalard reads.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import torch
 
 from megalard.errors import UserError
 from megalard.quiet import quiet_transformers
-from tools.campaigns.drawn_config import LENGTH, disturb, draw_family, draw_rope
+from tools.campaigns.drawn_config import LENGTH, change_config, draw_family, draw_rope
 from tools.campaigns.drawn_files import lay_out_tokenizer, lay_out_weights
 from tools.campaigns.drawn_tokenizers import make_stock
 from tools.campaigns.tally import Tally, main_of, numbers
 
-# fp32 against float64 through three layers; what is read wrongly is off by 1e-2 or more.
+# The rounding of fp32 through three layers. A value that is read wrongly changes logits by 1e-2 or
+# more.
 TOLERANCE = 2e-5
 TEXTS = (
     "the quick fox",
@@ -43,7 +44,7 @@ GOOD = ("equal", "refused by both", "refused by us", "made up by transformers, r
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one directory.
+    """The outcome of one directory.
 
     Attributes:
         kind: one of ``GOOD``, or ``different``, ``traceback``, or ``read by us alone``.
@@ -60,8 +61,8 @@ def try_directory(seed: int, stock: Path) -> Outcome:
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        how = _draw(rng, folder, stock)
-        if how is None:
+        description = _draw(rng, folder, stock)
+        if description is None:
             return Outcome("refused by both", f"seed {seed}: transformers cannot make it")
         sizes = _sizes_of(folder)
         is_huge = any(type(size) is int and size > 10**6 for size in sizes)
@@ -72,17 +73,17 @@ def try_directory(seed: int, stock: Path) -> Outcome:
             kind = "refused by us" if expected is not None else "refused by both"
             if made_up:
                 kind = "made up by transformers, refused by us"
-            return Outcome(kind, f"seed {seed}: {how}: {error}")
+            return Outcome(kind, f"seed {seed}: {description}: {error}")
         except Exception as error:
-            return Outcome("traceback", f"seed {seed}: {how}: {type(error).__name__}: {error}")
+            return Outcome("traceback", f"seed {seed}: {description}: {error!r}")
     if expected is None or made_up:
-        return Outcome("read by us alone", f"seed {seed}: {how}")
+        return Outcome("read by us alone", f"seed {seed}: {description}")
     if actual[0] != expected[0]:
-        return Outcome("different", f"seed {seed}: {how}: other ids")
+        return Outcome("different", f"seed {seed}: {description}: other ids")
     error = float((actual[1] - expected[1]).norm() / expected[1].norm())
     if not error < TOLERANCE:
-        return Outcome("different", f"seed {seed}: {how}: logits are off by {error:.2g}")
-    return Outcome("equal", f"seed {seed}: {how}")
+        return Outcome("different", f"seed {seed}: {description}: logits are off by {error:.2g}")
+    return Outcome("equal", f"seed {seed}: {description}")
 
 
 def _draw(rng: random.Random, folder: Path, stock: Path) -> str | None:
@@ -108,7 +109,7 @@ def _draw(rng: random.Random, folder: Path, stock: Path) -> str | None:
     saved |= rope
     if family == "ministral" and rng.random() < 0.5:
         saved["model_type"] = "mistral"
-    change = disturb(rng, saved)
+    change = change_config(rng, saved)
     (folder / "config.json").write_text(json.dumps(saved))
     weights = lay_out_weights(rng, folder)
     kind = rope.get("rope_parameters") or rope.get("rope_scaling") or {"rope_type": "default"}
@@ -117,7 +118,7 @@ def _draw(rng: random.Random, folder: Path, stock: Path) -> str | None:
 
 
 def _sizes_of(folder: Path) -> list:
-    """Return the sizes in config.json, for which transformers would take memory unasked."""
+    """Return the sizes in config.json that decide how much memory transformers would allocate."""
     config = json.loads((folder / "config.json").read_text())
     return [value for key, value in config.items() if key != "sliding_window"]
 
@@ -128,7 +129,7 @@ def _ids(vocab_size: int) -> torch.Tensor:
 
 
 def _by_transformers(folder: Path) -> tuple[tuple | None, bool]:
-    """Return ids and logits, or None if transformers refuses; and whether it makes weights up."""
+    """Return ids and logits, or None if transformers refuses; and whether it invents weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:

@@ -1,4 +1,4 @@
-"""Draw a ``config.json`` as it might lie about, and the random model that it describes."""
+"""Draw a ``config.json`` such as users have, and the random model that it describes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 FAMILIES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "olmo2", "phi3")
 
-# Positions before scaling, and the length that logits are compared at, which is beyond them.
+# The number of positions before scaling, and the longer text on which logits are compared.
 ORIGINAL, LENGTH = 16, 40
 
 
@@ -104,9 +104,9 @@ def _spell(rng: random.Random, family: str, section: dict, theta: float) -> dict
     return {"rope_theta": theta, "rope_scaling": old}
 
 
-def disturb(rng: random.Random, config: dict[str, Any]) -> str:
-    """Change one thing in place, as people and other programs do; return what."""
-    choice = rng.choice(_DISTURBANCES)
+def change_config(rng: random.Random, config: dict[str, Any]) -> str:
+    """Change one key in place, as people and other programs do; return a description."""
+    choice = rng.choice(_CHANGES)
     return choice(rng, config)
 
 
@@ -129,7 +129,7 @@ def _add_foreign_keys(rng: random.Random, config: dict[str, Any]) -> str:
     return f"the key {name}"
 
 
-def _set_what_matters(rng: random.Random, config: dict[str, Any]) -> str:
+def _set_key_that_matters(rng: random.Random, config: dict[str, Any]) -> str:
     keys: dict[str, list[Any]] = {
         "is_causal": [False, True],
         "hidden_act": ["gelu", "swish", "silu", "relu"],
@@ -154,7 +154,7 @@ def _remove(rng: random.Random, config: dict[str, Any]) -> str:
     return f"without {name}"
 
 
-def _wrong_kind(rng: random.Random, config: dict[str, Any]) -> str:
+def _set_other_type(rng: random.Random, config: dict[str, Any]) -> str:
     name = rng.choice(sorted(config))
     config[name] = rng.choice([None, "", "64", -1, 0, 2.5, [], {}, True, 10**12, float("nan")])
     return f"{name} {config[name]!r}"
@@ -167,17 +167,17 @@ def _change_size(rng: random.Random, config: dict[str, Any]) -> str:
     return f"{name} {config[name]}"
 
 
-def _nothing(rng: random.Random, config: dict[str, Any]) -> str:
+def _change_nothing(rng: random.Random, config: dict[str, Any]) -> str:
     return "as it is"
 
 
-_DISTURBANCES = (
-    _nothing,
-    _nothing,
-    _nothing,
+_CHANGES = (
+    _change_nothing,
+    _change_nothing,
+    _change_nothing,
     _add_foreign_keys,
-    _set_what_matters,
+    _set_key_that_matters,
     _remove,
-    _wrong_kind,
+    _set_other_type,
     _change_size,
 )

@@ -1,4 +1,4 @@
-"""Store a random model's weights and a tokenizer as directories on people's disks have them."""
+"""Store a random model's weights and a tokenizer in the ways that users' directories have."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ State = dict[str, torch.Tensor]
 
 
 def lay_out_weights(rng: random.Random, folder: Path) -> str:
-    """Store the weights of ``model.safetensors`` in another way; return how."""
+    """Store the weights of ``model.safetensors`` in another way; return a description of it."""
     state = load_file(folder / SINGLE)
     choice = rng.choice(_LAYOUTS)
     return choice(rng, folder, dict(state))
 
 
-def _as_it_is(rng: random.Random, folder: Path, state: State) -> str:
+def _keep_one_file(rng: random.Random, folder: Path, state: State) -> str:
     return "one file"
 
 
@@ -119,9 +119,9 @@ def _truncated(rng: random.Random, folder: Path, state: State) -> str:
 
 
 _LAYOUTS: tuple[Callable[[random.Random, Path, State], str], ...] = (
-    _as_it_is,
-    _as_it_is,
-    _as_it_is,
+    _keep_one_file,
+    _keep_one_file,
+    _keep_one_file,
     _shards,
     _stale_index,
     _without_prefix,

@@ -5,9 +5,10 @@
 
 A case changes one or two files: JSON with other values, headers of safetensors and .npy files,
 manifests and token stores that are signed anew, flipped bits, cut files, links, pipes and devices.
-Each command must succeed or refuse in one sentence. A traceback, a wait of more than a minute, more
-memory than a small model takes, and control characters in what is printed are printed and give
-status 1. That a change is never silently taken for the original is what the campaign damage shows.
+Each command must succeed or refuse in one sentence. The campaign prints each traceback, wait of
+more than a minute, use of more memory than a small model takes, and control character in the
+output, and then exits with status 1. The campaign damage checks that a changed file is never taken
+for the original.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tools.campaigns.mutations import mutate, remove, sign_manifest, sign_store
 from tools.campaigns.tally import Tally, main_of, numbers
 from tools.campaigns.trial import Trial, try_call, try_command
 
-# Beyond what the process has when the cases begin; a small model takes some MiB.
+# Memory in addition to what the process has when the cases begin. A small model takes some MiB.
 _MEMORY_BYTES = 4 * 2**30
 
 TARGETS = ("model", "model", "indexed", "sharded", "sharded", "adapter", "run", "table", "text")
@@ -48,16 +49,16 @@ def try_case(seed: int, material: Material, scratch: Path) -> tuple[str, Trial]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if target == "run" and rng.random() < 0.5:
         files = [path for path in files if "step-000002" not in str(path)]
-    hows = []
+    changes = []
     for path in rng.sample(files, rng.choice([1, 1, 1, 2])):
-        how = mutate(rng, path)
-        hows.append(f"{path.relative_to(folder)} {how}")
+        change = mutate(rng, path)
+        changes.append(f"{path.relative_to(folder)} {change}")
     if rng.random() < 0.7:
         for path in folder.rglob("manifest.json"):
             sign_manifest(path)
         for path in folder.rglob("meta.json"):
             sign_store(path.parent)
-    return f"{target}: {'; '.join(hows)}", _read(rng, target, folder, material, scratch)
+    return f"{target}: {'; '.join(changes)}", _read(rng, target, folder, material, scratch)
 
 
 def _read(
@@ -100,7 +101,7 @@ def _try_table(rng: random.Random, scratch: Path) -> tuple[str, Trial]:
         path.write_text(
             json.dumps(values) if path.suffix == ".json" else "\n".join(map(str, values))
         )
-    how = mutate(rng, path)
+    change = mutate(rng, path)
 
     def read() -> int:
         from megalard import cli
@@ -110,16 +111,16 @@ def _try_table(rng: random.Random, scratch: Path) -> tuple[str, Trial]:
 
         return cli.run(call)
 
-    return f"table: {path.name} {how}", try_call(read)
+    return f"table: {path.name} {change}", try_call(read)
 
 
 def _try_text(rng: random.Random, material: Material, scratch: Path) -> tuple[str, Trial]:
     source = material.folder / rng.choice(["text.txt", "text.jsonl"])
     path = scratch / source.name
     path.write_bytes(source.read_bytes())
-    how = mutate(rng, path)
+    change = mutate(rng, path)
     command = _prepare(path, material.folder / "model", scratch)
-    return f"text: {path.name} {how}", try_command(command)
+    return f"text: {path.name} {change}", try_command(command)
 
 
 def _prepare(text: Path, model: Path, scratch: Path) -> list:
@@ -141,8 +142,9 @@ def run(options: argparse.Namespace) -> int:
 def _limit_memory() -> None:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmSize:"):
-            now = int(line.split()[1]) * 1024
-            resource.setrlimit(resource.RLIMIT_AS, (now + _MEMORY_BYTES, resource.RLIM_INFINITY))
+            used_bytes = int(line.split()[1]) * 1024
+            limit = used_bytes + _MEMORY_BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""A small job to try things on: models of all forms, a text, a run, and its command line."""
+"""A small job for the campaigns: models of all forms, a text, a run, and its command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORDS = ["tensor", "rank", "row", "mask", "rope", "loss", "of", "the", "and"]
 
 @dataclass(frozen=True)
 class Material:
-    """A folder of things to copy and to damage.
+    """A folder of models, texts and runs, to be copied and damaged.
 
     Attributes:
         folder: has ``model`` (one file), ``indexed`` (two files), ``sharded``, ``adapter``,
@@ -69,7 +69,7 @@ class Material:
 
 
 def make_material(folder: Path) -> Material:
-    """Write everything; the same on every call."""
+    """Write the material, which is the same on every call."""
     material = Material(folder)
     torch.set_num_threads(1)
     _make_model(folder / "model", 0)

@@ -1,4 +1,4 @@
-"""Change files as damage, other programs and hostile people do."""
+"""Change files as damage, other programs and attackers change them."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ _WRITTEN = {
 
 
 def change_json(rng: random.Random, path: Path) -> str:
-    """Change one place of a JSON file; return what was done."""
+    """Change one place of a JSON file; return a description."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
         return change_bytes(rng, path)
-    content, how = changed(rng, content)
+    content, change = changed(rng, content)
     path.write_text(to_text(content))
-    return how
+    return change
 
 
 def to_text(content: Any) -> str:
-    """Return JSON, in which marks stand for what Python would not write."""
+    """Return content as JSON text, with marks replaced by JSON that Python would not write."""
     text = json.dumps(content)
     for mark, written in _WRITTEN.items():
         text = text.replace(f'"{mark}"', written)
@@ -76,7 +76,7 @@ def to_text(content: Any) -> str:
 
 
 def changed(rng: random.Random, content: Any) -> tuple[Any, str]:
-    """Return JSON content with one place changed, and what was done."""
+    """Return JSON content with one place changed, and a description of the change."""
     choice = rng.random()
     if choice < 0.05:
         return rng.choice(_VALUES), "another value as a whole"
@@ -111,37 +111,37 @@ def _places(content: Any):
 
 
 def change_bytes(rng: random.Random, path: Path) -> str:
-    """Change a file without regard to what it holds; return what was done."""
+    """Change a file without regard to its content; return a description."""
     content = bytearray(path.read_bytes())
     choice = rng.randrange(7)
     place = rng.randrange(len(content) or 1)
     if choice == 0 and content:
         content[place] ^= 1 << rng.randrange(8)
-        how = f"a flipped bit at {place}"
+        change = f"a flipped bit at {place}"
     elif choice == 1:
         del content[place:]
-        how = f"cut at {place}"
+        change = f"cut at {place}"
     elif choice == 2:
         content[place:place] = rng.randbytes(rng.choice([1, 7, 4096]))
-        how = f"more bytes at {place}"
+        change = f"more bytes at {place}"
     elif choice == 3:
         content = bytearray()
-        how = "empty"
+        change = "empty"
     elif choice == 4:
         content = bytearray(b"[" * 200_000)
-        how = "brackets"
+        change = "brackets"
     elif choice == 5:
         content[:200] = rng.randbytes(200)
-        how = "another beginning"
+        change = "another beginning"
     else:
         content = bytearray(rng.randbytes(rng.choice([1, 100, 10_000])))
-        how = "random bytes"
+        change = "random bytes"
     path.write_bytes(content)
-    return how
+    return change
 
 
 def replace_kind(rng: random.Random, path: Path) -> str:
-    """Put something that is not a regular file in the place of a file; return what."""
+    """Replace a file by something that is not a regular file; return a description."""
     path.unlink()
     choice = rng.randrange(7)
     if choice == 0:
@@ -158,20 +158,20 @@ def replace_kind(rng: random.Random, path: Path) -> str:
 
 
 def change_safetensors(rng: random.Random, path: Path) -> str:
-    """Change the header of a safetensors file and give it a length that fits; return what."""
+    """Change the header of a safetensors file, with a fitting length; return a description."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    header, how = changed(rng, json.loads(content[8 : 8 + length]))
+    header, change = changed(rng, json.loads(content[8 : 8 + length]))
     text = to_text(header).encode(errors="surrogatepass")
     if rng.random() < 0.1:
         path.write_bytes(rng.randbytes(8) + text + content[8 + length :])
-        return f"{how}, and another length"
+        return f"{change}, and another length"
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    return f"header {how}"
+    return f"header {change}"
 
 
 def change_array(rng: random.Random, path: Path) -> str:
-    """Change the header of a .npy file; return what was done."""
+    """Change the header of a .npy file; return a description."""
     content = path.read_bytes()
     text = rng.choice(
         (
@@ -193,7 +193,7 @@ def change_array(rng: random.Random, path: Path) -> str:
 
 
 def sign_manifest(path: Path) -> None:
-    """Give a manifest a checksum that holds, if it is one."""
+    """Give the file a correct checksum, if it is a manifest."""
     if not path.is_file():
         return
     try:
@@ -206,7 +206,7 @@ def sign_manifest(path: Path) -> None:
 
 
 def sign_store(folder: Path) -> None:
-    """Give a token store checksums of its files that hold, if it is one."""
+    """Give the folder correct checksums of its files, if it is a token store."""
     names = ("meta.json", "documents.npy", "checksums.npy")
     if not all((folder / name).is_file() for name in names):
         return
@@ -220,7 +220,7 @@ def sign_store(folder: Path) -> None:
 
 
 def mutate(rng: random.Random, path: Path) -> str:
-    """Change a file in a way that suits its kind; return what was done."""
+    """Change a file in a way that suits its kind; return a description."""
     choice = rng.random()
     if choice < 0.06:
         return replace_kind(rng, path)
@@ -235,5 +235,5 @@ def mutate(rng: random.Random, path: Path) -> str:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, whatever was put into it."""
+    """Remove a folder with any content."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,8 +2,8 @@
 
   python -m tools.campaigns.settings --count 15000 --seed 0
 
-Nothing is trained. A traceback, a sentence of several lines and an answer that takes more than a
-second are printed and give status 1.
+The campaign trains nothing. It prints each traceback, error of several lines and answer that takes
+more than a second, and then exits with status 1.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ _LINES = (
 )
 
 
-# With these a configuration is complete, so that what is tried besides is what decides.
+# These settings make a configuration complete, so that only the drawn settings decide the outcome.
 _COMPLETE = (
     "--model.teacher=teacher",
     "--rope.factor=4",

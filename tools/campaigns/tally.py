@@ -1,4 +1,4 @@
-"""What all campaigns share: arguments, bounds, progress, and a summary of every bad outcome."""
+"""The parts that all campaigns share: arguments, limits, progress, and the count of outcomes."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ class Tally:
 
     Attributes:
         counts: the number of each kind of outcome.
-        bad: how many were not as they should be.
+        num_bad: the number of outcomes that are not good.
     """
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
-        self.bad = 0
+        self.num_bad = 0
 
     def add(self, kind: str, is_good: bool, case: str, detail: str = "") -> None:
         """Count an outcome, and print it if it is not good."""
         self.counts[kind] += 1
         if not is_good:
-            self.bad += 1
+            self.num_bad += 1
             print(f"{kind}: {case!s}: {detail}".encode("unicode_escape").decode(), flush=True)
 
     def report(self) -> int:
         """Print the counts; return the exit status."""
         for kind, number in self.counts.most_common():
             print(f"{number:8d} {kind}")
-        print(
-            f"{sum(self.counts.values()):8d} cases, of which {self.bad} are not as they should be"
-        )
-        return 1 if self.bad else 0
+        total = sum(self.counts.values())
+        print(f"{total:8d} cases, of which {self.num_bad} are not as they should be")
+        return 1 if self.num_bad else 0
 
 
 def numbers(options: argparse.Namespace, tally: Tally) -> Iterator[int]:
@@ -52,8 +51,8 @@ def numbers(options: argparse.Namespace, tally: Tally) -> Iterator[int]:
             return
         if now - shown > _PROGRESS_S:
             shown = now
-            done = number - options.seed
-            print(f"{done} cases in {now - start:.0f} s, {tally.bad} bad", file=sys.stderr)
+            num_cases = number - options.seed
+            print(f"{num_cases} cases in {now - start:.0f} s, {tally.num_bad} bad", file=sys.stderr)
         yield number
 
 

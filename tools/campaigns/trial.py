@@ -22,7 +22,7 @@ GOOD = ("done", "refused")
 
 
 class TooLate(BaseException):
-    """Raised where a command is when its time is over."""
+    """Raised inside a command when its time is over."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Trial:
     """How a command ended.
 
     Attributes:
-        kind: ``done``, ``refused``, or what is wrong: ``traceback``, ``hang``, ``no sentence``.
+        kind: ``done``, ``refused``, or a fault: ``traceback``, ``hang``, ``control characters`` or
+            ``no sentence``.
         status: the exit status; None if there is none.
-        detail: the sentence, or what shows what is wrong.
+        detail: the sentence of a refusal, or the evidence of a fault.
         printed: what the command printed.
     """
 
@@ -71,7 +72,7 @@ def try_call(function: Callable[[], int | None], limit_s: int = LIMIT_S) -> Tria
 
 
 def judge(status: int, out: str, err: str) -> Trial:
-    """Return how a command ended that printed this and has this status."""
+    """Return how a command ended, from its exit status and its output."""
     printed = out + err
     if "Traceback (most recent call last)" in printed:
         return Trial("traceback", status, err[-400:], printed)

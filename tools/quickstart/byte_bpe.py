@@ -18,9 +18,9 @@ def train_tokenizer(
     """Return a byte-level BPE of ``vocab_size`` ids, of which id 0 is the end token.
 
     Args:
-        window: noted as the tokenizer's ``model_max_length``.
-        single_digits: give every digit its id, as Llama's tokenizers do, so that all numbers are
-            spelled alike.
+        window: stored as the tokenizer's ``model_max_length``.
+        single_digits: give every digit a separate id, as Llama's tokenizers do, so that all numbers
+            are spelled alike.
     """
     bpe = Tokenizer(models.BPE())
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,5 +48,5 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``, as transformers 4 and 5 read them."""
     tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the only class transformers 4 knows
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # all that transformers 4 has
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

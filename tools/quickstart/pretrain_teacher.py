@@ -4,11 +4,11 @@
 
 The teacher is a Llama of 0.8M parameters with a native window of 256 tokens and a byte-level BPE of
 512 ids. It is trained with transformers and torch alone on 41M tokens, ten times the text of
-``tools.quickstart.stdlib_text``, which takes half an hour on two CPU cores. The defaults, with the
-library of Python 3.11, made the teacher in launch/quickstart_teacher.
+``tools.quickstart.stdlib_text``, which takes half an hour on two CPU cores. The teacher in
+launch/quickstart_teacher was made with the default options and the library of Python 3.11.
 
-At the end the held-out loss is printed by length, natively and with positions divided by 8, the
-scaling from which the quickstart restores.
+At the end the script prints the held-out loss by length, with native positions and with positions
+divided by 8, which is the scaling that the quickstart restores.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make the tokenizer, train the model, and write and measure both."""
+    """Make the tokenizer, train the model, write both, and measure the model."""
     import torch
 
     from megalard.checkpoint.convert import check_target

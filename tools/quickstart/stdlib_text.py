@@ -5,7 +5,8 @@
 The files train.jsonl, validation.jsonl and heldout.jsonl have one JSON object per line:
 {"text": the content of a file, "source": its path relative to the standard library}. Nothing is
 downloaded. The split of a file depends on its relative path alone, so the held-out files of one
-machine are held out on every other. Their content depends on the version of Python.
+machine are held out on every other machine. The content of the files depends on the version of
+Python.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SPLITS = ("train", "validation", "heldout")
 _HELDOUT_PERCENT = 8
 _VALIDATION_PERCENT = 4
 
-# Tests, packages of others, and files that are tables or build records, neither prose nor code.
+# Tests, third-party packages, and files that are tables or build records, neither prose nor code.
 SKIPPED_FOLDERS = {
     "__pycache__",
     "dist-packages",
@@ -54,7 +55,7 @@ def split_of(relative_path: str) -> str:
 
 
 def is_wanted(relative: Path) -> bool:
-    """Whether a path below the standard library holds text that is worth learning from."""
+    """Whether a file of the standard library is part of the text."""
     if relative.as_posix() in _SKIPPED_FILES or SKIPPED_FOLDERS.intersection(relative.parts[:-1]):
         return False
     return not any(part.startswith(_SKIPPED_PREFIXES) for part in relative.parts)
@@ -64,7 +65,7 @@ def collect_splits(root: Path | None = None) -> dict[str, list[dict[str, str]]]:
     """Read the ``.py`` files below a directory in sorted order.
 
     Args:
-        root: the directory to read; the standard library of the running Python when not given.
+        root: the directory to read; when not given, the standard library of the running Python.
 
     Returns:
         Split to documents, each with ``text`` and ``source``. Empty files, files that are not UTF-8

@@ -26,7 +26,7 @@ _SHARES = {"train": 0.88, "validation": 0.04, "test": 0.08}
 # The largest share of a document, by characters, that earlier documents of the same split may have,
 # and the largest share that documents of other splits may have.
 _MOST_SEEN, _MOST_SHARED = 0.5, 0.1
-# Bytes that are read for each byte that is wanted, because some documents are copies.
+# Bytes that are read for each byte of the result, because some documents are copies.
 _CANDIDATES = 2
 
 Corpus = dict[str, dict[str, list[Document]]]
@@ -62,7 +62,7 @@ def collect(
 def _candidates(
     files: dict[str, list[tuple[Path, str]]], domain_bytes: int, workers: int
 ) -> Iterator[Document]:
-    """Yield the documents of the first files of each domain, more than are wanted."""
+    """Yield the documents of the first files of each domain, more than the result needs."""
     with parallel_map(workers) as map_in_parallel:
         for domain, ordered in files.items():
             chosen, size = [], 0
@@ -78,7 +78,7 @@ def _candidates(
 
 
 def without_copies(documents: list[Document]) -> list[Document]:
-    """Return the documents of which earlier documents have no large part.
+    """Return the documents that share no large part with earlier documents.
 
     The test documents come first, then validation, then train; within a split the order is kept. A
     passage counts as seen if an earlier document has it, even if that document is left out.

@@ -45,7 +45,7 @@ class Spread:
         return cls(mean, max(abs(value - mean) for value in values), len(values))
 
     def text(self, digits: int) -> str:
-        """Return it for a table."""
+        """Return the mean and the distance as text for a table."""
         if self.count == 0 or math.isnan(self.mean):
             return "-"
         around = f" ± {self.farthest:.{digits}f}" if self.count > 1 else ""
@@ -57,7 +57,7 @@ class Comparison:
 
     Attributes:
         timings: method to its timed run.
-        domain: the domain whose text restored.
+        domain: the domain of the text that students were trained on.
 
     Args:
         results: as ``tools.study.results.reported`` returns them.

@@ -2,17 +2,18 @@
 
     python -m tools.study.corpus --output STUDY/corpus --native-window 512
 
-Four clearly different domains, of at most --megabytes each:
+The corpus has four clearly different domains, of at most --megabytes each:
 
   python      sources of the standard library and the installed packages, without long docstrings
   c           C, C++ and CUDA headers and sources of the system, CUDA, torch, numpy and others
   prose       documentation (.rst, .md, .txt, descriptions of packages, changelogs), docstrings
   licenses    license and copyright files, by paragraphs
 
-and a fifth, synthetic: documents of the retrieval tasks (megalard.evaluation.tasks) of up to
---native-window tokens, hidden in neutral sentences or in text of the others. Files are divided into
-train, validation and test by their paths. A document is left out if earlier documents of its split
-have more than half of it, or documents of another split more than a tenth; the tests come first.
+The fifth domain is synthetic: documents of the retrieval tasks (megalard.evaluation.tasks) of up to
+--native-window tokens, hidden in neutral sentences or in text of the other domains. Files are
+divided into train, validation and test by their paths. A document is left out if earlier documents
+of its split contain more than half of it, or documents of another split contain more than a tenth
+of it. The tests are collected first.
 
   OUTPUT/tokenizer/                        a byte-level BPE, trained on train text of all domains
   OUTPUT/DOMAIN/{train,validation,test}/   token stores, for data.paths and evaluation.paths

@@ -29,7 +29,7 @@ class Study:
 
     Args:
         folder: holds ``teacher/`` and ``corpus/``.
-        domain: the domain whose text restores.
+        domain: the domain of the text that students are trained on.
         device: ``auto``, ``cpu`` or ``cuda``.
         shrink: divides the tokens of every run and measurement, for a quick trial.
     """

@@ -68,8 +68,9 @@ def pretrain(folder: Path, steps: int, device: str) -> None:
     with StopSignals() as stop:
         train(load_config(str(recipe("pretrain")), overrides), stop)
     if not (output / "student").is_dir():
-        raise UserError("the training was stopped: the same command goes on with it")
-    # In bf16, as the runs hold it, so that teacher and student start from the same numbers.
+        raise UserError("the training was stopped: the same command resumes it")
+    # The runs hold the teacher in bf16. The saved teacher is in bf16 too, so that teacher and
+    # student start from equal numbers.
     teacher = folder / "teacher"
     with quiet_transformers():
         model = LlamaForCausalLM.from_pretrained(output / "student", dtype=torch.bfloat16)

@@ -1,9 +1,9 @@
-"""Does restoration work, and is it worth it over continued pre-training? A controlled proxy.
+"""Compare restoration with continued pre-training on a small model: the study with a proxy.
 
 A small Llama with a native window of 512 tokens, the teacher, is trained from scratch on several
 domains of text. Its RoPE is scaled by 8, and every method of the study restores the student on text
 of one domain. Short text inside and outside that domain, long text and retrieval are measured on
-test files that nothing was trained on or chosen by. The stages, in order:
+test files that nothing was trained on or chosen by. The commands, in order:
 
   python -m tools.study.corpus --output STUDY/corpus --native-window 512
   python -m tools.study.restoration pretrain STUDY     the teacher
@@ -12,7 +12,7 @@ test files that nothing was trained on or chosen by. The stages, in order:
   python -m tools.study.restoration timing STUDY       time and memory of each method, alone
   python -m tools.study.restoration report STUDY       tables and plots
 
-A stage that was stopped goes on where it was, with the same command: results are appended to
+A command that was stopped continues where it was if it is given again: results are appended to
 STUDY/results.jsonl as they come, and a run that has a result there is not repeated.
 docs/restoration.md has the results.
 """
@@ -32,16 +32,16 @@ from tools.study.methods import METHODS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one stage; return the exit status."""
+    """Run one command; return the exit status."""
     options = parse(arguments)
-    return cli.run(lambda: STAGES[options.stage](options))
+    return cli.run(lambda: COMMANDS[options.command](options))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = command_line.make_parser("tools.study.restoration", __doc__)
     at_least = command_line.at_least
-    parser.add_argument("stage", choices=list(STAGES), help="the stage to run; see above")
+    parser.add_argument("command", choices=list(COMMANDS), help="the command to run; see above")
     parser.add_argument(
         "folder", type=Path, metavar="STUDY", help="directory of the study, which holds corpus/"
     )
@@ -168,7 +168,7 @@ def _run_all(options: argparse.Namespace, runs: list, workers: int) -> None:
 
     check_folder(options.folder, options.domain)
     run_all(
-        options.stage,
+        options.command,
         runs,
         options.folder,
         partial(Study, options.folder, options.domain, options.device, options.shrink),
@@ -185,12 +185,12 @@ def check_folder(folder: Path, domain: str) -> None:
         UserError: naming what is missing.
     """
     if not (folder / "teacher" / "config.json").exists():
-        raise UserError(f"{folder} has no teacher: run the stage pretrain first")
+        raise UserError(f"{folder} has no teacher: run the command pretrain first")
     if not (folder / "corpus" / domain / "train").is_dir():
         raise UserError(f"{folder / 'corpus'} has no text of --domain {domain}: check its spelling")
 
 
-STAGES = {
+COMMANDS = {
     "pretrain": pretrain,
     "search": search,
     "final": final,

@@ -35,7 +35,7 @@ def best_rate(results: list[dict], method: str, rope: str) -> float:
     tried = [result for result in tried if result["rope"] == rope] or tried
     if not tried:
         raise UserError(
-            f"no learning rate of {method} was tried: run the stage search with it first"
+            f"no learning rate of {method} was tried: run the command search with it first"
         )
     return min(tried, key=validation_loss)["rate"]
 

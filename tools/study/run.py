@@ -46,7 +46,7 @@ class Models:
             results[domain] = _as_json(self._run(suite).by_length)
         return results
 
-    def everything(self) -> dict:
+    def all_measurements(self) -> dict:
         """Return all that methods are compared by: short text, long text and tasks."""
         study, domains = self.study, {}
         for domain in study.domains:
@@ -107,7 +107,7 @@ def execute(study: Study, run: Run) -> dict:
         text = ([study.domain], "validation", lengths, study.sizes.validation)
         result["validation"] = models.by_length(*text)
     elif run.kind == "baseline":
-        result |= {"curve": [models.milestone(0)], "compared": models.everything()}
+        result |= {"curve": [models.milestone(0)], "compared": models.all_measurements()}
     return result
 
 
@@ -126,7 +126,7 @@ def _train(study: Study, run: Run, models: Models, training: Training, per_step:
         if number + 1 in milestones:
             result["curve"].append(models.milestone(tokens))
             if milestones[number + 1] == METHODS[run.method].compared_at:
-                result["compared"] = models.everything()
+                result["compared"] = models.all_measurements()
     return result | {
         "seconds_per_step": float(np.median(times[WARM_UP_STEPS:] or times)),
         "peak_memory": training.peak_memory(),

@@ -21,7 +21,7 @@ def write_report(output: Path, results: list[dict], domain: str) -> None:
 
     Args:
         results: as ``tools.study.results.reported`` returns them.
-        domain: the domain whose text restored.
+        domain: the domain of the text that students were trained on.
 
     Raises:
         UserError: a table lacks its baselines or its runs.
@@ -44,8 +44,8 @@ def _check_complete(results: list[dict], domain: str) -> None:
     missing = {rope for rope in (r["rope"] for r in finals) if ("scaled", rope) not in baselines}
     if not finals or missing or "teacher" not in {method for method, _ in baselines}:
         raise UserError(
-            "there are no results of final runs and their baselines to report: run the stage final "
-            "first"
+            "there are no results of final runs and their baselines to report: run the command "
+            "final first"
         )
     if domain not in finals[0]["compared"]["domains"]:
         names = ", ".join(sorted(finals[0]["compared"]["domains"]))

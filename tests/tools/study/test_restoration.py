@@ -154,8 +154,8 @@ def test_a_timed_run_does_without_a_teacher_that_it_does_not_need(folder, monkey
     ("stage", "options", "sentence"),
     [
         ("pretrain", (), "has no mixed/train: make it with python -m tools.study.corpus"),
-        ("search", (), "has no teacher: run the stage pretrain first"),
-        ("final", (), "no learning rate of linearard was tried: run the stage search with it"),
+        ("search", (), "has no teacher: run the command pretrain first"),
+        ("final", (), "no learning rate of linearard was tried: run the command search with it"),
     ],
 )
 def test_a_stage_that_comes_too_early_is_refused(stage, options, sentence, tmp_path, capsys):

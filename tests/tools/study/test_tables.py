@@ -62,7 +62,7 @@ def test_a_study_without_a_gap_is_reported(tmp_path):
 
 def test_results_that_are_not_complete_are_refused(results, tmp_path):
     for some in ([], results[:2], results[2:], results[1:]):
-        assert "run the stage final first" in user_error(write_report, tmp_path, some, "python")
+        assert "run the command final first" in user_error(write_report, tmp_path, some, "python")
     sentence = user_error(write_report, tmp_path, results, "poetry")
     assert "--domain is poetry, and the results are of c, prose, python" in sentence
     assert list(tmp_path.iterdir()) == []
@@ -87,4 +87,4 @@ def test_the_published_numbers_are_made_from_the_recorded_results(tmp_path, caps
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     assert restoration("report", tmp_path) == 1
-    assert "run the stage final first" in one_error(capsys.readouterr().err)
+    assert "run the command final first" in one_error(capsys.readouterr().err)

@@ -26,10 +26,10 @@ _LOGIT_ROWS = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """The tokens of one choice of a question: int64 [n], of which the first ``given`` are given."""
+    """The tokens of one choice of a question: int64 [n]; the first ``num_given`` are context."""
 
     tokens: np.ndarray
-    given: int
+    num_given: int
 
 
 def encode(questions: Sequence[Question], tokenizer: Tokenizer) -> list[list[Row]]:
@@ -71,7 +71,7 @@ def log_likelihoods(
         ends = np.cumsum([len(rows[number].tokens) for number in numbers])
         starts = ends - [len(rows[number].tokens) for number in numbers]
         documents = list(zip(starts.tolist(), ends.tolist(), strict=True))
-        # The ranks of the axis get equally many tokens: one more document fills the block up.
+        # A last document of padding gives the ranks of the axis equally many tokens.
         size = int(ends[-1])
         padding = np.zeros(-size % axis.size, dtype=np.int64)
         tokens = np.concatenate([*(rows[number].tokens for number in numbers), padding])
@@ -85,13 +85,13 @@ def log_likelihoods(
         for start in range(0, len(places), _LOGIT_ROWS):
             part = slice(start, start + _LOGIT_ROWS)
             logits = F.linear(hidden[part], model.head_weight.to(dtype)).float()
-            # The loss of predicting token i + 1 stands at place i.
+            # Place i has the loss of predicting token i + 1.
             losses[places[part]] = cross_entropy(
                 logits, target[places[part]], first_id, axis
             ).double()
         by_place = losses.cpu().numpy()
         for number, start, end in zip(numbers, starts, ends, strict=True):
-            result[number] = -by_place[start + rows[number].given - 1 : end - 1].sum()
+            result[number] = -by_place[start + rows[number].num_given - 1 : end - 1].sum()
     return result
 
 

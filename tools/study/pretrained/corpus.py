@@ -4,9 +4,9 @@
       --domain manuals=DIR --domain manuals=DIR --domain news=DIR
 
 Files ending in .txt, .md, .rst, .pod, .html, .htm (also .gz) are read; tags are taken out of HTML.
-The files of one directory are one document in the order of their names, since the pages of a
-manual belong together, cut after half a megabyte. Of each domain a tenth is for tests and a
-twentieth for validation, the rest for training; a document is in one of them only.
+The files of one directory are one document, in the order of their names, since the pages of a
+manual belong together. Documents are cut after half a megabyte. A tenth of each domain is for
+tests, a twentieth for validation, and the rest for training. Each document is in one split only.
 
   OUTPUT/DOMAIN/{train,validation,test}/   token stores, for data.paths and evaluation.paths
 """
@@ -93,7 +93,7 @@ def documents(folder: Path) -> Iterator[str]:
             by_folder.setdefault(path.parent, []).append(path)
     for paths in by_folder.values():
         names = {_stem(path) for path in paths if _kind(path) not in (".html", ".htm")}
-        # A page that is there as plain text too is read once.
+        # A page that is also there as plain text is read once.
         pages = [p for p in paths if _kind(p) not in (".html", ".htm") or _stem(p) not in names]
         yield from cut("\n\n".join(filter(None, map(read_page, pages))))
 

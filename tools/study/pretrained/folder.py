@@ -24,7 +24,7 @@ from tools.study.pretrained.corpus import CORPUS
 from tools.study.pretrained.methods import RECIPE_WINDOW, recipe
 from tools.study.pretrained.questions import Question, read_questions
 
-# The share of a run's tokens that its first phase reads, if it has two.
+# The share of a run's tokens that its first stage reads, if it has two.
 _FIRST_SHARE = 0.5
 TASKS = ("passkey", "multi_key")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -52,7 +52,7 @@ class Study:
 
     Args:
         folder: holds ``teacher/``, ``corpus/`` and ``choices/``.
-        domain: the domain whose text restores.
+        domain: the domain of the text that students are trained on.
         device: ``auto``, ``cpu`` or ``cuda``.
         sizes: how much is measured.
         questions: the largest number of questions per task.
@@ -131,18 +131,18 @@ class Study:
 
     def config(
         self,
-        phases: tuple[str, ...],
+        stages: tuple[str, ...],
         rates: tuple[float, ...],
         rope: str,
         factor: int,
         tokens: int,
         seed: int,
     ) -> Config:
-        """Return the configuration of a run: a stage per phase, which share the tokens.
+        """Return the configuration of a run with stages that share the tokens.
 
         Args:
-            phases: names of recipes; none for the scaled student as it is.
-            rates: the learning rate of each phase.
+            stages: names of recipes; none for the scaled student as it is.
+            rates: the learning rate of each stage.
         """
         end_token = json.loads((self.folder / "corpus" / CORPUS).read_text())["end_token"]
         text = str(self.folder / "corpus" / self.domain / "train")
@@ -154,27 +154,28 @@ class Study:
             "data.paths": json.dumps([text]),
             "data.eos": "yes",
             # Blocks of the student's window do not fit next to those of other runs otherwise.
-            "parallel.activation_checkpointing": json.dumps(any(map(_reads_long_text, phases))),
+            "parallel.activation_checkpointing": json.dumps(any(map(_reads_long_text, stages))),
             "run.seed": seed,
             "run.output": "unused",
         }
         if end_token is not None:
             settings["data.end_token"] = end_token
-        shares = (1.0,) if len(phases) == 1 else (_FIRST_SHARE, 1 - _FIRST_SHARE)
-        for phase, rate, share in zip(phases, rates, shares, strict=True):
-            stage = self._stage(phase, factor)
-            stage["optimizer"] |= {"learning_rate": rate, "steps": 1}
-            one_step = load_config(None, [*_words(settings), f"--stages.x={json.dumps(stage)}"])
+        shares = (1.0,) if len(stages) == 1 else (_FIRST_SHARE, 1 - _FIRST_SHARE)
+        for stage, rate, share in zip(stages, rates, shares, strict=True):
+            stage_settings = self._stage_settings(stage, factor)
+            stage_settings["optimizer"] |= {"learning_rate": rate, "steps": 1}
+            override = f"--stages.x={json.dumps(stage_settings)}"
+            one_step = load_config(None, [*_words(settings), override])
             per_step = one_step.all_stages()["x"].tokens_per_step
-            stage["optimizer"]["steps"] = max(1, round(share * tokens / per_step))
-            settings[f"stages.{phase}"] = json.dumps(stage)
+            stage_settings["optimizer"]["steps"] = max(1, round(share * tokens / per_step))
+            settings[f"stages.{stage}"] = json.dumps(stage_settings)
         return load_config(None, _words(settings))
 
-    def _stage(self, phase: str, factor: int) -> dict:
-        """Return the recipe of a phase with lengths for this teacher's window."""
-        stage = yaml.safe_load(recipe(phase).read_text())
-        streams = stage.get("streams", {})
-        for section in (stage, *streams.values()):
+    def _stage_settings(self, stage: str, factor: int) -> dict:
+        """Return the recipe of a stage with lengths for this teacher's window."""
+        stage_settings = yaml.safe_load(recipe(stage).read_text())
+        streams = stage_settings.get("streams", {})
+        for section in (stage_settings, *streams.values()):
             data = section.get("data", {})
             if "context_length" in data:
                 data["context_length"] = (
@@ -182,11 +183,11 @@ class Study:
                 )
         if "long" in streams:
             streams["long"]["data"] = {"context_length": factor * self.native_window}
-        return stage
+        return stage_settings
 
 
-def _reads_long_text(phase: str) -> bool:
-    return "long" in yaml.safe_load(recipe(phase).read_text()).get("streams", {})
+def _reads_long_text(stage: str) -> bool:
+    return "long" in yaml.safe_load(recipe(stage).read_text()).get("streams", {})
 
 
 def _words(settings: dict[str, object]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The methods that are compared on a pre-trained model, and the stages they are made of."""
+"""The methods that are compared on a pre-trained model, and the stages that they consist of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RECIPE_WINDOW = 8192
 
 
 @dataclass(frozen=True)
-class Phase:
+class Stage:
     """A recipe for one stage of a run.
 
     Attributes:
@@ -23,21 +23,21 @@ class Phase:
     rates: tuple[float, ...]
 
 
-PHASES = {
-    "linearard": Phase("LinearARD", (3e-4, 1e-3, 2e-3)),
-    "linearard-qk": Phase("LinearARD + QK", (3e-4, 1e-3, 2e-3)),
-    "qk-attention": Phase("QK + attention output", (3e-4, 1e-3, 3e-3)),
-    "logits": Phase("logits KL", (3e-4, 1e-3, 2e-3)),
-    "ours": Phase("ours", (1e-4, 3e-4, 1e-3)),
-    "cpt": Phase("CPT", (3e-5, 1e-4, 2e-4)),
-    "longred": Phase("LongReD", (3e-5, 1e-4, 2e-4)),
-    "mix": Phase("logits KL with CPT", (3e-5, 1e-4, 2e-4)),
+STAGES = {
+    "linearard": Stage("LinearARD", (3e-4, 1e-3, 2e-3)),
+    "linearard-qk": Stage("LinearARD + QK", (3e-4, 1e-3, 2e-3)),
+    "qk-attention": Stage("QK + attention output", (3e-4, 1e-3, 3e-3)),
+    "logits": Stage("logits KL", (3e-4, 1e-3, 2e-3)),
+    "ours": Stage("ours", (1e-4, 3e-4, 1e-3)),
+    "cpt": Stage("CPT", (3e-5, 1e-4, 2e-4)),
+    "longred": Stage("LongReD", (3e-5, 1e-4, 2e-4)),
+    "mix": Stage("logits KL with CPT", (3e-5, 1e-4, 2e-4)),
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to restore a scaled model: one or two phases, each with half of the tokens.
+    """One way to restore a scaled model: one or two stages, each with half of the tokens.
 
     Attributes:
         name: its name on the command line, such as ``linearard`` or ``linearard+cpt``.
@@ -46,25 +46,25 @@ class Method:
     name: str
 
     @property
-    def phases(self) -> tuple[str, ...]:
-        """The names of its phases."""
+    def stages(self) -> tuple[str, ...]:
+        """The names of its stages."""
         return tuple(self.name.split("+"))
 
     @property
     def label(self) -> str:
         """Its name in tables."""
-        return ", then ".join(PHASES[phase].label for phase in self.phases)
+        return ", then ".join(STAGES[stage].label for stage in self.stages)
 
 
 METHODS = {
     name: Method(name)
     for name in (
-        *PHASES,
-        *(f"{first}+cpt" for first in PHASES if first not in ("cpt", "longred", "mix")),
+        *STAGES,
+        *(f"{first}+cpt" for first in STAGES if first not in ("cpt", "longred", "mix")),
     )
 }
 
 
-def recipe(phase: str) -> Path:
-    """Return the recipe of a phase."""
-    return RECIPES / f"{phase}.yaml"
+def recipe(stage: str) -> Path:
+    """Return the recipe of a stage."""
+    return RECIPES / f"{stage}.yaml"

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from megalard.errors import UserError
-from tools.study.pretrained.methods import METHODS, PHASES, Method
+from tools.study.pretrained.methods import METHODS, STAGES, Method
 from tools.study.pretrained.run import validation_loss
 
 # Stages on long text are judged by long windows as well.
-_LONG_PHASES = ("cpt", "longred", "mix")
+_LONG_STAGES = ("cpt", "longred", "mix")
 _ROPE_NAMES = {"linear": "PI", "yarn": "YaRN"}
 _BLIMP = "blimp"
 
@@ -29,19 +29,21 @@ def best_rates(results: list[dict], method: Method, rope: str) -> tuple[float, .
         UserError: no rate of a stage was tried.
     """
     rates = []
-    for phase in method.phases:
-        tried = [r for r in results if (r["kind"], r["method"]) == ("search", phase)]
+    for stage in method.stages:
+        tried = [r for r in results if (r["kind"], r["method"]) == ("search", stage)]
         tried = [result for result in tried if result["rope"] == rope] or tried
         if not tried:
-            raise UserError(f"no learning rate of {phase} was tried: run search with it first")
-        rates.append(min(tried, key=lambda r: _validation(r, phase))["rates"][0])
+            raise UserError(
+                f"no learning rate of {stage} was tried: run the command search with it first"
+            )
+        rates.append(min(tried, key=lambda r: _validation(r, stage))["rates"][0])
     return tuple(rates)
 
 
-def _validation(result: dict, phase: str) -> float:
+def _validation(result: dict, stage: str) -> float:
     domain = next(iter(result["validation"].values()))
     lengths = sorted(int(length) for length in domain if length.isdigit())
-    return validation_loss(result, phase in _LONG_PHASES, tuple(lengths[:-1]))
+    return validation_loss(result, stage in _LONG_STAGES, tuple(lengths[:-1]))
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Number:
     error: float = 0.0
 
     def text(self, digits: int) -> str:
-        """Return it for a table."""
+        """Return the mean and the error as text for a table."""
         if math.isnan(self.mean):
             return "-"
         around = f" ± {self.error:.{digits}f}" if self.error else ""
@@ -69,7 +71,7 @@ class Group:
 
     Args:
         results: the results of the study.
-        domain: the domain whose text restored.
+        domain: the domain of the text that students were trained on.
     """
 
     def __init__(self, results: list[dict], rope: str, factor: int, domain: str):
@@ -133,8 +135,8 @@ class Group:
     def kept(self, runs: Sequence[dict], tasks: Callable[[str], bool]) -> Number:
         """Return the score over the teacher's, in percent, with its standard error.
 
-        The error is that of the mean difference to the teacher over the questions, so that
-        questions that both answer alike do not count.
+        The error is that of the mean difference to the teacher over the questions. Questions that
+        both answer alike do not add to it.
         """
         names = [name for name in self.teacher["measured"]["choices"] if tasks(name)]
 
@@ -171,7 +173,7 @@ def groups(results: list[dict], domain: str) -> list[Group]:
     """
     keys = dict.fromkeys((r["factor"], r["rope"]) for r in results if r["kind"] == "final")
     if not keys:
-        raise UserError("there are no results of final runs to report: run the step final first")
+        raise UserError("there are no results of final runs to report: run the command final first")
     return [Group(results, rope, factor, domain) for factor, rope in sorted(keys)]
 
 
@@ -220,23 +222,23 @@ def table(group: Group) -> str:
 def rates_table(results: list[dict]) -> str:
     """Return the table of the searched learning rates."""
     lines = ["### Learning rates\n", "| stage | RoPE | validation loss by rate |", "|---|---|---|"]
-    for phase in PHASES:
+    for stage in STAGES:
         for rope, name in _ROPE_NAMES.items():
             tried = [
-                (r["rates"][0], _validation(r, phase))
+                (r["rates"][0], _validation(r, stage))
                 for r in results
-                if (r["kind"], r["method"], r["rope"]) == ("search", phase, rope)
+                if (r["kind"], r["method"], r["rope"]) == ("search", stage, rope)
             ]
             if tried:
                 cells = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(tried))
-                lines.append(f"| {PHASES[phase].label} | {name} | {cells} |")
+                lines.append(f"| {STAGES[stage].label} | {name} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def write_report(output: Path, results: list[dict], domain: str) -> None:
     """Print the tables, and write them with JSON into a directory."""
-    found = groups(results, domain)
-    tables = [*(table(group) for group in found), rates_table(results)]
+    measured_groups = groups(results, domain)
+    tables = [*(table(group) for group in measured_groups), rates_table(results)]
     output.mkdir(parents=True, exist_ok=True)
     (output / "pretrained-tables.md").write_text("\n".join(tables))
     numbers = {
@@ -247,7 +249,7 @@ def write_report(output: Path, results: list[dict], domain: str) -> None:
             "choice": group.kept(runs, lambda task: task != _BLIMP).__dict__,
             "far_loss": group.over_seeds(runs, group.far_loss).mean,
         }
-        for group in found
+        for group in measured_groups
         for label, runs in group.rows()
     }
     (output / "pretrained.json").write_text(json.dumps(numbers, indent=1) + "\n")

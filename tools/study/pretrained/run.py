@@ -26,7 +26,7 @@ class Run:
         rope: ``rope.type`` of the student.
         factor: the student's window is this times the teacher's.
         tokens: the number of training tokens.
-        rates: the learning rate of each phase.
+        rates: the learning rate of each stage.
         seed: the seed of the run.
     """
 
@@ -57,9 +57,9 @@ def execute(study: Study, run: Run) -> dict:
     Raises:
         UserError: the teacher or the corpus does not fit the study.
     """
-    phases = METHODS[run.method].phases if run.rates else ("linearard",)
+    stages = METHODS[run.method].stages if run.rates else ("linearard",)
     rates = run.rates or (1e-3,)
-    config = study.config(phases, rates, run.rope, run.factor, max(1, run.tokens), run.seed)
+    config = study.config(stages, rates, run.rope, run.factor, max(1, run.tokens), run.seed)
     training = Training(config, study.folder, study.mesh)
     result: dict = {**asdict(run), "key": run.key}
     times: list[float] = []

@@ -1,6 +1,6 @@
 """Restore a pre-trained model by every method, with one or both stages and equal numbers of tokens.
 
-STUDY/teacher is a Hugging Face directory of a model with its native RoPE. The steps, in order:
+STUDY/teacher is a Hugging Face directory of a model with its native RoPE. The commands, in order:
 
   python -m tools.study.pretrained.corpus --model STUDY/teacher --output STUDY/corpus ...
   python -m tools.study.pretrained.choice_files --output STUDY/choices ...
@@ -8,9 +8,9 @@ STUDY/teacher is a Hugging Face directory of a model with its native RoPE. The s
   python -m tools.study.pretrained.study final STUDY     the runs of a plan, and the baselines
   python -m tools.study.pretrained.study report STUDY    tables
 
-A step that was stopped goes on where it was: results are appended to STUDY/results.jsonl as they
-come, and a run that has a result there is not repeated. A rate that was searched for one factor
-serves for all. docs/restoration.md has the results.
+A command that was stopped continues where it was if it is given again: results are appended to
+STUDY/results.jsonl as they come, and a run that has a result there is not repeated. A rate that was
+searched for one factor serves for all. docs/restoration.md has the results.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 from megalard import cli
 from megalard.errors import UserError
 from tools import command_line
-from tools.study.pretrained.methods import METHODS, PHASES
+from tools.study.pretrained.methods import METHODS, STAGES
 
 ROPES = ("linear", "yarn")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one step; return the exit status."""
+    """Run one command; return the exit status."""
     options = parse(arguments)
     return cli.run(lambda: STEPS[options.step](options))
 
@@ -96,13 +96,13 @@ def search(options: argparse.Namespace) -> None:
     """Try every learning rate of every stage."""
     from tools.study.pretrained.run import Run
 
-    phases = dict.fromkeys(phase for name in options.methods for phase in METHODS[name].phases)
+    stages = dict.fromkeys(stage for name in options.methods for stage in METHODS[name].stages)
     runs = [
-        Run("search", phase, rope, factor, options.tokens[0], (rate,))
-        for phase in phases
+        Run("search", stage, rope, factor, options.tokens[0], (rate,))
+        for stage in stages
         for rope in options.ropes
         for factor in options.factors
-        for rate in PHASES[phase].rates
+        for rate in STAGES[stage].rates
     ]
     _run_all(options, runs)
 

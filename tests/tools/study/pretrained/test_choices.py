@@ -100,5 +100,5 @@ def test_a_token_that_joins_context_and_choice_belongs_to_the_choice():
     encoder = make_byte_tokenizer()
     object.__setattr__(encoder, "encode_batch", lambda texts: [joined[text] for text in texts])
     [[first, second]] = choices.encode([Question(["a", "ab"], ["b", "c"], 0, False)], encoder)
-    assert (first.tokens.tolist(), first.given) == ([2], 1)
-    assert (second.tokens.tolist(), second.given) == ([2, 3], 1)
+    assert (first.tokens.tolist(), first.num_given) == ([2], 1)
+    assert (second.tokens.tolist(), second.num_given) == ([2, 3], 1)

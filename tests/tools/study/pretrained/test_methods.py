@@ -1,4 +1,4 @@
-"""The methods of the study of a pre-trained model, and the recipes that their phases are."""
+"""The methods of the study of a pre-trained model, and the recipes that their stages are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from megalard.config.recipes import title
 from tests.models import make_model
 from tools.study.pretrained.folder import Study
-from tools.study.pretrained.methods import METHODS, PHASES, RECIPES, recipe
+from tools.study.pretrained.methods import METHODS, RECIPES, STAGES, recipe
 
 WINDOW, FACTOR = 256, 4
 
@@ -24,9 +24,9 @@ def study(tmp_path_factory) -> Study:
     return Study(folder, "manuals", "cpu")
 
 
-def test_every_phase_has_a_recipe_and_every_recipe_a_phase():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(PHASES)
-    assert all(title(recipe(phase)) for phase in PHASES)
+def test_every_stage_has_a_recipe_and_every_recipe_a_stage():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(STAGES)
+    assert all(title(recipe(stage)) for stage in STAGES)
     assert set(METHODS) == {
         *("linearard", "linearard-qk", "qk-attention", "logits", "ours", "cpt", "longred", "mix"),
         *("linearard+cpt", "linearard-qk+cpt", "qk-attention+cpt", "logits+cpt", "ours+cpt"),
@@ -35,17 +35,17 @@ def test_every_phase_has_a_recipe_and_every_recipe_a_phase():
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_the_phases_share_the_tokens_and_know_the_windows(name, study):
-    phases = METHODS[name].phases
-    rates = tuple(PHASES[phase].rates[0] for phase in phases)
-    config = study.config(phases, rates, "yarn", FACTOR, 400_000, seed=3)
-    assert list(config.stages) == list(phases)
+def test_the_stages_share_the_tokens_and_know_the_windows(name, study):
+    stages = METHODS[name].stages
+    rates = tuple(STAGES[stage].rates[0] for stage in stages)
+    config = study.config(stages, rates, "yarn", FACTOR, 400_000, seed=3)
+    assert list(config.stages) == list(stages)
     assert (config.rope.type, config.rope.factor, config.run.seed) == ("yarn", 4.0, 3)
     for stage, rate in zip(config.all_stages().values(), rates, strict=True):
         assert stage.optimizer.learning_rate == rate
         read = stage.optimizer.steps * stage.tokens_per_step
-        # A phase takes whole steps.
-        assert read == pytest.approx(400_000 / len(phases), abs=stage.tokens_per_step)
+        # A stage takes whole steps.
+        assert read == pytest.approx(400_000 / len(stages), abs=stage.tokens_per_step)
         for stream, settings in stage.all_streams().items():
             data = settings.data
             assert data.eos == "yes" and data.end_token == "<|end|>"

@@ -115,7 +115,7 @@ def test_the_report_is_written_as_text_and_as_numbers(tmp_path, capsys):
     assert "| logits KL | PI | 0.001: 2.0000 |" in page and page in capsys.readouterr().out
     numbers = json.loads((tmp_path / "new" / "pretrained.json").read_text())
     assert numbers["PI x 4/logits KL/1000000"]["gap"] == 0.625
-    with pytest.raises(UserError, match="run the step final first"):
+    with pytest.raises(UserError, match="run the command final first"):
         write_report(tmp_path, results[:2], "manuals")
 
 

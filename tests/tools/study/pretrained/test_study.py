@@ -11,7 +11,7 @@ from tests.models import make_model
 from tests.processes import CHECKOUT
 from tools.study.pretrained import folder as study_folder
 from tools.study.pretrained.folder import Sizes
-from tools.study.pretrained.methods import PHASES, Phase
+from tools.study.pretrained.methods import STAGES, Stage
 from tools.study.pretrained.questions import Question, write_questions
 from tools.study.results import read_results
 
@@ -48,8 +48,8 @@ def folder(tmp_path_factory):
 def finished(folder):
     """The same folder after all steps, with two rates per stage and little text."""
     with pytest.MonkeyPatch.context() as patch:
-        for phase in ("logits", "cpt"):
-            patch.setitem(PHASES, phase, Phase(PHASES[phase].label, (1e-3, 3e-3)))
+        for stage in ("logits", "cpt"):
+            patch.setitem(STAGES, stage, Stage(STAGES[stage].label, (1e-3, 3e-3)))
         small = Sizes(validation=1024, short=1024, long=1024, samples=1)
         patch.setattr(study_folder, "Sizes", lambda: small)
         tokens = ("--tokens", 2048)
@@ -100,4 +100,4 @@ def test_a_missing_part_is_named(folder, tmp_path, capsys):
     assert study("search", folder, *OPTIONS, "--domain", "poems") == 1
     assert "has no corpus/poems/train" in one_error(capsys.readouterr().err)
     assert study("report", tmp_path, *OPTIONS) == 1
-    assert "run the step final first" in one_error(capsys.readouterr().err)
+    assert "run the command final first" in one_error(capsys.readouterr().err)
