@@ -33,7 +33,7 @@ def as_transformers_reads(config: dict, where: str) -> PretrainedConfig:
             read = AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-            # The model does this once more, and then a key next to the RoPE section has priority.
+            # A model repeats this call, after which a key next to the RoPE section has priority.
             read.standardize_rope_params()
     except (
         StrictDataclassError,
