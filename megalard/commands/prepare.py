@@ -4,8 +4,8 @@
 
 The paths are .txt, .md and .py files (one document each), .jsonl files (one document per line,
 under --text-key) and directories of them. Training tokenizes text by itself. Do it ahead if the
-text is large or if many runs share it. An output directory that already is this store is left as it is;
-one that holds anything else is refused.
+text is large or if many runs share it. An output directory that already is this store is left as it
+is; one that holds anything else is refused.
 """
 
 from __future__ import annotations
