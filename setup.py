@@ -1,7 +1,7 @@
 """Put the kernels of the repository's top-level ``kernels/`` into the package ``megalard.kernels``.
 
-Everything else about the package is in pyproject.toml. There must be no ``kernels/__init__.py``:
-a top-level package ``kernels`` would shadow the PyPI package of that name, which transformers
+All other metadata of the package is in pyproject.toml. There must be no ``kernels/__init__.py``:
+a top-level package ``kernels`` would shadow the PyPI package ``kernels``, which transformers
 imports.
 """
 

@@ -1,17 +1,17 @@
-# Sourced by the scripts in this directory and by tests/run.sh. It leaves a Python that has all of
-# megalard's requirements in $python. A Python that has them already is used as it is (PYTHON chooses
-# one); otherwise .venv is made in the checkout and filled.
+# The scripts in this directory and tests/run.sh source this file. It sets $python to a Python that
+# has all of megalard's requirements. If $PYTHON, or else python3, has them already, that Python is
+# used. Otherwise the file makes .venv in the checkout and installs the requirements into it.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    echo "megalard needs Python 3.10 or later, and '$python' is not: set PYTHON to one" >&2
+    echo "megalard needs Python 3.10 or later, which '$python' is not: set PYTHON to a later Python" >&2
     exit 1
 fi
 
-# torch_version: the version to install. The kernels for Hopper GPUs were run with the triton of
-# torch 2.11; everywhere else the newest tested version serves.
+# torch_version: prints the version of torch to install. The kernels for Hopper GPUs have run with
+# the triton of torch 2.11 only. All other machines get the newest tested version.
 torch_version() {
     local capabilities
     capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true)
@@ -27,7 +27,8 @@ if ! "$python" "$root/tools/check_environment.py" "${environment_extras:-}" 2>/d
     python="$venv/bin/python"
     if ! "$python" "$root/tools/check_environment.py" "${environment_extras:-}" 2>/dev/null; then
         echo "installing megalard's requirements into $venv (once)" >&2
-        # torch first and exactly, so that nothing below chooses another build of it.
+        # Install torch first and exactly, so that no later installation chooses another build of
+        # it.
         "$python" -m pip install --quiet "torch==$(torch_version)"
         "$python" -m pip install --quiet --editable "$root${environment_extras:+[$environment_extras]}"
     fi

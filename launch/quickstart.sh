@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole job on an embedded default: the RoPE of a small teacher from this repository is scaled by
-# 8, and the student is restored on 2 ranks (tensor and sequence parallel) in both stages, once with
-# the published relations and once with the Q/K relation too. It needs no GPU and downloads nothing
-# but Python packages.
+# Run the whole job on a small teacher from this repository. Its RoPE is scaled by 8, and the
+# student is restored on 2 ranks (tensor and sequence parallel) in both stages, once with the
+# published relations and once with the Q/K relation in addition. The script needs no GPU, and
+# downloads only Python packages.
 #
 #   bash launch/quickstart.sh [OUTPUT]        (default: runs/quickstart)
 set -euo pipefail
@@ -13,11 +13,11 @@ if [ -e "$output" ] && [ -n "$(ls -A "$output" 2>/dev/null)" ]; then
     echo "$output is not empty: remove it, or name another directory: bash $0 OUTPUT" >&2
     exit 1
 fi
-# The path becomes absolute, because the work is done from the checkout.
+# Make the path absolute, because the commands below run in the checkout.
 mkdir -p "$output" && output=$(cd "$output" && pwd)
 cd "$root"
 
-# Two ranks, or one rank if there is exactly one GPU.
+# Use two ranks, or one rank if there is exactly one GPU.
 ranks=$("$python" -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 export OMP_NUM_THREADS=1
 

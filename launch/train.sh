@@ -6,14 +6,14 @@
 #
 #   --model DIR             teacher's Hugging Face directory
 #   --data PATH[,PATH...]   text files, directories of them, or one prepared token directory
-#   --output DIR            where the run writes; the same command resumes the run in it
+#   --output DIR            directory to write to; the same command resumes the run in it
 #   --config FILE           configuration file, or the name of a recipe, such as
 #                           linearard-llama2-7b-x8 (default: none)
 #   --tp N                  tensor-parallel size (default: the recipe's, or 1)
 #   --cp N                  context-parallel size (default: the recipe's, or 1)
-#   --gpus N                processes on this node, one per GPU (default: all GPUs; without a GPU 1
-#                           process, and any number of them, on the CPU)
-#   --max-restarts N        after a failure, start all ranks again from the last checkpoint, up to
+#   --gpus N                processes on this node, one per GPU (default: all GPUs). Without a GPU
+#                           the processes run on the CPU, in any number (default: 1)
+#   --max-restarts N        after a failure, start all ranks again from the last checkpoint, at most
 #                           N times (default: 0)
 #   --verbose               also print torchrun's own messages
 #   --preflight             check everything, take two steps, report, and exit without writing
@@ -22,14 +22,14 @@
 #
 #   --nodes N               how many nodes (default: 1)
 #   --rendezvous HOST:PORT  one of the nodes, and a port that is free there
-#   --node-rank R           0 on HOST and another number elsewhere; needed only where a node does
-#                           not recognize HOST as one of its own names
+#   --node-rank R           0 on HOST, and another number on each other node; needed only if HOST
+#                           does not recognize this name as its own
 #   --address NAME          the name or address of this node for the others (default: its host name)
 #   --id NAME               the name of this job at the rendezvous (default: megalard)
 #
 # Everything after -- goes to the trainer; `python -m megalard train --help` lists the keys.
 # SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end the run with status 0. A second Ctrl-C ends
-# the run without saving. PYTHON chooses the Python.
+# the run without saving. The environment variable PYTHON chooses the Python interpreter.
 set -euo pipefail
 
 fail() {
@@ -109,8 +109,8 @@ for path in "${paths[@]}"; do
     list+="${list:+, }'${path//\'/\'\'}'"
 done
 
-# Signals are noted here and passed on below, as soon as there are ranks. A preflight that was
-# stopped has not passed.
+# The traps note signals, and pass_on below sends them to the ranks as soon as there are ranks. A
+# preflight that is stopped exits with 143, because it has not passed.
 requested='' interrupted='' unsaved=0
 [ -z "$preflight" ] || unsaved=143
 note() {
@@ -125,7 +125,7 @@ interrupt() {
     if [ -n "$requested" ]; then
         interrupted=yes
     else
-        echo "train.sh: stopping, and saving what there is to save; Ctrl-C again ends it" >&2
+        echo "train.sh: saving a checkpoint and stopping; Ctrl-C again ends the run without saving" >&2
     fi
     note TERM
 }
@@ -147,11 +147,12 @@ if [ "$nodes" -gt 1 ] && [ $((gpus % ${tp:-1})) != 0 ]; then
         "tensor parallelism crosses the network" >&2
 fi
 
-# The launcher is torchrun. On one node it opens no port, and it prints the reason of a failure last.
+# megalard.launcher is torchrun, except that it opens no port on one node, and prints the reason of
+# a failure last.
 torchrun=("$python" -m megalard.launcher ${verbose:+"$verbose"})
 torchrun+=(--nproc-per-node "$gpus" --max-restarts "$restarts")
 if [ "$nodes" -gt 1 ] && [ -n "$node_rank" ] && [ "$restarts" = 0 ]; then
-    # Fixed ranks need no rendezvous, whose state torchrun would unpickle from the network.
+    # Fixed ranks need no dynamic rendezvous, whose state torchrun would unpickle from the network.
     torchrun+=(--nnodes "$nodes" --node-rank "$node_rank" --rdzv-backend static --rdzv-id "$id")
     torchrun+=(--master-addr "${rendezvous%:*}" --master-port "${rendezvous##*:}")
 elif [ "$nodes" -gt 1 ]; then
@@ -163,9 +164,10 @@ elif [ "$nodes" -gt 1 ]; then
     torchrun+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$rendezvous" --rdzv-id "$id")
     torchrun+=(--rdzv-conf "$settings" ${address:+--local-addr "$address"})
 fi
-# The store that torchrun shares with its ranks outlives them, with the addresses in it: restarted
-# ranks find the addresses of the ranks before them, and a node that joins later waits forever for
-# the address of a rank 0 that stayed (torch 2.13). Without sharing, every start has a new store.
+# The store that torchrun shares with its ranks outlives the ranks and keeps their addresses.
+# Restarted ranks would read the addresses of the previous ranks, and a node that joins later would
+# wait forever for the address of a rank 0 that did not restart (torch 2.13). With this variable the
+# store is not shared, so every start has a new store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 trainer=(-m megalard.train ${preflight:+"$preflight"} ${config:+--config "$config"})
 trainer+=(--model.teacher "$model" --data.paths "[$list]" --run.output "$output")
@@ -176,8 +178,8 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS=$((cores > gpus ? cores / gpus : 1))
 fi
 
-# torchrun gives its ranks 30 seconds after a SIGTERM and then kills them, which may be too short to
-# finish a step and save. Signals therefore go to the ranks, and torchrun only sees them end.
+# torchrun kills its ranks 30 seconds after a SIGTERM, which may be too short to finish a step and
+# save. This script therefore sends signals to the ranks, and torchrun only sees the ranks end.
 set -m
 (
     trap '' USR1 HUP
@@ -185,11 +187,13 @@ set -m
 ) &
 agent=$!
 
+# runs PROCESS: succeeds if the process exists and is not a zombie
 runs() {
     local stat
     stat=$(cat "/proc/$1/stat" 2>/dev/null) && [[ ${stat##*) } != Z* ]]
 }
 
+# children_of PROCESS: prints its children, with or without /proc
 children_of() {
     if [ -e "/proc/$$/task/$$/children" ]; then
         cat /proc/"$1"/task/*/children 2>/dev/null || true
@@ -198,7 +202,8 @@ children_of() {
     fi
 }
 
-# Other processes may be between torchrun and the ranks, because PYTHON may be a script.
+# ranks_of PROCESS: prints the ranks among the descendants of the process. A rank need not be a
+# child of torchrun, because PYTHON may be a script.
 ranks_of() {
     local child
     for child in $(children_of "$1"); do
@@ -210,17 +215,18 @@ ranks_of() {
     done
 }
 
-# listens PROCESS SIGNAL: whether the process has a handler for the signal
+# listens PROCESS SIGNAL: succeeds if the process has a handler for the signal
 listens() {
     local caught
     caught=$(sed -n 's/^SigCgt:\s*//p' "/proc/$1/status" 2>/dev/null) || return 1
     [ -n "$caught" ] && [ $((16#$caught >> ($(kill -l "$2") - 1) & 1)) = 1 ]
 }
 
-# A rank that is still starting would die of the signal, which torchrun would take for a failure.
-# Each rank therefore gets the signal once it has a handler; so do ranks that are restarted after a
-# failure. torchrun itself gets SIGTERM if there is nothing to wait for: if there are no ranks for 3
-# seconds (it ends by itself within some tenths of a second), or if ranks do not install a handler.
+# pass_on: sends the requested signal to each rank that has a handler and has not received it. A
+# rank that is still starting would die of the signal, which torchrun would take for a failure.
+# Ranks that torchrun restarts after a failure get the signal in the same way. torchrun itself gets
+# SIGTERM if there have been no ranks for 3 seconds (after its ranks end, it ends by itself within
+# some tenths of a second), or if a rank installs no handler within a minute.
 signalled_ranks=' ' ticks_without_ranks=0 ticks_without_handler=0 stopped=''
 pass_on() {
     local ranks rank has_deaf_rank=''
@@ -256,7 +262,7 @@ while true; do
     signalled='' status=0
     if [ -z "$requested" ]; then
         wait "$agent" 2>/dev/null || status=$?
-        # A signal ends the wait, but not the process that is waited for.
+        # A signal interrupts the wait; the loop then continues.
         [ -n "$signalled" ] || break
     elif runs "$agent"; then
         pass_on
@@ -273,5 +279,5 @@ if [ -n "$stopped" ]; then
     echo "SIG$requested: stopped while no ranks were running"
     exit "$unsaved"
 fi
-# The launcher has printed the reason; nothing follows it.
+# The launcher has printed the reason of a failure as its last line, so print nothing more.
 exit "$status"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 if torch.cuda.is_available():
-    # cuBLAS reads it once, at its first product. Tests with run.deterministic need it.
+    # Tests with run.deterministic need this variable, which cuBLAS reads once, at its first matrix
+    # product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -24,5 +25,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Return 0 where there is a GPU, which tests in several processes would share."""
+    """Return 0 on a machine with a GPU, so that one process has the GPU; otherwise the default."""
     return 0 if torch.cuda.is_available() else None

@@ -41,6 +41,7 @@ ORDER = (
     "tools.study",
     "tools.bench",
     "tools.campaigns",
+    "tools.mutation",
 )
 LONGEST_FILE_LINES = 400
 

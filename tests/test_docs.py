@@ -30,7 +30,18 @@ BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]
 # Placeholders for numbers, and what is parsed in their place.
 NUMBERS = {"N": "4096", "B": "2"}
 # Programs of others. lm_eval is parsed where tests/run.sh has installed it.
-FOREIGN = {"pip", "python3", "source", "pre-commit", "ruff", "sbatch", "vllm", "lm_eval", ".ci/run"}
+FOREIGN = {
+    "git",
+    "pip",
+    "python3",
+    "source",
+    "pre-commit",
+    "ruff",
+    "sbatch",
+    "vllm",
+    "lm_eval",
+    ".ci/run",
+}
 FOREIGN |= {".venv/bin/python"}
 OURS = {"megalard", "python", "torchrun", "bash"}
 FOLDERS = "launch|docs|megalard|kernels|tools|tests"

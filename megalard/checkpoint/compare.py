@@ -112,7 +112,7 @@ def read_tokens(models: Sequence[StoredModel], text: Path, count: int) -> torch.
         )
     reader = next((model for model in models if model.finds_tokenizer), models[0])
     ids: list[int] = []
-    for document in read_documents([text], "text", lambda size: None):
+    for document in read_documents([text]):
         ids += reader.tokenizer.encode_batch([document])[0]
         if len(ids) >= count:
             break

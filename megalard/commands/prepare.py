@@ -48,25 +48,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-key",
         default="text",
         metavar="KEY",
-        help="key of the text in .jsonl files (default: text)",
+        help="key of the text in .jsonl files, or its column in tables (default: text)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("text", "chat"),
+        default="text",
+        help="chat: the key names a list of messages (default: messages), of which the model's "
+        "chat template makes the text",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Tokenize and report."""
-    from megalard.data.boundaries import boundaries_of
+    from megalard.data.chat import boundaries_of_format, column_of
     from megalard.data.token_store_writer import build_store
     from megalard.data.tokenizer import load_tokenizer
     from megalard.reporter import Reporter
 
     start = time.perf_counter()
     tokenizer = load_tokenizer(options.model)
-    boundaries = boundaries_of(tokenizer, options.bos, options.eos, options.end_token)
+    boundaries = boundaries_of_format(
+        options.format, tokenizer, options.bos, options.eos, options.end_token
+    )
     store = build_store(
         options.paths,
         tokenizer,
         options.output,
-        text_key=options.text_key,
+        column=column_of(options.format, options.text_key, tokenizer),
         boundaries=boundaries,
         warn=Reporter(True).warning,
     )

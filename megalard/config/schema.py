@@ -83,10 +83,13 @@ class DataConfig:
     """The text that the student is trained on."""
 
     paths: list[str] = setting([], path=True, may_be_empty=True)
-    """Required: .txt, .md, .py and .jsonl files, directories of them, or one prepared token
-    directory."""
+    """Required: .txt, .md, .py, .jsonl, .parquet and .arrow files (text also as .gz and .zst),
+    directories of them, or one prepared token directory."""
     text_key: str = setting("text")
-    """Key of the text in .jsonl files."""
+    """Key of the text in .jsonl files, or its column in .parquet and .arrow files."""
+    format: Literal["text", "chat"] = setting("text")
+    """chat: text_key names a list of messages, each with role and content, of which the model's
+    chat template makes the text. Where text_key is text, messages is meant."""
     context_length: int = setting(4096, at_least=2, tokens=True)
     """Tokens per block; at most the native window where the teacher reads the block."""
     positions: Literal["contiguous", "skip-gaussian", "skip-uniform"] = setting("contiguous")

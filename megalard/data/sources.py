@@ -1,4 +1,4 @@
-"""Read documents from text files, JSON Lines files and directories of them."""
+"""Read documents from files and directories of them, in a fixed order."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalard.data.formats import SUFFIXES, Column, read_file, suffix_of, text_column
 from megalard.errors import UserError
 from megalard.files.hints import fix_for_text
 from megalard.files.reading import check_if_regular
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-JSON_LINES_SUFFIX = ".jsonl"
-_SUFFIXES = (*TEXT_SUFFIXES, JSON_LINES_SUFFIX)
+# The suffixes that errors name; the rest of SUFFIXES are compressed files of these.
+_NAMED = [suffix for suffix in SUFFIXES if suffix.count(".") == 1]
+_TEXT = text_column("text")
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ def survey(paths: Iterable[str | Path]) -> tuple[list[Path], PassedOver | None]:
             others += not_read
         elif not path.exists():
             raise UserError(f"data path {path} does not exist: {fix_for_text(path)}")
-        elif path.suffix.lower() not in _SUFFIXES:
+        elif suffix_of(path) not in SUFFIXES:
             raise UserError(
-                f"data file {path} has the unsupported suffix {path.suffix!r}: "
-                f"give one of {', '.join(_SUFFIXES)} or a directory of them{_hint(path)}"
+                f"data file {path} has the unsupported suffix {suffix_of(path)!r}: "
+                f"give one of {', '.join(_NAMED)} or a directory of them{_hint(path)}"
             )
         else:
             files.append(path)
@@ -109,12 +110,12 @@ def _files_in(directory: Path) -> tuple[list[Path], list[Path]]:
             if name.startswith("."):
                 continue
             path = Path(parent, name)
-            (files if path.suffix.lower() in _SUFFIXES else others).append(path)
+            (files if suffix_of(path) in SUFFIXES else others).append(path)
     passed_over = _passed_over(sorted(others))
     if not files:
         content = f", only {passed_over.describe()}" if passed_over else ""
         raise UserError(
-            f"data directory {directory} contains no {', '.join(_SUFFIXES)} file{content}: add "
+            f"data directory {directory} contains no {', '.join(_NAMED)} file{content}: add "
             "some text, or convert it"
         )
     size = sum(_size(file) for file in files)
@@ -132,7 +133,7 @@ def _passed_over(files: list[Path]) -> PassedOver | None:
         return None
     sizes: dict[str, int] = {}
     for file in files:
-        suffix = "".join(file.suffixes[-2:]) if file.suffix in (".gz", ".zst") else file.suffix
+        suffix = suffix_of(file)
         sizes[suffix] = sizes.get(suffix, 0) + _size(file)
     suffixes = tuple(sorted(sizes, key=lambda suffix: -sizes[suffix]))
     return PassedOver(len(files), sum(sizes.values()), suffixes, files[0])
@@ -147,28 +148,26 @@ def _size(file: Path) -> int:
 
 def read_documents(
     paths: Iterable[str | Path],
-    text_key: str = "text",
+    column: Column = _TEXT,
     advance: Callable[[int], object] | None = None,
 ) -> Iterator[str]:
-    """Yield the documents of ``paths``: one per text file, and one per line of a JSON Lines file.
+    """Yield the documents of ``paths``: one per text file, one per line or row of other files.
 
     Documents that consist of white space are skipped.
 
     Args:
         paths: files and directories, as for ``list_files``.
-        text_key: the key of the text in a JSON line.
+        column: where a line or a row has its document.
         advance: called with the number of bytes that were just read, for a progress bar.
 
     Raises:
-        UserError: as ``list_files``; a file is not UTF-8; a line is not a JSON object with a string
-            at ``text_key`` (file and line are named); there is no document at all.
+        UserError: as ``list_files`` and ``formats.read_file``; there is no document at all.
     """
     files = list_files(paths)
     is_empty = True
     for file in files:
-        read = _read_json_lines if file.suffix.lower() == JSON_LINES_SUFFIX else _read_text
         try:
-            for text, size in read(file, text_key):
+            for text, size in read_file(file, column):
                 if text.strip():
                     is_empty = False
                     yield text
@@ -181,75 +180,25 @@ def read_documents(
         raise UserError(f"there is no text in {names}: give files that contain text")
 
 
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x}): "
-            "convert it to UTF-8"
-        ) from error
-
-
-def _read_text(file: Path, text_key: str) -> Iterator[tuple[str, int]]:
-    raw = file.read_bytes()
-    yield _decode(raw, f"data file {file}"), len(raw)
-
-
-def _read_json_lines(file: Path, text_key: str) -> Iterator[tuple[str, int]]:
-    with open(file, "rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            where = f"{file} line {number}"
-            line = _decode(raw, where)
-            yield (_text_of_line(line, text_key, where) if line.strip() else ""), len(raw)
-
-
-def _text_of_line(line: str, text_key: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}): correct or remove it") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object: write one with the key {text_key!r}")
-    if text_key not in record:
-        keys = ", ".join(repr(key) for key in list(record)[:8]) or "none"
-        raise UserError(
-            f"{where} has no key {text_key!r} (its keys: {keys}): set data.text_key "
-            "(--text-key of the tools)"
-        )
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise UserError(
-            f"{where} has a {type(text).__name__} under {text_key!r}: the text must be a string"
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where} holds half of a surrogate pair at character {error.start}: "
-            "correct or remove it"
-        ) from error
-    return text
-
-
 class Text:
     """The documents of some paths, and what identifies them.
 
     Args:
         paths: files and directories, as for ``list_files``.
-        text_key: the key of the text in a JSON line.
+        column: where a line or a row has its document.
 
     Attributes:
-        files: a sha256 of the path, size and modification time of every file, and of the key.
+        files: a sha256 of the path, size and modification time of every file, and of the column.
         content: a sha256 of the documents in their order.
 
     Raises:
         UserError: as ``list_files``.
     """
 
-    def __init__(self, paths: Iterable[str | Path], text_key: str = "text"):
-        self.paths, self.text_key = list(paths), text_key
-        digest = hashlib.sha256(json.dumps(text_key).encode())
+    def __init__(self, paths: Iterable[str | Path], column: Column = _TEXT):
+        self.paths, self.column = list(paths), column
+        identity = column.key if column.identity is None else [column.key, column.identity]
+        digest = hashlib.sha256(json.dumps(identity).encode())
         for file in list_files(self.paths):
             stat = file.stat()
             entry = [os.fspath(file.resolve()), stat.st_size, stat.st_mtime_ns]
@@ -260,7 +209,7 @@ class Text:
     def documents(self, advance: Callable[[int], object] | None = None) -> Iterator[str]:
         """Yield the documents, as ``read_documents``, and compute ``content`` meanwhile."""
         digest = hashlib.sha256()
-        for document in read_documents(self.paths, self.text_key, advance):
+        for document in read_documents(self.paths, self.column, advance):
             data = document.encode()
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)

@@ -20,6 +20,7 @@ import numpy as np
 
 from megalard.data import sources
 from megalard.data.boundaries import Boundaries, boundaries_of
+from megalard.data.formats import Column, text_column
 from megalard.data.token_store import (
     CHECKSUMS,
     DOCUMENTS,
@@ -46,7 +47,7 @@ def build_store(
     tokenizer: Tokenizer,
     output: str | Path,
     *,
-    text_key: str = "text",
+    column: Column | None = None,
     boundaries: Boundaries | None = None,
     warn: Callable[[str], object] = print,
 ) -> TokenStore:
@@ -60,6 +61,7 @@ def build_store(
     Args:
         paths: files and directories, as for ``sources.list_files``.
         output: the directory of the store; missing, empty, or this same store.
+        column: where lines and rows have their document; None takes the key or column ``text``.
         boundaries: the special tokens around each document; None takes those that the tokenizer
             puts around a text.
         warn: called with a sentence about files that are passed over.
@@ -71,7 +73,7 @@ def build_store(
     paths, output = list(paths), Path(output)
     boundaries = boundaries or boundaries_of(tokenizer)
     remove_abandoned(output.absolute())
-    text = sources.Text(paths, text_key)
+    text = sources.Text(paths, column or text_column("text"))
     existing = _open_same(output, tokenizer, boundaries, text)
     if existing is not None:
         return existing

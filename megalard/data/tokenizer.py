@@ -37,6 +37,8 @@ class Tokenizer:
         vocab_size: one more than the largest id that the tokenizer returns.
         fingerprint: a sha256, in hexadecimal, of everything that determines the ids.
         file_fingerprint: the sha256 of the defining file. Earlier versions recorded this one.
+        chat_template: the chat template; None if the tokenizer has none.
+        render_chat: converts a list of messages to the text that the chat template makes of it.
     """
 
     directory: Path
@@ -50,6 +52,8 @@ class Tokenizer:
     vocabulary: dict[str, int] = field(repr=False)
     fingerprint: str
     file_fingerprint: str
+    chat_template: str | None = field(default=None, repr=False)
+    render_chat: Callable[[list[dict]], str] | None = None
 
     def is_known_as(self, fingerprint: str) -> bool:
         """Whether a recorded fingerprint is of this tokenizer."""
@@ -103,6 +107,8 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
         directory=model_dir,
         encode_batch=_encoder(tokenizer),
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        render_chat=lambda chat: str(tokenizer.apply_chat_template(chat, tokenize=False)),
+        chat_template=_chat_template(tokenizer),
         starts_with=starts_with,
         ends_with=ends_with,
         bos_id=tokenizer.bos_token_id,
@@ -177,6 +183,12 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[
         if full[start : start + len(plain)] == plain:
             return tuple(full[:start]), tuple(full[start + len(plain) :])
     return (), ()
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the template that is used without tools; a tokenizer may have several."""
+    template = getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megalard.data.boundaries import Boundaries
+from megalard.data.formats import text_column
 from megalard.data.sources import read_documents
 from megalard.data.token_store import META, TokenStore
 from megalard.data.tokenizer import Tokenizer
@@ -118,7 +119,7 @@ def read_text(
         store.check_tokenizer(tokenizer)
         return store.read(0, min(count, len(store.tokens)))
     rows, total = [], 0
-    for document in read_documents(paths, text_key):
+    for document in read_documents(paths, text_column(text_key)):
         rows.append(boundaries.around(tokenizer.encode_batch([document])[0]))
         total += len(rows[-1])
         if total >= count:

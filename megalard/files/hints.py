@@ -1,4 +1,4 @@
-"""What to do with things that are not read: names on the Hugging Face Hub, GGUF files, parquet."""
+"""What to do with things that are not read: names on the Hugging Face Hub, GGUF files, tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 # OWNER/NAME, as the Hub has it.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _GGUF = ".gguf"
-_TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json")
+_TABLES = (".csv", ".tsv", ".json")
 _PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip")
 
 

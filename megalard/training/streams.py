@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megalard.config.schema import Config, DataConfig
 from megalard.data.blocks import Blocks, DocumentBlocks, PackedBlocks
-from megalard.data.boundaries import Boundaries, boundaries_of
+from megalard.data.boundaries import Boundaries
+from megalard.data.chat import boundaries_of_format, column_of
 from megalard.data.loader import BatchLoader, StreamLoaders
 from megalard.data.token_store import META, TokenStore
 from megalard.data.token_store_writer import build_store
@@ -67,7 +68,7 @@ def open_streams(
 
 def _text_of(data: DataConfig) -> tuple:
     """Return what determines the tokens of a stream."""
-    return (*data.paths, data.text_key, data.bos, data.eos, data.end_token)
+    return (*data.paths, data.format, data.text_key, data.bos, data.eos, data.end_token)
 
 
 def open_tokens(
@@ -94,7 +95,10 @@ def open_tokens(
     """
     prepared = Path(paths[0])
     with checked_on_all_ranks(mesh.world):
-        boundaries = boundaries_of(plan.tokenizer, data.bos, data.eos, data.end_token)
+        boundaries = boundaries_of_format(
+            data.format, plan.tokenizer, data.bos, data.eos, data.end_token
+        )
+        column = column_of(data.format, data.text_key, plan.tokenizer)
     if len(paths) == 1 and (prepared / META).is_file():
         directory = prepared
     else:
@@ -106,7 +110,7 @@ def open_tokens(
                     paths,
                     plan.tokenizer,
                     directory,
-                    text_key=data.text_key,
+                    column=column,
                     boundaries=boundaries,
                     warn=Reporter(mesh.is_rank_0).warning,
                 )

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from megalard.data.formats import text_column
 from megalard.data.sources import Text, list_files, read_documents, survey, total_bytes
 from megalard.errors import UserError
 from tests.command_line import user_error
@@ -38,7 +39,7 @@ def test_files_directories_and_json_lines_are_read_in_order(tmp_path):
 
 def test_the_key_of_the_text_can_be_chosen(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", {"body": "x", "text": "y"})
-    assert list(read_documents([file], text_key="body")) == ["x"]
+    assert list(read_documents([file], text_column("body"))) == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -48,8 +49,11 @@ def test_the_key_of_the_text_can_be_chosen(tmp_path):
         (b"[" * 100_000, r"a\.jsonl line 2 is not valid JSON"),
         (b'["text"]', r"line 2 is not a JSON object"),
         (b'{"body": "x"}', r"line 2 has no key 'text' \(its keys: 'body'\)"),
-        (b'{"text": null}', r"line 2 has a NoneType under 'text'"),
-        (b'{"text": "\\ud800"}', r"line 2 holds half of a surrogate pair at character 0"),
+        (b'{"text": null}', r"line 2 under 'text' has a NoneType"),
+        (
+            b'{"text": "\\ud800"}',
+            r"line 2 under 'text' holds half of a surrogate pair",
+        ),
         (b'{"text": "\xff"}', r"line 2 is not UTF-8 \(byte 10 is 0xff\)"),
     ],
 )
@@ -84,7 +88,7 @@ def test_a_text_is_identified_by_its_files_and_by_its_documents(tmp_path):
     file.write_text("one")
     text = Text([file])
     assert text.files == Text([str(file)]).files == Text([tmp_path]).files
-    assert Text([file], text_key="body").files != text.files
+    assert Text([file], text_column("body")).files != text.files
     # The documents are those of any file with the same content.
     (tmp_path / "moved").mkdir()
     moved = tmp_path / "moved" / "b.jsonl"
@@ -109,21 +113,21 @@ def test_documents_are_identified_with_their_borders(tmp_path):
 def test_files_of_other_kinds_are_passed_over_and_counted(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 100)
     (tmp_path / "b.json").write_text("y" * 40)
-    (tmp_path / "c.txt.gz").write_text("z" * 50)
+    (tmp_path / "c.txt.zip").write_text("z" * 50)
     (tmp_path / "d").write_text("w")
     files, passed_over = survey([tmp_path])
     assert [file.name for file in files] == ["a.txt"]
     assert (passed_over.files, passed_over.bytes) == (3, 91)
-    assert passed_over.suffixes == (".txt.gz", ".json", "")
+    assert passed_over.suffixes == (".zip", ".json", "")
     assert passed_over.describe() == (
-        f"3 files of 91 bytes (.txt.gz, .json, no suffix), such as {tmp_path / 'b.json'}"
+        f"3 files of 91 bytes (.zip, .json, no suffix), such as {tmp_path / 'b.json'}"
     )
     assert survey([tmp_path / "a.txt"]) == ([tmp_path / "a.txt"], None)
 
 
 def test_a_directory_that_would_mostly_be_passed_over_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("x")
-    (tmp_path / "data.parquet").write_text("y" * 1000)
+    (tmp_path / "data.csv").write_text("y" * 1000)
     sentence = user_error(list_files, [tmp_path])
     assert (
         f"most of the data directory {tmp_path} would be passed over: 1 files of 1,000" in sentence
@@ -132,8 +136,8 @@ def test_a_directory_that_would_mostly_be_passed_over_is_refused(tmp_path):
     (tmp_path / "README.md").unlink()
     sentence = user_error(list_files, [tmp_path])
     assert (
-        "contains no .txt, .md, .py, .jsonl file, only 1 files of 1,000 bytes (.parquet)"
-        in sentence
+        "contains no .txt, .md, .py, .jsonl, .parquet, .arrow file, only 1 files of 1,000 bytes "
+        "(.csv)" in sentence
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from megalard.data.token_store import TokenStore
 from tests.command_line import megalard, refusal
@@ -29,16 +31,26 @@ def prepare(model, tmp_path):
     return lambda *paths: ("prepare", "--model", model, "--output", tmp_path / "store", *paths)
 
 
-def test_a_card_next_to_packed_data_is_not_trained_on_alone(tmp_path, prepare, capsys):
+def test_a_card_next_to_packed_data_is_read_with_the_data(tmp_path, prepare):
     folder = tmp_path / "hub"
     (folder / "data").mkdir(parents=True)
     (folder / "README.md").write_text(CARD)
     for number in range(3):
         with gzip.open(folder / f"data/part-{number}.jsonl.gz", "wt") as file:
             file.write(LINES)
-    (folder / "data/train-00000.parquet").write_bytes(b"PAR1" + b"\0" * 5000 + b"PAR1")
+    parquet.write_table(pyarrow.table({"text": ["one", "two"]}), folder / "data/train.parquet")
+    assert megalard(*prepare(folder)) == 0
+    assert len(TokenStore.open(tmp_path / "store").documents) - 1 == 1 + 3 * 50 + 2
+
+
+def test_a_card_next_to_data_that_is_not_read_is_not_trained_on_alone(tmp_path, prepare, capsys):
+    folder = tmp_path / "hub"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text(CARD)
+    (folder / "data/train.csv.gz").write_bytes(gzip.compress(bytes(range(256)) * 99))
+    (folder / "data/train.tar").write_bytes(b"\0" * 5000)
     line = refusal(capsys, *prepare(folder))
-    assert ".parquet" in line and ".gz" in line
+    assert ".tar" in line and ".csv.gz" in line
     assert not (tmp_path / "store").exists()
 
 

@@ -10,7 +10,8 @@ import math
 import pytest
 import torch
 
-from tests.parity.cases import CASES, CORE
+from tests.logits import relative_error
+from tests.parity.cases import CASES, CORE, DROPOUT, run_reference
 from tests.parity.compare import FP32_TOLERANCE, assert_step_matches, reference
 from tests.parity.worker import Run, run_all
 from tests.ranks import run_ranks
@@ -80,3 +81,14 @@ def test_dropout_masks_do_not_depend_on_the_layout(layout, results):
     """The reference cannot draw the same masks, so layouts are compared with a single process."""
     single = results((1, 1, 1))["dropout"]
     assert_step_matches(results(layout)["dropout"], single, FP32_TOLERANCE)
+
+
+def test_dropout_changes_the_gradients(results, models):
+    """Against the reference, which drops nothing: masks that are all ones would pass above."""
+    ours = results((1, 1, 1))["dropout"]
+    plain = run_reference(DROPOUT, models / "dropout", ours["start"])
+    for name, gradient in plain["gradients"].items():
+        # A share of 0.3 of the entries of every input is dropped. At first B is zero, and A's
+        # gradient with it.
+        if gradient.norm() > 0:
+            assert relative_error(ours["gradients"][name], gradient) > 0.05, name

@@ -12,6 +12,7 @@ from tools import command_line
 
 # Every tool that measures, studies or makes something for the quickstart.
 TOOLS = (
+    "bench.authors",
     "bench.checkpoint",
     "bench.checkpoint_worker",
     "bench.context",
@@ -19,7 +20,11 @@ TOOLS = (
     "bench.step",
     "quickstart.pretrain_teacher",
     "quickstart.stdlib_text",
+    "mutation.run",
     "study.corpus",
+    "study.pretrained.choice_files",
+    "study.pretrained.corpus",
+    "study.pretrained.study",
     "study.restoration",
 )
 HELP = """

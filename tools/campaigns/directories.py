@@ -5,8 +5,8 @@
 Each directory is a random small model of one of the supported families: its config.json in one of
 the spellings that files have and perhaps with one thing changed, its weights stored in one of the
 ways that they are stored in, and one of several tokenizers. Either ids and logits are those of
-transformers, or the directory is refused in one sentence. Anything else is printed and gives
-status 1.
+transformers, or the directory is refused in one sentence. Anything else is printed. It gives status
+1, except where transformers itself fails on a directory that megalard reads.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.command_line import one_error, tool
-from tools.bench import authors
+from tests.processes import CHECKOUT
+from tools.bench import authors, authors_plot
 from tools.bench.authors_model import load_kernel
 
 benchmark = tool("bench.authors")
@@ -110,3 +111,10 @@ def test_their_function_is_loaded_from_the_checkout(checkout):
     x = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(1, 5)
     assert kernel(x, x, x, x, attn_mask=mask, causal=True, sm_scale_s=1.0, sm_scale_t=1.0) == 0
+
+
+def test_the_committed_measurement_can_be_drawn(tmp_path):
+    figures = CHECKOUT / "docs" / "figures"
+    picture = tmp_path / "speed.png"
+    assert authors_plot.main([str(figures / "authors_h200.json"), str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")

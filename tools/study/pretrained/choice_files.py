@@ -21,7 +21,7 @@ from pathlib import Path
 from megalard import cli
 from megalard.errors import UserError
 from tools import command_line
-from tools.study.pretrained.choices import Question, write_questions
+from tools.study.pretrained.questions import Question, write_questions
 
 # The task's folder in the package, and whether choices of different lengths are compared.
 OLMO_TASKS = {

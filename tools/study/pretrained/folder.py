@@ -19,9 +19,10 @@ from megalard.evaluation.measure import cut_windows
 from megalard.evaluation.samples import sentence_filler
 from megalard.evaluation.suite import Suite, make_samples
 from megalard.parallel.mesh import Mesh, build_mesh
-from tools.study.pretrained.choices import Question, Row, encode, read_questions
+from tools.study.pretrained.choices import Row, encode
 from tools.study.pretrained.corpus import CORPUS
 from tools.study.pretrained.methods import RECIPE_WINDOW, recipe
+from tools.study.pretrained.questions import Question, read_questions
 
 # The share of a run's tokens that its first phase reads, if it has two.
 _FIRST_SHARE = 0.5

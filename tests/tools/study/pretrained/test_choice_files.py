@@ -10,7 +10,7 @@ import pytest
 
 from tests.command_line import one_error, tool
 from tools.study.pretrained.choice_files import OLMO_TASKS
-from tools.study.pretrained.choices import Question, read_questions
+from tools.study.pretrained.questions import Question, read_questions
 
 choice_files = tool("study.pretrained.choice_files")
 

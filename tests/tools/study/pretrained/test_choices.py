@@ -17,7 +17,7 @@ from tests.models import make_model
 from tests.ranks import run_ranks
 from tests.small_tokenizers import make_byte_tokenizer
 from tools.study.pretrained import choices
-from tools.study.pretrained.choices import Question
+from tools.study.pretrained.questions import Question
 
 QUESTIONS = [
     Question(["The sky is", "The sky is"], [" gray", " red"], 0, True),
@@ -102,12 +102,3 @@ def test_a_token_that_joins_context_and_choice_belongs_to_the_choice():
     [[first, second]] = choices.encode([Question(["a", "ab"], ["b", "c"], 0, False)], encoder)
     assert (first.tokens.tolist(), first.given) == ([2], 1)
     assert (second.tokens.tolist(), second.given) == ([2, 3], 1)
-
-
-def test_questions_are_read_as_they_were_written(tmp_path):
-    path = tmp_path / "new" / "task.jsonl.gz"
-    choices.write_questions(path, QUESTIONS)
-    assert choices.read_questions(path) == QUESTIONS
-    content = path.read_bytes()
-    choices.write_questions(path, QUESTIONS)
-    assert path.read_bytes() == content, "the file has a date"

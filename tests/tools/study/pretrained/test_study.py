@@ -10,9 +10,9 @@ from tests.command_line import one_error, tool
 from tests.models import make_model
 from tests.processes import CHECKOUT
 from tools.study.pretrained import folder as study_folder
-from tools.study.pretrained.choices import Question, write_questions
 from tools.study.pretrained.folder import Sizes
 from tools.study.pretrained.methods import PHASES, Phase
+from tools.study.pretrained.questions import Question, write_questions
 from tools.study.results import read_results
 
 study = tool("study.pretrained.study")

@@ -1,0 +1,94 @@
+"""Mutants are tried on a copy, with the tests of their file first."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import pytest
+
+from tests.command_line import user_error
+from tools.mutation import run
+from tools.mutation.places import DROP_STATEMENT, Mutant
+
+
+@pytest.mark.parametrize(
+    ("path", "first", "second"),
+    [
+        ("megalard/model/rope.py", "tests/model/test_rope.py", "tests/model"),
+        ("megalard/cli.py", "tests/test_cli.py", None),
+        ("megalard/model/ops.py", "tests/model", None),
+        (
+            "megalard/checkpoint/sharded/manifest.py",
+            "tests/checkpoint/sharded/test_manifest.py",
+            "tests/checkpoint/sharded",
+        ),
+        ("kernels/relation_kl/mask.py", "tests/kernels/test_mask.py", "tests/kernels"),
+    ],
+)
+def test_the_tests_of_a_file_are_those_of_its_mirror(path, first, second):
+    groups = run.tests_of(path)
+    assert groups[0] == [first] and groups[-1] == ["tests/settings", "tests/parity/test_parity.py"]
+    assert groups[1:-1] == ([] if second is None else [[second]])
+    assert all((run.ROOT / name).exists() for group in groups for name in group)
+
+
+def test_the_package_is_mutated_without_the_kernels_for_gpus():
+    files = run.package_files()
+    assert "megalard/model/rope.py" in files and "kernels/relation_kl/mask.py" in files
+    assert not any("hopper" in file or "triton" in file or "tests" in file for file in files)
+    assert "git diff" in user_error(run.package_files, "no-such-revision")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A checkout of one function and its test."""
+    folder = tmp_path / "copy"
+    (folder / "tests").mkdir(parents=True)
+    (folder / "code.py").write_text("def f(x):\n    x += 1\n    x *= 1\n    return x\n")
+    test = "from code_under_test import f\n\n\ndef test_f():\n    assert f(1) == 2\n"
+    (folder / "tests" / "test_code.py").write_text(test)
+    (folder / "code_under_test.py").write_text((folder / "code.py").read_text())
+    return folder
+
+
+def test_a_mutant_is_caught_or_survives_and_is_taken_back(copy, monkeypatch):
+    monkeypatch.setattr(run, "tests_of", lambda path: [["tests/test_code.py"]])
+    before = (copy / "code_under_test.py").read_text()
+    mutants = [Mutant("code_under_test.py", DROP_STATEMENT, n, (2, 4)) for n in range(2)]
+    results = [run.try_mutant(mutant, copy, sys.executable, 60) for mutant in mutants]
+    assert results[0]["caught_by"] == "tests/test_code.py::test_f" and not results[1]["caught_by"]
+    assert "-    x *= 1" in results[1]["diff"] and "+    pass" in results[1]["diff"]
+    assert (copy / "code_under_test.py").read_text() == before
+
+
+def test_a_mutant_that_takes_too_long_is_caught(copy, monkeypatch):
+    monkeypatch.setattr(run, "tests_of", lambda path: [["tests/test_code.py"]])
+    sleeping = "import time\n\n\ndef test_f():\n    time.sleep(99)\n"
+    (copy / "tests" / "test_code.py").write_text(sleeping)
+    mutant = Mutant("code_under_test.py", DROP_STATEMENT, 0, (2, 4))
+    assert run.try_mutant(mutant, copy, sys.executable, 3)["caught_by"] == "time (3 s)"
+
+
+def test_results_are_kept_and_survivors_give_status_1(tmp_path, monkeypatch, capsys):
+    mutants = [Mutant("megalard/cli.py", DROP_STATEMENT, n, (n, 0)) for n in range(2)]
+    tried = []
+
+    def answer(mutant, *rest):
+        tried.append(mutant)
+        caught = "tests/test_cli.py" if mutant.occurrence else ""
+        return {"key": mutant.key, "caught_by": caught, "diff": f"diff {mutant.occurrence}\n"}
+
+    monkeypatch.setattr(run, "sample", lambda *arguments: mutants)
+    monkeypatch.setattr(run, "copy_checkout", lambda target: target)
+    monkeypatch.setattr(run, "try_mutant", answer)
+    monkeypatch.setattr(run.signal, "signal", lambda *arguments: None)
+    options = argparse.Namespace(
+        changed=None, count=2, seed=0, output=tmp_path / "x.jsonl", python="python", limit_s=1.0
+    )
+    assert run.run(options) == run.run(options) == 1 and tried == mutants
+    assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 2
+    printed = capsys.readouterr().out
+    assert "diff 0\n1 of 2 mutants survived" in printed and "diff 1" not in printed
+    assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0])["caught_by"] == ""

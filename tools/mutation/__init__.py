@@ -1,0 +1,1 @@
+"""Mutation tests: whether the tests fail when the code is wrong."""
