@@ -89,7 +89,7 @@ class DataConfig:
     """Key of the text in .jsonl files, or its column in .parquet and .arrow files."""
     format: Literal["text", "chat"] = setting("text")
     """chat: text_key names a list of messages, each with role and content, of which the model's
-    chat template makes the text. Where text_key is text, messages is meant."""
+    chat template makes the text. The default text_key, text, then stands for messages."""
     context_length: int = setting(4096, at_least=2, tokens=True)
     """Tokens per block; at most the native window where the teacher reads the block."""
     positions: Literal["contiguous", "skip-gaussian", "skip-uniform"] = setting("contiguous")
