@@ -74,7 +74,8 @@ def exact_steps(allowed, span, TILE_COLUMNS: gl.constexpr):
     """Return the columns that any row of a warpgroup sees, and the number of exact steps.
 
     The exact steps come first and must keep running maxima. After them every row that sees a column
-    has met at least one tile with such a column, and one more tile has followed.
+    has met at least one tile with such a column. One more tile has followed, unless the tile that
+    the row met is the first full one.
 
     Args:
         allowed: ``Interval`` of the columns that each row of the warpgroup sees.
