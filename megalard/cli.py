@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             allow_abbrev=False,
         )
         module.add_arguments(subparser)
-    # argparse takes the value away and fails.
+    # argparse would remove the value -- from such a word and then fail.
     empty = [word for word in words if word.startswith("--") and word.endswith("=--")]
     if empty:
         parser.error(f"{empty[0]}: -- is not a value")

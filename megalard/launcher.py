@@ -2,8 +2,9 @@
 
 It is torchrun with four differences. On one node nothing listens on the network: the processes find
 each other through files in a private directory. The ranks end when the launcher ends, and the
-launcher when its own parent ends. What a user got wrong is not tried again, however many restarts
-are allowed. The sentence that explains a failure is printed last, in place of torchrun's report.
+launcher when its own parent ends. Ranks that bad input ended are not started again, however many
+restarts are allowed. The sentence that explains a failure is printed last, in place of torchrun's
+report.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keep other libraries' warnings about a user's files out of our report."""
+"""Keep other libraries' warnings about a user's files out of the output."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Reporter:
             print(printable(text), flush=True)
 
     def warning(self, text: str) -> None:
-        """Print one line about something that works and may not be meant."""
+        """Print one line about something that works but may not be intended."""
         self.line(f"warning: {text}")
 
     def error(self, text: str) -> None:

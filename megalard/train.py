@@ -49,7 +49,7 @@ def train(config: Config, stop: StopSignals) -> None:
 
 
 def preflight(config: Config) -> None:
-    """Do all that a run does before it is paid for, and take two steps, without writing."""
+    """Check a run and take two steps of each of its stages; nothing stays on the disk."""
     use_deterministic_kernels(config.run.deterministic)
     mesh = build_mesh(config.run.device, config.parallel.tp, config.parallel.cp)
     plan = make_plan(config, mesh)

@@ -8,7 +8,7 @@ import torch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return ``tensor`` on ``device``. A copy to a GPU goes through pinned memory, unawaited."""
+    """Return ``tensor`` on ``device``; the host does not wait for a copy to a GPU."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -40,7 +40,7 @@ class BackEnd(Protocol):
         Args:
             op: The operands of the call.
             backward: Whether the call is for gradients.
-            by_name: Whether the caller asks for the back end's family.
+            by_name: Whether the caller asks for the back end's family by name.
         """
 
     def forward(self, op: Operands, partial: bool) -> RelationStatistics | Partials:
@@ -84,14 +84,14 @@ def choose(op: Operands, family: str | None, *, backward: bool) -> BackEnd:
             reason = backend.why_not(op, backward=backward, by_name=family is not None)
             if reason is None:
                 return backend
-    # The slowest back end of a family serves the most, so its reason is the one to act on.
+    # The last back end of a family serves the most calls, so its reason is the one to act on.
     raise ValueError(f"backend {family!r} cannot serve this call: {reason}")
 
 
 def describe_kernels(device: torch.device) -> str:
     """Return the name of the fastest back end on a device, and why faster ones do not serve it.
 
-    On a CPU nobody expects another back end, and no reason is given.
+    The reasons are left out on a CPU, where nobody expects another back end.
     """
     reasons: list[str] = []
     for backend in BACKENDS:

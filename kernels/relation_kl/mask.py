@@ -2,7 +2,7 @@
 
 Causal order, padding, packed documents and pairs of sequence chunks have one thing in common: each
 row sees an interval of columns, and each column is seen by an interval of rows. So intervals are
-the only masks that the kernels know. Their memory is linear in the sequence.
+the only masks that the kernels support. Their memory is linear in the length of the sequence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class IntervalMask:
             without reading the intervals. It restricts nothing by itself.
 
     Raises:
-        ValueError: The shapes or dtypes differ from these, or the devices from each other.
+        ValueError: A shape or dtype is not as above, or the tensors are on several devices.
     """
 
     col_lo_bn: Tensor
@@ -147,7 +147,7 @@ def chunk_mask(
         causal: As in ``document_mask``.
 
     Raises:
-        ValueError: A chunk leaves the sequence.
+        ValueError: A chunk reaches beyond the sequence.
     """
     if doc_start_bs.shape != doc_end_bs.shape or doc_start_bs.ndim != 2:
         raise ValueError(
@@ -185,14 +185,14 @@ def places_mask(
         row_place_n, col_place_m: int64 [n] and [m] on the device of the documents: the positions
             of the rows and columns in the sequence, ascending.
         aligned: Whether ``row_place_n[i] == col_place_m[i]`` for every i < min(n, m). The caller
-            knows this without reading the places back from the device.
+            has to say so, because reading the places here would wait for the device.
         causal: As in ``document_mask``.
     """
 
     def visible(
         place: Tensor, other_place: Tensor, others_are_earlier: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return lo and hi of the others that each place sees, or is seen by."""
+        """Return the interval [lo, hi) of the other side that each place sees, or is seen by."""
         start, end = doc_start_bs[:, place], doc_end_bs[:, place]
         nonempty = (start <= place) & (place < end)
         if causal:
@@ -219,7 +219,7 @@ def segment_mask(segment_ids_bs: Tensor, causal: bool = True) -> IntervalMask:
         causal: As in ``document_mask``.
 
     Raises:
-        ValueError: An id comes back after another one.
+        ValueError: An id has several runs.
     """
     return document_mask(*segment_bounds(segment_ids_bs), causal=causal)
 

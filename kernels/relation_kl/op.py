@@ -45,14 +45,14 @@ def relation_kl(
             relation, B = A.
         mask: Which pairs are allowed, for (b, n, m).
         scale_s, scale_t: Positive factors of the scores; by default head_dim^(-1/2) of each side.
-        backend: "triton", "torch", or None for the fastest back end that serves the call: Triton's
-            on CUDA tensors, plain torch otherwise.
+        backend: "triton" (Hopper's or Triton's kernels), "torch", or None for the fastest back end
+            that serves the call: a kernel on CUDA tensors, plain torch otherwise.
 
     Returns:
         [b, Ha, n] fp32, nats.
 
     Raises:
-        ValueError: The arguments don't fit together, or the back end does not serve them.
+        ValueError: The arguments do not fit together, or the back end does not serve them.
     """
     return _RelationKL.apply(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t, backend)
 
@@ -129,7 +129,8 @@ def relation_backward(
             are summed over ranks.
 
     Returns:
-        The gradient of the rows for a self relation, and (of the rows, of the columns) otherwise.
+        The gradient of ``rows_s`` for a self relation, and the pair of the gradients of ``rows_s``
+        and ``cols_s`` otherwise; each has its operand's shape and ``out_dtype``.
     """
     op = check_operands(rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t)
     shape = rows_s.shape[:3]
@@ -156,7 +157,7 @@ def relation_backward(
 
 
 class _RelationKL(torch.autograd.Function):
-    """kl = relation_forward(...).kl; backward is ``relation_backward`` of the upstream gradient."""
+    """``relation_forward(...).kl``, with ``relation_backward`` as its backward pass."""
 
     @staticmethod
     def forward(ctx, rows_s, rows_t, cols_s, cols_t, mask, scale_s, scale_t, backend):

@@ -18,7 +18,7 @@ class Operands:
     """One relation of the student (``_s``) and the same relation of the teacher (``_t``).
 
     Attributes:
-        rows_s, rows_t: [b, Ha, n, d], d may differ between student and teacher.
+        rows_s, rows_t: [b, Ha, n, d]; d may differ between student and teacher.
         cols_s, cols_t: [b, Hb, m, d]; row head h meets column head h // group.
         mask: Which pairs are allowed.
         scale_s, scale_t: Positive factors of the scores.
@@ -46,7 +46,7 @@ class Operands:
         return torch.promote_types(widest, torch.float32)
 
     def with_unit_strides(self) -> Operands:
-        """Copy the operands whose last dimension is strided, and take all others as they are."""
+        """Return the same operands, with a copy of each whose last dimension is not contiguous."""
         operands = {name: getattr(self, name) for name in ("rows_s", "rows_t", "cols_s", "cols_t")}
         if all(x.stride(3) == 1 for x in operands.values()):
             return self
@@ -103,7 +103,10 @@ def check_operands(
 
 
 def _check_sides(rows_s: Tensor, rows_t: Tensor, cols_s: Tensor, cols_t: Tensor) -> None:
-    """Raise ValueError unless rows and columns fit, and student and teacher but for head_dim."""
+    """Raise ValueError unless rows fit columns, and the student fits the teacher.
+
+    Student and teacher may differ in head_dim and dtype.
+    """
     for side, rows, cols in (("student", rows_s, cols_s), ("teacher", rows_t, cols_t)):
         if rows.shape[3] != cols.shape[3]:
             raise ValueError(

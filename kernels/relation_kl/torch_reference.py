@@ -117,9 +117,8 @@ def torch_backward(
                 x_block = x_s[:, :, tile.rows].flatten(1, 2)
                 rows_part = torch.bmm(delta, y_s[:, tile.cols]).mul_(op.scale_s)
                 grad_rows[i, :, tile.rows] += rows_part.unflatten(1, (op.group, -1)).flatten(0, 1)
-                grad_cols[i, :, tile.cols] += torch.bmm(
-                    delta.mT, x_block
-                )  # x_block carries scale_s
+                cols_part = torch.bmm(delta.mT, x_block)  # x_block carries scale_s
+                grad_cols[i, :, tile.cols] += cols_part
     return grad_rows, None if op.is_self else grad_cols
 
 

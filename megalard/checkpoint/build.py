@@ -71,7 +71,7 @@ def check_shape(name: str, expected: tuple[int, ...], weights: Weights) -> None:
     """Refuse a tensor that is missing or has another shape than config.json implies.
 
     Raises:
-        UserError: naming the tensor.
+        UserError: the tensor does not fit; the message names it.
     """
     shape = weights.shape(name)
     if shape != expected:
@@ -85,7 +85,7 @@ def check_complete(weights: Weights, spec: ModelSpec) -> None:
     """Refuse a model that lacks a tensor or has one in another shape than its config implies.
 
     Raises:
-        UserError: naming the first such tensor.
+        UserError: a tensor does not fit; the message names the first one.
     """
     for name, layout in full_layouts(spec).items():
         check_shape(name, layout.full_shape, weights)

@@ -39,7 +39,7 @@ class Companion:
     Attributes:
         name: its path in the directory of the model.
         source: the file it is copied from.
-        content: the text that is written in its place, where that differs from the source.
+        content: the text that is written in place of the source; None copies the source.
     """
 
     name: str
@@ -75,20 +75,20 @@ def tokenizer_companions(directory: Path) -> tuple[Companion, ...]:
 def find_companions(directory: Path) -> tuple[Companion, ...]:
     """Return the tokenizer's files and the generation file in a directory."""
     generation = directory / GENERATION_CONFIG
-    found = (Companion(GENERATION_CONFIG, generation),) if generation.is_file() else ()
-    return (*found, *tokenizer_companions(directory))
+    generation_files = (Companion(GENERATION_CONFIG, generation),) if generation.is_file() else ()
+    return (*generation_files, *tokenizer_companions(directory))
 
 
 def for_window(
     companions: Sequence[Companion], native_window: int, window: int
 ) -> tuple[Companion, ...]:
-    """Return the files with the lengths of a student.
+    """Return the files with their length limits raised to the window of a student.
 
-    transformers cuts texts at the tokenizer's longest text, and servers refuse longer requests.
+    transformers cuts texts at the tokenizer's limit, and servers refuse longer requests.
 
     Args:
         companions: the files of the teacher.
-        native_window: the teacher's window. A generation length of just this number is raised.
+        native_window: the teacher's window. A generation length is raised if it is this number.
         window: the student's window.
     """
     edits = {
@@ -128,7 +128,7 @@ def _is_below(value: Any, window: int) -> bool:
 
 
 def _without_code(companion: Companion) -> Companion:
-    """Leave out the entry for Python code in the directory, which is neither run nor copied."""
+    """Return a companion without its entry for Python code, which is neither run nor copied."""
     if companion.name != TOKENIZER_CONFIG:
         return companion
     config = _read(companion)

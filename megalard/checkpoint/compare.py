@@ -79,9 +79,9 @@ class LogitsDifference:
 
     Attributes:
         tokens: the number of tokens that were read.
-        relative: |a - b| / |a|, by norm.
+        relative: the L2 norm of a - b, divided by that of a.
         largest: the largest absolute difference.
-        kl: the mean of KL(a || b) over the tokens.
+        kl: the mean of KL(a || b) over the tokens, in nats.
         agreement: the share of tokens with the same largest logit.
     """
 

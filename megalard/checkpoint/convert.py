@@ -94,7 +94,7 @@ def _read_box(weights: Weights, name: str, start, size) -> torch.Tensor:
 
 
 def weight_layouts(weights: Weights, spec: ModelSpec, axis: Axis) -> dict[str, Layout]:
-    """Return the slice of every tensor on this rank. Tensors that the model does not know are full.
+    """Return the slice of every tensor on this rank. Tensors that are not the model's are full.
 
     Raises:
         UserError: the model cannot be split over this many ranks.
@@ -192,7 +192,7 @@ def check_target(directory: str | Path) -> None:
     """Refuse a target directory that could not be created, or whose content would be overwritten.
 
     Raises:
-        UserError: naming the directory and the reason.
+        UserError: the directory cannot be used; the message names it and the reason.
     """
     directory = Path(directory)
     try:

@@ -35,8 +35,9 @@ from megalard.parallel.mesh import SINGLE, Axis
 class HuggingFaceWeights:
     """The tensors of a directory of safetensors files, under the names of the files.
 
-    Which files are read is what transformers reads: the file that ``config.json`` names,
-    ``model.safetensors``, or the files of the index. Without any of them all files are read.
+    The files are those that transformers reads: the file that ``config.json`` names,
+    ``model.safetensors``, or the files of the index. Without any of them they are all safetensors
+    files of the directory.
 
     Args:
         model_dir: the directory.
@@ -72,7 +73,7 @@ class HuggingFaceWeights:
             files = sorted(self.directory.iterdir()) if self.directory.is_dir() else []
         except OSError as error:
             raise cannot_read(error.filename or self.directory, error) from None
-        # File systems keep files of their own under names that begin with a dot.
+        # Files whose names begin with a dot belong to the file system and not to the model.
         paths = [
             path
             for path in files
@@ -204,8 +205,8 @@ def write_huggingface(
         directory: the target.
         weights: read one tensor at a time, in the order of ``plan_files``.
         config: the content of ``config.json``.
-        ahead: whether a thread reads the next tensor while one is written. Not for weights whose
-            reading is a collective call.
+        ahead: whether a thread reads the next tensor while one is written. It must be false if
+            reading a weight is a collective call.
         replace: whether an earlier directory of this name is replaced. Without it the target must
             not exist or be empty.
 
@@ -240,7 +241,7 @@ def write_huggingface(
                 _write_small_files(folder.path, names, files, config, options.companions)
                 options.check(folder.path)
                 folder.commit()
-    except BaseException:  # an interrupted export leaves nothing either
+    except BaseException:  # Ctrl-C included: an interrupted export leaves nothing behind
         if axis.rank == 0:
             folder.abandon()
         raise

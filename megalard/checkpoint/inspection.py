@@ -146,7 +146,7 @@ def provenance_problem(
         note: the manifest's note of the model.
         directory: where its files are looked for.
         with_checksums: whether the content of the files is compared, in addition to their lengths.
-        role: what the model is to the checkpoint.
+        role: what the model is to the checkpoint, such as ``teacher``, for the error message.
     """
     try:
         check_files(note, directory, progress=progress, role=role, with_checksums=with_checksums)

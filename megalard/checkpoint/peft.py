@@ -210,7 +210,7 @@ def check_lora(directory: Path, trained: dict) -> None:
     """Refuse a run that did not train LoRA pairs.
 
     Raises:
-        UserError: the run trained weights.
+        UserError: the run, or an earlier stage of it, trained weights.
     """
     changed = [name for name in trained["tensors"] if not name.endswith(("lora_A", "lora_B"))]
     if trained["mode"] == "lora" and changed:
@@ -243,7 +243,7 @@ def write_adapter(
         base: the path of the base model, which the adapter names.
 
     Raises:
-        UserError: the run trained weights and not LoRA pairs, or the disk refuses.
+        UserError: the run trained weights and not LoRA pairs, or the files cannot be written.
     """
     directory = Path(directory)
     check_lora(weights.directory, trained)

@@ -62,7 +62,7 @@ def check_files(
         with_checksums: whether the content of the files is compared too.
 
     Raises:
-        UserError: naming the first file that is missing or differs.
+        UserError: a file is missing or differs; the message names the first one.
     """
     for name, file in note["files"].items():
         path = Path(directory) / name
@@ -93,7 +93,7 @@ def check_checksums(
         source: where the expected checksum comes from, for the error message.
 
     Raises:
-        UserError: naming the first file that differs or cannot be read.
+        UserError: a file differs or cannot be read; the message names the first one.
     """
     for name, file in files:
         path = Path(directory) / name

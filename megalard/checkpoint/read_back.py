@@ -1,4 +1,4 @@
-"""Open what was written as a stranger would, and compare it with the model that was meant."""
+"""Open a model that was just written from its files alone, and compare it with what was meant."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _check(spec: ModelSpec, rope: RopeTable, directory: str | Path, folder: Path
     """Refuse a directory that is read as another model.
 
     Raises:
-        UserError: naming what differs.
+        UserError: the directory is read as another model; the message names what differs.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         written = read_spec(folder)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Only these many elements at a time are needed in fp32 once more.
+# The number of elements that are copied to fp32 at a time.
 _BLOCK_ELEMENTS = 2**22
 
 
@@ -16,8 +16,8 @@ class RoundingLoss:
 
     Attributes:
         changed: elements that differ from the model that training started from.
-        lost: those of them that rounding makes equal to it again, because they differ by less than
-            half a step of the dtype.
+        lost: changed elements that rounding makes equal to that model again, because they differ
+            from it by less than half a step of the dtype.
     """
 
     changed: int = 0

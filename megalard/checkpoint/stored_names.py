@@ -78,8 +78,8 @@ def under_our_names(files: Weights, spec: ModelSpec) -> Weights:
     """Return the tensors of a model or an adapter under the names of the decoder.
 
     Raises:
-        UserError: the files hold a tensor twice, or a tensor of several has another number of rows
-            than they have together.
+        UserError: the files hold a tensor twice, or a stored tensor does not have as many rows as
+            the tensors that it holds.
     """
     layouts = full_layouts(spec)
     places: dict[str, _Place] = {}
@@ -101,7 +101,7 @@ def under_our_names(files: Weights, spec: ModelSpec) -> Weights:
 
 
 def _with_prefix(stored: str, layouts: dict[str, Layout], spec: ModelSpec) -> str:
-    """Return the name in a model with a head, as transformers adds or removes the prefix."""
+    """Return a tensor's name in a model with a head; transformers changes the prefix likewise."""
 
     def is_known(name: str) -> bool:
         head, _, kind = name.rpartition(".")
@@ -193,8 +193,8 @@ class StoredWeights:
 class _StoredPairs:
     """LoRA pairs of tensors that the files hold as one, as pairs of the stored tensor.
 
-    The stored tensor's A is the A's of its parts on top of each other, and its B has the B's of its
-    parts on the diagonal. All pairs get the rank of the largest, filled up with zeros.
+    The stored tensor's A stacks the A's of its parts, and its B has the B's of its parts as blocks
+    on the diagonal. All stored pairs have the same rank; smaller ones are filled up with zeros.
     """
 
     def __init__(self, pairs: Weights, modules: dict[str, list[str]], spec: ModelSpec, rank: int):

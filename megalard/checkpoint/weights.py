@@ -71,7 +71,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
         return True
     if tensor.element_size() == 1:
         tensor = tensor.float()
-    # NaN is both the least and the greatest value.
+    # If there is a NaN, aminmax returns it as minimum and as maximum.
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
@@ -107,18 +107,20 @@ def merge_lora(
     """Return W + scale B A, computed in fp32 on the device of ``lora_a`` and rounded.
 
     In W's dtype the result takes the memory of ``original``, and one block of rows is needed in
-    addition. A
-    block has the same bits as the same rows of the full product: this was compared with MKL 2024.2
-    on 184 shapes of 16 or more columns, in blocks of 2^16 elements and 64 rows or more. Products of
-    fewer columns, and single rows, may differ. cuBLAS chooses its kernel by the shape and is given
-    the full product.
+    addition. A block has the same bits as the same rows of the full product. This was compared with
+    MKL 2024.2 on 184 shapes of 16 or more columns, in blocks of 2^16 elements and 64 rows or more.
+    Products of fewer columns, and single rows, may differ. cuBLAS chooses its kernel by the shape
+    and is given the full product.
 
     Args:
-        dtype: the dtype of the result; W's when not given.
+        name: the name of W, for the error message.
+        original: W, [out, in].
+        lora_a, lora_b: A [rank, in] and B [out, rank], fp32.
+        dtype: the dtype of the result; None takes that of W.
         on_block: called with the rows of each block, their exact values and their rounded values.
 
     Raises:
-        UserError: naming W, if the sum is finite and does not fit the dtype (fp16).
+        UserError: a sum is finite but too large for the dtype (fp16).
     """
     dtype = dtype or original.dtype
     merged = original if dtype == original.dtype else torch.empty_like(original, dtype=dtype)
@@ -149,7 +151,7 @@ def check_trained(base: Weights, trained: Weights, names: Iterable[str]) -> None
         names: the tensors that the merged model has.
 
     Raises:
-        UserError: naming the first such tensor.
+        UserError: a trained tensor does not fit; the message names the first one.
     """
     base_names, parts = set(names), set(trained.names())
     fix = "give the model it was trained on with --base"
@@ -241,7 +243,7 @@ class MergedWeights:
         if parts == [name]:
             return self.trained.read(name, layout).to(dtype)
         # The full tensor is merged and then cut, because a product of slices may round differently.
-        # Where an earlier stage changed the weight itself, the pair is added to that.
+        # If an earlier stage changed the weight itself, the pair is added to the changed weight.
         lora_a, lora_b = (self.trained.read(part) for part in parts[-2:])
         original = self.trained.read(name) if name in parts else self.base.read(name)
         merged = merge_lora(name, original, lora_a, lora_b, self.scale).to(dtype)

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--dry-run",
             action="store_true",
-            help="read the headers, check that all is well, say what would be written, and stop",
+            help="read and check the headers, print what would be written, and stop",
         )
     directions.choices["export"].add_argument(
         "--format",

@@ -5,10 +5,10 @@
   megalard inspect CHECKPOINT --tensors   every tensor and its slices too
   megalard inspect MODEL_DIR              a Hugging Face model or an adapter
 
-Reads every file to compare its checksum, and the files of the base model (and of the teacher, if it
-is another model) that a run's checkpoint refers to. --no-checksums looks at names and lengths only.
---no-base leaves out the models that a checkpoint refers to. Exit status: 0 everything is complete
-and every recorded checksum holds, 1 something is not.
+The command reads every file to compare its checksum, and the files of the base model (and of the
+teacher, if it is another model) that a run's checkpoint refers to. With --no-checksums it looks at
+names and lengths only. --no-base leaves out the models that a checkpoint refers to. The exit status
+is 0 if everything is complete and every recorded checksum holds, and 1 otherwise.
 """
 
 from __future__ import annotations

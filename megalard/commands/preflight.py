@@ -2,8 +2,8 @@
 
   megalard preflight --config FILE [--section.key value ...]
 
-Loads everything, takes two real steps, checks losses and gradients, reports memory and time, and
-writes nothing.
+The command loads everything, takes two real steps, checks losses and gradients, reports memory and
+time, and writes nothing.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
   megalard prepare --model MODEL_DIR --output runs/tokens text/ more.jsonl
 
-Takes .txt, .md and .py files (one document each), .jsonl files (one document per line, under
---text-key) and directories of them. Training tokenizes text by itself. Do it ahead if the text is
-large or if many runs share it. An output directory that already is this store is left as it is;
-one that holds anything else is refused.
+The paths are .txt, .md and .py files (one document each), .jsonl files (one document per line,
+under --text-key) and directories of them. Training tokenizes text by itself. Do it ahead if the
+text is large or if many runs share it. An output directory that already is this store is left as it
+is; one that holds anything else is refused.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 Each of the two may be a Hugging Face directory, a sharded checkpoint, a run's checkpoint or a PEFT
 adapter; the last two are merged into their base model as they are read. Recorded checksums are
 compared too. For --logits the text is read with A's tokenizer (in its directory or its base), or
-with B's if A has none. Exit status: 0 the same, 1 different, 2 they could not be compared, for
-whatever reason.
+with B's if A has none. The exit status is 0 if the models are the same, 1 if they differ, and 2 if
+they could not be compared, for whatever reason.
 """
 
 from __future__ import annotations

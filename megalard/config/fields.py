@@ -63,7 +63,7 @@ class Allowed:
     extra: Any = None
 
     def problem(self, value: float) -> str | None:
-        """Return what a number must be, if it is not that."""
+        """Return what a number must be, such as ``at least 1``; None if it is allowed."""
         # In this order, because isfinite raises OverflowError for a huge int.
         if abs(value) > LARGEST_FLOAT or not math.isfinite(value):
             return "a finite number"
@@ -94,7 +94,7 @@ class Allowed:
 
 
 def setting(default: Any, **allowed: Any) -> Any:
-    """Declare a field of the configuration with its default and what else it may be.
+    """Declare a field of the configuration with its default and its allowed values.
 
     Args:
         default: the default; a list or dictionary is copied for every instance.
@@ -112,7 +112,7 @@ def section(cls: type) -> Any:
 
 
 def allowed_of(field: dataclasses.Field) -> Allowed:
-    """Return what a field may be."""
+    """Return the allowed values of a field."""
     return field.metadata.get("allowed", Allowed())
 
 
@@ -146,7 +146,7 @@ def check_fields(section: Any, prefix: str = "") -> None:
     """Check every field of a section, and of the sections in it, against its own range.
 
     Raises:
-        UserError: naming the key, the value and what it may be.
+        UserError: a value is not allowed; the message names the key, the value and the range.
     """
     for key, value, hint, allowed in _walk(section, prefix):
         _check_value(key, value, hint, allowed)

@@ -25,7 +25,7 @@ RENAMED = {"objective.attention_context": "objective.attention_output"}
 # A stream takes these from the section optimizer unless it gives its own.
 STREAM_BATCHES = ("global_batch", "micro_batch")
 
-# A stage takes what it leaves out of these from the section of the same name.
+# A stage takes the keys that it leaves out of these sections from the run's section of that name.
 STAGE_SECTIONS = ("trainable", "data", "optimizer")
 
 
@@ -33,16 +33,16 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
     """Read a YAML file, given by its path or as a recipe's name, and apply overrides.
 
     Overrides are words such as ``--section.key value`` and ``--section.key=value``. A key that
-    holds a list takes several values.
-
-    The override ``null`` removes a key of the file, so that its default holds again.
+    holds a list takes several values. The value ``null`` removes a key of the file, so that its
+    default holds again.
 
     Raises:
         UserError: the file cannot be read, a key is unknown (the nearest known key is named), or a
             value has the wrong type or is out of range.
     """
     tree = in_present_spelling(parse_file(find_config(path)), _warn) if path is not None else {}
-    # Judged before the overrides: a recipe's shared value may lose its last user to an override.
+    # The file is checked without the overrides, which may replace a recipe's shared value in the
+    # last stream that uses it.
     _check_shared_values(tree, None)
     keys = []
     for key, values in _pairs(overrides):
@@ -120,7 +120,7 @@ def _holds_list(key: str) -> bool:
 
 
 def _hint_of(key: str) -> tuple[Any, bool]:
-    """Return the type of a dotted key, None if there is no such key, and whether it is optional."""
+    """Return the type of a dotted key (None if it does not exist), and whether it is optional."""
     hint: Any = Config
     for name in present_spelling(key).split("."):
         if typing.get_origin(hint) is dict:
@@ -168,10 +168,10 @@ def _check_shared_values(tree: dict, override: str | None) -> None:
 
     Args:
         tree: the configuration so far.
-        override: the one key to judge; None judges every key of the tree.
+        override: the one key to check; None checks every key of the tree.
 
     Raises:
-        UserError: naming the key that has no effect.
+        UserError: a key has no effect; the message names it.
     """
     for group in ("streams", "stages"):
         entries = tree.get(group)

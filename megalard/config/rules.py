@@ -21,7 +21,7 @@ def validate(config: Config) -> None:
     """Check every setting against its range and against the other settings.
 
     Raises:
-        UserError: naming the key, the value and what it may be.
+        UserError: a value is not allowed; the message names the key, the value and the fix.
     """
     _require(
         config.rope.type != "dynamic",

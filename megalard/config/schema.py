@@ -89,7 +89,7 @@ class DataConfig:
     """Key of the text in .jsonl files, or its column in .parquet and .arrow files."""
     format: Literal["text", "chat"] = setting("text")
     """chat: text_key names a list of messages, each with role and content, of which the model's
-    chat template makes the text. Where text_key is text, messages is meant."""
+    chat template makes the text. The default text_key, text, then stands for messages."""
     context_length: int = setting(4096, at_least=2, tokens=True)
     """Tokens per block; at most the native window where the teacher reads the block."""
     positions: Literal["contiguous", "skip-gaussian", "skip-uniform"] = setting("contiguous")
@@ -100,8 +100,8 @@ class DataConfig:
     eos: Literal["auto", "yes", "no"] = setting("auto")
     """Whether every document ends with the end token; auto does what the tokenizer does."""
     end_token: str | None = setting(None)
-    """eos yes: the text of the end token, where it is not the tokenizer's EOS. The EOS of a chat
-    model may end a turn and not a document."""
+    """eos yes: the text of the end token, if it is not the tokenizer's EOS. The EOS of a chat model
+    may end a turn and not a document."""
     packing: bool = setting(True)
     """true fills blocks across documents, each of which attends to itself only; false puts one
     document into a block."""
@@ -161,7 +161,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One of several phases of a run. Each goes on from the weights that the one before it left.
+    """One of several phases of a run. Each continues from the weights of the previous stage.
 
     A stage takes what it leaves out from the sections ``trainable``, ``data`` and ``optimizer``. If
     it names an objective, that has only the terms that it names; otherwise it has the objective or
@@ -174,8 +174,9 @@ class StageConfig:
     streams: dict[str, StreamConfig] = dataclasses.field(default_factory=dict)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     keep_optimizer: bool = setting(False)
-    """Go on with the optimizer state of the stage before, which must train the same parameters.
-    Otherwise the state starts anew, and LoRA adapters are merged into the weights first."""
+    """Continue with the optimizer state of the previous stage, which must train the same
+    parameters. Otherwise the state starts anew, and LoRA adapters are merged into the weights
+    first."""
     export: bool = setting(False)
     """Save the student as ``stage-NAME`` when the stage ends. The last stage always gives
     ``student``."""
@@ -230,7 +231,7 @@ class CheckpointConfig:
     only."""
     export_dtype: Literal["source", "float32", "bfloat16", "float16"] = setting("source")
     """Dtype of an exported student; source keeps the dtype of each tensor. bfloat16 and float16
-    lose changes that are smaller than half a step of the dtype, and the run says how many."""
+    lose changes that are smaller than half a step of the dtype, and the run reports how many."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class RunConfig:
     output: str = setting("", path=True, required="give the output directory")
     """Output directory: empty, or the directory of this same run, which is then resumed."""
     device: Literal["auto", "cpu", "cuda"] = setting("auto")
-    """auto takes a GPU where there is one."""
+    """auto uses a GPU if there is one."""
     seed: int = setting(0, at_least=0)
     """Seed of the order of the data, of LoRA's initial values and of dropout."""
     deterministic: bool = setting(False)

@@ -75,7 +75,7 @@ def parse_value(text: str) -> Any:
         return text
 
 
-# Besides its own errors PyYAML lets those of int(), float() and of the recursion through.
+# PyYAML raises its own errors and those of int(), of float() and of too deep recursion.
 _ERRORS = (yaml.YAMLError, ValueError, KeyError, IndexError, TypeError, RecursionError)
 
 

@@ -111,9 +111,10 @@ def collate(
     """Return a batch with one row per block, in order; all blocks have the same length.
 
     Args:
-        samples: the place of each row in the global batch of the step; 0, 1, ... when not given.
+        blocks: the ids of each block, and the intervals of its documents.
+        samples: the place of each row in the global batch of the step; None means 0, 1, ...
         student_positions: int64 [n] for each row, the position at which the student reads each
-            place of the block; as the teacher reads when not given.
+            place of the block; None takes the teacher's positions.
     """
     tokens_bs = torch.stack([torch.from_numpy(tokens) for tokens, _ in blocks])
     target_bs = torch.full_like(tokens_bs, -1)

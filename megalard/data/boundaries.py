@@ -37,7 +37,7 @@ def boundaries_of(
         bos, eos: ``auto`` puts what the tokenizer itself puts around a text (``add_bos_token``,
             ``add_eos_token`` or its post-processor); ``yes`` puts the BOS or the end token, and
             ``no`` puts nothing.
-        end_token: the text of the end token for ``eos`` yes; the tokenizer's EOS when not given.
+        end_token: the text of the end token for ``eos`` yes; None takes the tokenizer's EOS token.
 
     Raises:
         UserError: a token is asked for that the tokenizer does not have.

@@ -7,7 +7,7 @@ from megalard.data.formats import Column, text_column
 from megalard.data.tokenizer import Tokenizer
 from megalard.errors import UserError
 
-# The key that is meant where a user leaves the key of the text as it is.
+# A chat is under the key messages if data.text_key has its default, text.
 _TEXT_KEY, _MESSAGES_KEY = "text", "messages"
 
 
@@ -16,7 +16,7 @@ def column_of(kind: str, key: str, tokenizer: Tokenizer) -> Column:
 
     Args:
         kind: ``text`` or ``chat``, as ``data.format``.
-        key: ``data.text_key``; for a chat ``messages`` is meant if it is ``text``.
+        key: ``data.text_key``. For a chat the default ``text`` stands for ``messages``.
 
     Raises:
         UserError: a chat is asked for, and the tokenizer has no chat template.
@@ -35,12 +35,14 @@ def column_of(kind: str, key: str, tokenizer: Tokenizer) -> Column:
                 f"{where} has a {type(value).__name__}: it must be a list of messages, each with "
                 "role and content"
             )
-        # Templates raise errors of their own, and those of jinja.
+        # A template may raise any error, of its own or of jinja.
         try:
             return tokenizer.render_chat(value)
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{where} does not fit the chat template ({reason})") from error
+            raise UserError(
+                f"{where} does not fit the chat template ({reason}): correct or remove it"
+            ) from error
 
     chosen = _MESSAGES_KEY if key == _TEXT_KEY else key
     return Column(chosen, conversation, tokenizer.chat_template)

@@ -26,8 +26,8 @@ class Column:
 
     Attributes:
         key: the key in a JSON line, or the name of the column of a table.
-        document: returns the document of the value that is there. Its second argument names the
-            record in errors, of the type UserError.
+        document: returns the document of a value. Its second argument names the value in errors,
+            which are of the type ``UserError``.
         identity: what the document depends on in addition to the value, as JSON takes it.
     """
 
@@ -56,7 +56,7 @@ def plain_text(value: object, where: str) -> str:
     """Return a value that is the document itself.
 
     Raises:
-        UserError: it is not a string, or not one that can be encoded.
+        UserError: the value is not a string, or cannot be encoded as UTF-8.
     """
     if not isinstance(value, str):
         raise UserError(f"{where} has a {type(value).__name__}: the text must be a string")
@@ -90,14 +90,14 @@ def read_file(file: Path, column: Column) -> Documents:
     try:
         yield from _FORMATS[suffix_of(file)](file, column)
     except (EOFError, zlib.error, OSError) as error:
-        # Errors of the system have a number, those of gzip and pyarrow have none.
+        # Errors of the operating system have a number; those of gzip and pyarrow have none.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise _damaged(file, error) from error
 
 
 def suffix_of(path: Path) -> str:
-    """Return what a file is read by: its last suffix, or the last two of a compressed file."""
+    """Return the suffix that says how a file is read: the last, or the last two if compressed."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     count = 2 if suffixes and suffixes[-1] in _COMPRESSIONS else 1
     return "".join(suffixes[-count:])
@@ -195,7 +195,7 @@ def _check_column(file: Path, column: Column, schema) -> None:
 
 @contextlib.contextmanager
 def _damage(file: Path) -> Iterator[None]:
-    """Turn errors of pyarrow into sentences."""
+    """Raise an error of pyarrow in the block as a ``UserError``."""
     import pyarrow
 
     try:

@@ -16,17 +16,17 @@ _SIGMA = 5.0
 
 
 def skipped_positions(length: int, window: int, middle: str, seed: tuple[int, ...]) -> np.ndarray:
-    """Return the position of each place of a block: int64 [length], strictly increasing from 0 to
-    window - 1.
+    """Return the position of each place of a block, int64 [length].
 
-    Let f = window / length. Head and tail have a third of the block each, or 4 f tokens each; both
-    cases have probability 1/2. With ``uniform`` the last token of the middle is uniform over all
-    possible places. With ``gaussian``, as in CREAM, it is uniform over the places in a window of
-    alpha / 2 blocks, where alpha in 2 ... 2 f is drawn from a Gaussian of mean 1 + f and standard
-    deviation 5 that is truncated at both ends.
+    The positions increase strictly from 0 to window - 1. Let f = window / length. Head and tail
+    have a third of the block each, or 4 f tokens each; both cases have probability 1/2. With
+    ``uniform`` the last token of the middle is uniform over all possible places. With ``gaussian``,
+    as in CREAM, it is uniform over the places in a window of alpha / 2 blocks, where alpha in
+    2 ... 2 f is drawn from a Gaussian of mean 1 + f and standard deviation 5 that is truncated at
+    both ends.
 
     Args:
-        length: n, at least 2.
+        length: the number of tokens of the block, at least 2.
         window: the student's window, at least ``length``.
         middle: ``gaussian`` or ``uniform``.
         seed: non-negative numbers that determine the draws.

@@ -21,7 +21,7 @@ _TEXT = text_column("text")
 
 @dataclass(frozen=True)
 class PassedOver:
-    """The files of directories that are not read, because their suffix is not one of text.
+    """The files of directories that are not read, because their suffix is not that of a text file.
 
     Attributes:
         files, bytes: how many, and their size together.
@@ -35,7 +35,7 @@ class PassedOver:
     example: Path
 
     def describe(self) -> str:
-        """Return the part of a sentence that names them."""
+        """Return the part of a sentence that names the files."""
         suffixes = ", ".join(suffix or "no suffix" for suffix in self.suffixes[:4])
         return f"{self.files} files of {self.bytes:,} bytes ({suffixes}), such as {self.example}"
 
@@ -207,7 +207,7 @@ class Text:
         self._content: str | None = None
 
     def documents(self, advance: Callable[[int], object] | None = None) -> Iterator[str]:
-        """Yield the documents, as ``read_documents``; at the end ``content`` is known."""
+        """Yield the documents, as ``read_documents``, and compute ``content`` meanwhile."""
         digest = hashlib.sha256()
         for document in read_documents(self.paths, self.column, advance):
             data = document.encode()
@@ -226,7 +226,7 @@ class Text:
         return self._content
 
     def is_known_as(self, content: str, files: str) -> bool:
-        """Whether recorded identities are of this text. It may have moved or been touched."""
+        """Whether recorded identities are of this text, even if its files have moved since."""
         return files == self.files or content == self.content
 
 

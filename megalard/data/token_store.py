@@ -22,7 +22,7 @@ from megalard.files.reading import check_regular, read_json
 FORMAT, VERSION = "megalard token store", 2
 TOKENS, DOCUMENTS, META = "tokens.bin", "documents.npy", "meta.json"
 CHECKSUMS = "checksums.npy"
-# Tokens per checksum: 128 or 256 KiB, so that a read of any block compares little more than it.
+# Tokens per checksum: 128 or 256 KiB, so that reading a block checks little more than the block.
 TOKENS_PER_SUM = 2**16
 _FIELDS: dict[str, type] = {
     "dtype": str,
@@ -60,10 +60,10 @@ class TokenStore:
         eos_id: the tokenizer's EOS id, with which blocks are padded.
         boundaries: the special tokens around each document.
         tokenizer_fingerprint: identifies the tokenizer that made the store.
-        sources_fingerprint: identifies the content of the text that the store was made from; of its
-            files in version 1.
+        sources_fingerprint: identifies the content of the text that the store was made from; in
+            version 1, its files.
         source_files: identifies the files by path, size and modification time.
-        version: of the format.
+        version: the version of the format.
         checksums: uint32, the CRC-32 of every ``TOKENS_PER_SUM`` tokens; None in version 1.
     """
 
@@ -158,7 +158,7 @@ class TokenStore:
             if self._is_compared[part]:
                 continue
             first = part * TOKENS_PER_SUM
-            # A store that ends earlier than its file still has the file behind it.
+            # The tokens are those of the file, which may continue after the end of this store.
             tokens = self._file_tokens()[first : first + TOKENS_PER_SUM]
             if zlib.crc32(tokens.data) != self.checksums[part]:
                 raise RankError(
@@ -175,7 +175,7 @@ class TokenStore:
         """Refuse other special tokens around documents than those that the store has.
 
         Raises:
-            UserError: naming the settings.
+            UserError: the tokens differ; the message names the setting.
         """
         for name, wanted, held in (
             ("bos", boundaries.before, self.boundaries.before),

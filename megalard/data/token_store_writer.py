@@ -55,15 +55,15 @@ def build_store(
 
     Two stores are the same if they have the same documents, tokenizer and special tokens. The
     documents are read again only if the paths, sizes or modification times of the files differ. If
-    several processes write the same directory, the first to
-    finish provides it and the others open it.
+    several processes write the same directory, the first to finish provides it and the others open
+    it.
 
     Args:
         paths: files and directories, as for ``sources.list_files``.
         output: the directory of the store; missing, empty, or this same store.
-        column: where lines and rows have their document; under ``text`` when not given.
-        boundaries: the special tokens around each document; what the tokenizer puts around a text
-            when not given.
+        column: where lines and rows have their document; None takes the key or column ``text``.
+        boundaries: the special tokens around each document; None takes those that the tokenizer
+            puts around a text.
         warn: called with a sentence about files that are passed over.
 
     Raises:

@@ -15,7 +15,7 @@ from megalard.errors import UserError, printable, shown
 from megalard.files.reading import cannot_read, check_if_regular, read_json
 from megalard.quiet import quiet_transformers
 
-# The files that a tokenizer is loaded from, any one of them.
+# Any one of these files is enough to load a tokenizer from.
 _DEFINING_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 # The largest vocabularies have some 300,000 ids.
 _LARGEST_ID = 2**24
@@ -38,7 +38,7 @@ class Tokenizer:
         vocabulary: token to id.
         vocab_size: one more than the largest id that the tokenizer returns.
         fingerprint: a sha256, in hexadecimal, of everything that determines the ids.
-        file_fingerprint: the sha256 of the defining file, by which earlier versions knew it.
+        file_fingerprint: the sha256 of the defining file. Earlier versions recorded this one.
         chat_template: the chat template; None if the tokenizer has none.
         render_chat: converts a list of messages to the text that the chat template makes of it.
     """
@@ -233,7 +233,7 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        # Neither changes the ids of a text that is encoded without special tokens.
+        # None of these changes the ids of a text that is encoded without special tokens.
         for key in ("truncation", "padding", "post_processor", "decoder"):
             content.pop(key, None)
         content["split_special_tokens"] = backend.encode_special_tokens

@@ -61,9 +61,9 @@ def lockstep(
 
     Args:
         dtype: dtype of the activations.
-        reach: what is computed; deeper tensors are not.
-        keep_attention_output: whether the pairs have attention outputs. Otherwise these live only
-            as long as the backward pass needs them.
+        reach: the deepest tensors that are computed.
+        keep_attention_output: whether the pairs have attention outputs. If not, attention outputs
+            live only as long as the backward pass needs them.
         activation_checkpointing: whether only the input of each student layer is kept.
     """
     student_context = student.context(batch.for_student())

@@ -90,8 +90,8 @@ class StreamObjective:
             scale: fp32 [terms], the stream's weight divided by the counts of the step.
 
         Returns:
-            The loss, a scalar to differentiate, and this rank's unweighted sums, fp32 [names], in
-            the order of the terms' ``weights``.
+            The loss, a scalar to differentiate, and this rank's unweighted sums, fp32: one number
+            for each of the terms' ``weights``, in their order.
         """
         inputs = TermInputs(teacher if self.needs_teacher else None, student, batch)
         loss = scale.new_zeros(())

@@ -52,5 +52,5 @@ class Reach:
 
 
 def deepest(reaches: list[Reach]) -> Reach:
-    """Return the reach that all others are part of, as far as layers are computed."""
+    """Return the reach for which the most layers, and the most of the last layer, are computed."""
     return max(reaches, key=lambda reach: (reach.layer, reach.depth, reach.norm, reach.head))

@@ -51,7 +51,7 @@ class Student:
 
     @property
     def changed(self) -> dict[str, torch.Tensor]:
-        """What distinguishes the student from the model it started from, by name."""
+        """What the student has besides the model that it started from, by name."""
         return {**self.carried, **self.trained}
 
     def use_carried(self) -> None:
@@ -78,17 +78,17 @@ def build_student(
     Args:
         start: the teacher or, after an earlier stage, that stage's student. Its frozen parameters
             are shared.
-        spec, rope: the student's shape and its scaled table of positions.
+        spec, rope: the student's shape, and its table of scaled RoPE angles.
         axis: the tp axis.
         trainable: which parameters are trained.
         is_reached: whether the loss depends on a parameter. Other parameters are not trained.
         seed: the seed of LoRA's initial values.
-        weights: the files of a student with weights of its own; None starts from those of
-            ``start``.
+        weights: the files of a student that has other weights than the teacher; None takes the
+            weights of ``start``.
         masters: the files that trained weights are read from, because ``start`` may hold them
-            rounded to its dtype; None takes those of ``start``.
+            rounded to its dtype; None takes the trained weights of ``start`` too.
         earlier: fp32 weights that earlier stages changed, this rank's slices.
-        dtype: dtype of the frozen weights; that of the embedding of ``start`` when not given.
+        dtype: dtype of the frozen weights; None takes that of the embedding of ``start``.
 
     Raises:
         UserError: the student's files do not match ``start``, or nothing is trained.

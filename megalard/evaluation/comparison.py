@@ -131,7 +131,7 @@ def _advance(bar: Callable[[str, int], None], name: str, tokens: int) -> None:
 
 
 def _check(request: Request, mesh: Mesh) -> _Job:
-    """Check everything that can be wrong before a weight is read."""
+    """Check all inputs of a request before any weight is read."""
     _check_numbers(request)
     files = _output_files(request.output, mesh)
     models = [open_model(path, request.base) for path in request.models]
@@ -243,7 +243,7 @@ def choose_lengths(
     """Return the given lengths, or the default lengths of the models, in increasing order.
 
     Raises:
-        UserError: a length is not a length, or tp and cp do not divide it.
+        UserError: a text is not a length, or tp and cp do not divide a length.
     """
     if given is None:
         windows = [model.window for model in models]
@@ -306,7 +306,7 @@ def _settings(request: Request, job: _Job, mesh: Mesh) -> dict:
 
 
 def short_names(directories: list[Path]) -> list[str]:
-    """Return the shortest endings of the paths that tell them apart, at least the last part."""
+    """Return the shortest endings of the paths that are all different, at least the last part."""
     parts = [path.absolute().parts for path in directories]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(path[-length:]) for path in parts]

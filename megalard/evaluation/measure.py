@@ -49,6 +49,7 @@ class Measurement:
 
     @property
     def perplexity(self) -> float:
+        """exp(loss), limited to what a float can hold."""
         return math.exp(min(self.loss, 700.0))
 
 
@@ -75,7 +76,7 @@ def check_lengths(lengths: Sequence[int], tp: int, cp: int, setting: str) -> Non
         setting: where the lengths are set, for the error message.
 
     Raises:
-        UserError: naming the first such length and a length that works.
+        UserError: a length does not divide; the message names it and a length that works.
     """
     multiple = length_multiple(tp, cp)
     for length in lengths:
@@ -91,7 +92,7 @@ def cut_windows(
 ) -> dict[int, np.ndarray]:
     """Cut the same tokens into windows of each length: int64 [windows, length].
 
-    A length that does not divide the longest length reads up to one window less.
+    The windows of a length that does not divide the longest length leave up to one window unread.
 
     Args:
         tokens: int64 [n].
@@ -119,7 +120,7 @@ def cut_windows(
 def _windows_after(tokens: np.ndarray, length: int, start: np.ndarray) -> np.ndarray:
     """Return consecutive windows that each begin with ``start``: int64 [windows, length].
 
-    Where the text itself has these ids at the beginning of a window, they are not put twice.
+    If the text itself has these ids at the beginning of a window, they are not inserted again.
     """
     windows, begin, size = [], 0, length - len(start)
     if size < 1:

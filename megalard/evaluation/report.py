@@ -21,7 +21,7 @@ class Entry:
     """One model of a comparison.
 
     Attributes:
-        name: what the model is called in tables and plots.
+        name: the name of the model in tables and plots.
         results: what was measured.
         tokens: the number of tokens that the model was restored with; 0 if it was not restored.
         window: the model's window in tokens.

@@ -24,7 +24,7 @@ class Score:
 
     Attributes:
         exact: whether every token of the answer is the model's most likely token.
-        tokens: the share of the answer's tokens that are.
+        tokens: the share of the answer's tokens that are the model's most likely token.
         loss: the mean cross-entropy over the answer's tokens, in nats.
     """
 

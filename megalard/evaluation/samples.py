@@ -1,4 +1,4 @@
-"""Retrieval samples: a task's lines hidden in filler text, exactly as long as asked for.
+"""Retrieval samples of an exact length: a task's lines hidden in filler text.
 
 Statements and questions are encoded line by line, and the filler is cut to fit.
 """
@@ -49,7 +49,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Filler:
-    """Text in which statements are hidden. It is read in a circle from a random place.
+    """Text in which statements are hidden. It is read from a random place and around its end.
 
     Attributes:
         tokens: int64 [n].

@@ -186,7 +186,7 @@ def run_suite(
 
     Args:
         teacher: the model to compare with on windows of up to ``teacher_window`` tokens.
-        edges: the edges of intervals of positions; ``doubling_edges`` when not given.
+        edges: the edges of intervals of positions; None takes ``doubling_edges``.
         advance: called with the number of tokens that all dp ranks have read.
     """
     by_length, by_position, edges = {}, [], list(edges or [])

@@ -25,7 +25,7 @@ def read_array(path: str | Path, **options: Any) -> np.ndarray:
     check_regular(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of headers that are about to be refused
+            warnings.simplefilter("ignore")  # warnings about headers that are refused below
             array = np.load(path, allow_pickle=False, **options)
     except (OSError, ValueError):
         raise

@@ -24,7 +24,7 @@ _MARK = ".unfinished"
 
 
 class AtomicFolder:
-    """A directory in the making. One process begins it, and then commits or abandons it.
+    """A directory that is being written. One process begins it, and then commits or abandons it.
 
     Attributes:
         directory: the final name.
@@ -97,7 +97,7 @@ class AtomicFolder:
             _remove(old, hold_lock(old / _MARK, str(old)))
 
     def _keep_others(self) -> None:
-        """Take the files that somebody put into the old directory over into the new one."""
+        """Copy the files that are not ours from the old directory to the new one."""
         for entry in self.directory.iterdir():
             target = self.path / entry.name
             if entry.name == _MARK or self.is_ours(entry.name) or target.exists():
@@ -114,7 +114,7 @@ class AtomicFolder:
             self._mark = None
 
     def _recover(self) -> None:
-        """Undo what a kill between the two renames of ``commit`` left."""
+        """Repair what a kill during ``commit`` left behind."""
         pattern = ".old-" + "[0-9a-f]" * 8
         for old in self.directory.parent.glob("*" + pattern):
             if old.name.rpartition(".old-")[0] != self.directory.name:

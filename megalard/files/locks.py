@@ -15,7 +15,7 @@ _PATIENCE_S = 5.0
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process may hold the lock of a lock file; it may where that cannot be told."""
+    """Whether a process holds the lock of a lock file; True also if that cannot be determined."""
     try:
         check_regular(path)
         with open(path, "ab") as file:

@@ -28,7 +28,7 @@ def check_regular(path: str | Path) -> None:
 
     Raises:
         UserError: the path is not a regular file.
-        OSError: the path cannot be looked at.
+        OSError: there is nothing at the path, or its kind cannot be determined.
     """
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):

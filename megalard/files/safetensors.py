@@ -326,7 +326,7 @@ def write_tensor_file(
     try:
         for tensor in tensors:
             writer.write(tensor)
-            del tensor  # or it would stay in memory while the next tensors are read
+            del tensor  # otherwise it would stay in memory while the next tensors are read
         return writer.close()
     finally:
         writer.abandon()

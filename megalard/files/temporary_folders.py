@@ -1,6 +1,6 @@
 """Directories with random names, next to what they will become, that a killed writer may leave.
 
-Their writer holds a lock on the directory itself. Where a lock can be taken, the writer has ended.
+The writer of such a directory holds a lock on it. If the lock can be taken, the writer has ended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DIGITS = 4  # bytes, which are twice as many hexadecimal digits
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """Make ``.NAME.partial-XXXXXXXX`` next to ``target``; what is left of it is removed at the end.
+    """Make ``.NAME.partial-XXXXXXXX`` next to ``target``, and remove it at the end if it is there.
 
     Raises:
         OSError: the directory cannot be made.

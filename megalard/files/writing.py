@@ -30,7 +30,7 @@ def cannot_write(directory: Path, error: OSError) -> UserError:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file that has its old or its new content, whenever the process ends.
+    """Write a small file that has its old or its new content, even if the process is killed.
 
     Raises:
         OSError: the file cannot be written.

@@ -95,9 +95,9 @@ def _zeros_that_depend_on(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
     """Return zeros [b, s, Hq, d] whose backward pass still reaches q, k and v.
 
     A rank without queries must take part in the exchange of the gradients of k and v, which is a
-    collective. The zero is a tensor, which autograd saves: under activation checkpointing a layer
-    is computed again up to its last saved tensor, and must get past the gathers of k and v as it
-    does on ranks that have queries.
+    collective. Under activation checkpointing a layer is computed again only up to its last saved
+    tensor. The zero is a tensor, which autograd saves, so that the gathers of k and v are computed
+    again here too, as on ranks that have queries.
     """
     zero = q.new_zeros(())
     return (q * zero).transpose(1, 2).contiguous() + ((k * zero).sum() + (v * zero).sum())
@@ -129,19 +129,19 @@ def _is_long(span: QuerySpan) -> bool:
 
 
 def _causal(q, k, v, window):
-    """Causal attention of the last queries of a document: the last query stands at the last key."""
+    """Return causal attention of a document's last queries; the last query is at the last key."""
     queries, keys = q.shape[2], k.shape[2]
     is_grouped = q.shape[1] != k.shape[1]
     if window is None or window >= keys:
         if queries == keys:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
-        # For fp32 with grouped heads no fused kernel takes this mask; torch would hold it whole.
+        # For fp32 with grouped heads no fused kernel takes this mask, and torch would store it.
         if q.is_cuda and (q.dtype != torch.float32 or not is_grouped):
             from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler
 
             corner = causal_lower_right(queries, keys)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=corner, enable_gqa=is_grouped)
-    # Blocks of queries against the keys that they reach: memory stays linear in the length.
+    # Each block of queries attends to the keys that it reaches, so memory is linear in the length.
     parts, keys_before = [], keys - queries
     for start in range(0, queries, _BLOCK_ROWS):
         end = min(start + _BLOCK_ROWS, queries)

@@ -18,7 +18,7 @@ from megalard.model.spec import ModelSpec
 
 
 class DecoderBody(nn.Module):
-    """All of a decoder but its head, under the name that Hugging Face gives it."""
+    """All of a decoder except its head; Hugging Face calls this part ``model``."""
 
     def __init__(self, spec: ModelSpec):
         super().__init__()

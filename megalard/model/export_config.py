@@ -41,8 +41,8 @@ def export_config(
 
     Args:
         spec: the model, whose other keys are kept.
-        rope: the description of its RoPE; as in ``spec`` when not given.
-        window: the number of positions that it reads; as in ``spec`` when not given.
+        rope: the description of its RoPE; None keeps that of ``spec``.
+        window: the number of positions that the model reads; None keeps that of ``spec``.
     """
     config = {k: v for k, v in spec.hf_config.items() if k not in (*_ROPE_KEYS, *_DROPPED)}
     parameters = dict(rope if rope is not None else spec.rope)

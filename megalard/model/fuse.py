@@ -13,7 +13,7 @@ def fused_on_gpu(function: Callable) -> Callable:
 
     A machine without a GPU may have no compiler. On the 7B shape the unfused RoPE, SwiGLU and
     scaling of gradients took a tenth of a step. The compiler is imported with the first CUDA input,
-    because that takes seconds.
+    because the import takes seconds.
     """
 
     @functools.cache

@@ -45,7 +45,7 @@ class FullWidthNorm(RmsNorm):
         return ops.norm_full_width(x, self.weight, self.eps, self.features)
 
 
-# By ``ModelSpec.qk_norm``.
+# The class for each value of ``ModelSpec.qk_norm``.
 QK_NORMS: dict[str, type[HeadNorm] | type[FullWidthNorm]] = {
     "head": HeadNorm,
     "full": FullWidthNorm,
@@ -113,7 +113,7 @@ class Mlp(nn.Module):
 
 
 class DecoderLayer(Protocol):
-    """One layer, in the three parts that the losses look between."""
+    """One layer, in three parts, so that losses can read the tensors between them."""
 
     def qkv(self, x: torch.Tensor, context: Context, ops: Ops) -> Qkv:
         """Return q, k and v of the residual [t/tp, hidden], which the layer's relations read."""
@@ -170,5 +170,5 @@ class PostNormLayer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(x, ops))
 
 
-# By ``ModelSpec.norms``.
+# The class for each value of ``ModelSpec.norms``.
 LAYERS = {"before": PreNormLayer, "after": PostNormLayer}

@@ -48,8 +48,12 @@ class Ops(Protocol):
         ...
 
     def embed(self, token_t: torch.Tensor, weight: torch.Tensor, first_row: int) -> torch.Tensor:
-        """Look up token ids [t] in an embedding of which ``weight`` holds the rows from
-        ``first_row``: [t/tp, hidden]."""
+        """Look up token ids [t] in the embedding: [t/tp, hidden].
+
+        Args:
+            token_t: int64 [t].
+            weight: [vocab/tp, hidden], the rows of the embedding from ``first_row``.
+        """
         ...
 
     def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -66,7 +70,7 @@ class Ops(Protocol):
         """Apply an RMS norm over ``features`` features that are split over ranks.
 
         Args:
-            x: [t, features/tp]; with more ranks than K/V heads several ranks have the same.
+            x: [t, features/tp]; with more ranks than K/V heads, several ranks hold the same part.
             weight: [features/tp].
         """
         ...
@@ -76,7 +80,11 @@ class Ops(Protocol):
         ...
 
     def with_dropout(self, token_t: torch.Tensor) -> Ops:
-        """Return the same operations with LoRA's dropout, drawn from the numbers of the tokens."""
+        """Return the same operations with LoRA's dropout switched on.
+
+        Args:
+            token_t: int64 [t], one number per token, unique within the step, to draw masks from.
+        """
         ...
 
 

@@ -170,15 +170,15 @@ def window_of(spec: ModelSpec, native_window: int | None = None) -> int:
 def scaled_config(
     spec: ModelSpec, rope: RopeConfig, native_context: int, teacher: ModelSpec | None = None
 ) -> dict:
-    """Return the student's ``config.json``: its model's, with scaled RoPE in both spellings.
+    """Return the student's ``config.json``: that of ``spec``, with scaled RoPE in both spellings.
+
+    A teacher's RoPE that is scaled already may be scaled further by the same type.
 
     Args:
         spec: the model that the student starts from.
         rope: type and factor; the other parameters are derived.
         native_context: M in tokens; the student's window is factor * M.
         teacher: the teacher, if the student starts from another model.
-
-    A teacher's RoPE that is scaled already may be scaled further by the same type.
 
     Raises:
         UserError: the RoPE is already scaled by another type, or in the student alone; the table

@@ -22,8 +22,8 @@ from megalard.model.transformers_config import as_transformers_reads
 
 SUPPORTED = tuple(FAMILIES)
 
-# The largest accepted value of each size, far beyond any model. It keeps a damaged file from being
-# taken at its word before the weights are looked at.
+# The largest accepted value of each size, far beyond any model, so that absurd sizes in a damaged
+# file are refused before the weights are opened.
 _COUNTS = {
     "vocab_size": 2**28,
     "hidden_size": 2**20,
@@ -50,7 +50,7 @@ class ModelSpec:
     Attributes:
         windows: one entry per layer. None is full causal attention; with w, query i sees key j only
             if i - j < w.
-        max_positions: ``max_position_embeddings`` of ``config.json``; see also ``window``.
+        max_positions: ``max_position_embeddings`` of ``config.json``; see also ``rope.window_of``.
         rope: the description of RoPE in the spelling of transformers 5 (``rope_type``,
             ``rope_theta``, ...).
         hf_config: the content of config.json, for export.
@@ -171,10 +171,10 @@ def _check_keys(family: Family, read: PretrainedConfig, config: dict, where: str
     for key, value in family.required_values().items():
         for section in (config, *_rope_sections(config)):
             _check_value(family, key, section.get(key), value, where)
-    # A key that the class has and that is in none of the sets: accepted at its default alone.
-    for name, known in type(read).__dataclass_fields__.items():
+    # A key of the class that is in none of the family's sets is accepted with its default only.
+    for name, class_field in type(read).__dataclass_fields__.items():
         if name in config and not family.knows(name):
-            _check_value(family, name, config[name], known.default, where)
+            _check_value(family, name, config[name], class_field.default, where)
 
 
 def _check_value(family: Family, key: str, value: Any, required: Any, where: str) -> None:
@@ -208,7 +208,7 @@ def _rope_sections(config: dict) -> list[dict]:
 
 
 def _check_numbers(config: dict, where: str) -> None:
-    """Reject sizes that are not numbers or are absurd, which transformers takes at their word."""
+    """Reject sizes that are not numbers or are absurd; transformers accepts them."""
     for key, most in (_COUNTS | _OPTIONAL_COUNTS).items():
         value = config.get(key)
         if key not in config or (value is None and key in _OPTIONAL_COUNTS):

@@ -32,7 +32,7 @@ def as_transformers_reads(config: dict, where: str) -> PretrainedConfig:
             read = AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-            # The model does this once more, and then a key next to the RoPE section has priority.
+            # A model repeats this call, after which a key next to the RoPE section has priority.
             read.standardize_rope_params()
     # What is tried is code of transformers alone, which raises errors of all kinds at odd values.
     except Exception as error:

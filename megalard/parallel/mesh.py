@@ -119,7 +119,7 @@ def start_process_group(backend: str) -> None:
     """Start torch.distributed for the ranks that torchrun launched.
 
     Ranks of one node find each other through a file in the private directory that torchrun gives
-    them, and talk over the loopback interface, so that nothing listens on the network.
+    them, and communicate over the loopback interface, so that nothing listens on the network.
     """
     # Rank 0 may tokenize a large corpus while the other ranks wait.
     timeout = timedelta(hours=2)
@@ -143,7 +143,7 @@ def allowed_restarts() -> int:
 
 
 def is_first_on_node() -> bool:
-    """Whether this process does what one process of every node has to do."""
+    """Whether this is the one process of its node that does what is done once per node."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
@@ -166,7 +166,7 @@ def pick_device(device: str, local_rank: int) -> torch.device:
     """Return the device of this rank: the GPU of its local rank, or the CPU.
 
     Raises:
-        UserError: there is no GPU, or fewer than processes.
+        UserError: torch sees no GPU, or fewer GPUs than there are processes on this machine.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,7 +174,7 @@ def pick_device(device: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("run.device is cuda but torch sees no GPU: use run.device cpu")
-    # Compared on every rank alike, because rank 0, which reports, always finds a GPU for itself.
+    # Every rank compares the counts, because rank 0, which reports errors, always has a GPU.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     if processes > torch.cuda.device_count():
         raise UserError(

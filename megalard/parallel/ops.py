@@ -34,7 +34,7 @@ class ParallelOps:
     Attributes:
         axis: the tp axis; of size 1 in a single process, where nothing is exchanged.
         token_t: int64 [t], the numbers that LoRA's dropout is drawn from, one per token of the
-            micro-batch; None to read without dropout.
+            micro-batch; None switches dropout off.
     """
 
     axis: Axis = SINGLE

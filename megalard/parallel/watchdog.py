@@ -1,8 +1,7 @@
 """End a rank that waits for another rank which has ended, and say so.
 
-A collective whose partner is gone may wait for as long as its timeout, which is hours. The launcher
-ends the other ranks if one fails, but not if one ends with status 0, and not if there is no
-launcher.
+A collective whose partner is gone may wait until its timeout, which is two hours. A launcher ends
+the other ranks if one rank fails, but not if one ends with status 0.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ _TICK_S = 1.0
 def watch_other_ranks(patience_s: float = PATIENCE_S) -> None:
     """Watch the other ranks on this machine until torch.distributed ends; a collective call.
 
-    If one of them has ended and this process still takes part in torch.distributed after
-    ``patience_s`` seconds, the process prints a sentence and ends with status 1. Without pidfds,
-    which Linux has since version 5.3, nothing is watched.
+    If one of them has ended and this process still takes part in torch.distributed ``patience_s``
+    seconds later, this process prints a sentence and ends with status 1. Without pidfds, which
+    Linux has since version 5.3, nothing is watched.
     """
     rank = dist.get_rank()
     places: list = [None] * dist.get_world_size()
@@ -46,7 +45,7 @@ def watch_other_ranks(patience_s: float = PATIENCE_S) -> None:
 
 
 def _machine() -> tuple[str, str]:
-    """Return what processes that see each other's ids have in common."""
+    """Return a value that is equal for two processes exactly if they see each other's ids."""
     try:
         return socket.gethostname(), os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -71,7 +70,7 @@ def _watch(rank: int, others: dict[int, tuple[int, int]], patience_s: float) -> 
     number, pid = others[ended[0]]
     sentence = (
         f"rank {rank} ends: rank {number} (process {pid}) ended {patience_s:.0f} s ago, and what "
-        "this rank waits for will not come; the same command goes on from the last checkpoint"
+        "this rank waits for will not come: run the same command to resume from the last checkpoint"
     )
     leave_reason(sentence, is_bad_input=False)
     print(f"megalard: error: {sentence}", file=sys.stderr, flush=True)

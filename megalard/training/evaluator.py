@@ -98,8 +98,8 @@ class Evaluator:
         """Measure the student between two stages; a collective call.
 
         Args:
-            name: how the tables call it.
-            teacher: None if it is not in memory, so that nothing is compared with it.
+            name: the name of the measurement in the tables.
+            teacher: None if it is not in memory; then nothing is compared with it.
             tokens: the number of tokens so far.
         """
         if self.is_active:
@@ -111,10 +111,10 @@ class Evaluator:
         """Take over what was measured between stages before the run was stopped.
 
         Args:
-            names: how the tables call these measurements.
+            names: the names of these measurements in the tables.
         """
         if self.is_active and self.mesh.is_rank_0 and names:
-            # A file that is not there or was not written to its end costs these rows alone.
+            # If the file is missing or incomplete, only these rows are lost.
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
                 entries, _ = read_json(self._path)
                 self.entries += [entry for entry in entries if entry.name in names]

@@ -49,7 +49,7 @@ def save_student(
         source: the weights that the student started from.
         config: the student's ``config.json``.
         companions: files that are copied next to the weights, such as the tokenizer's.
-        dtype: the dtype of all floating-point tensors; that of the source when not given.
+        dtype: the dtype of all floating-point tensors; None keeps that of each source tensor.
 
     Returns:
         On rank 0, what rounding took away from the trained weights.
@@ -149,7 +149,7 @@ class _MergedTensors:
         projection = self.student.decoder.get_submodule(name.removesuffix(".weight"))
         scale = cast(Projection, projection).lora_scale
         lora_a, lora_b = (full[part] for part in parts[-2:])
-        # Where an earlier stage changed the weight itself, the pair is added to that.
+        # If an earlier stage changed the weight itself, the pair is added to the changed weight.
         original = full.get(name, source)
 
         def count(rows: slice, exact: torch.Tensor, rounded: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the peak bf16 FLOP/s of a GPU; None if it is not known."""
+    """Return the peak bf16 FLOP/s of a GPU; None for GPUs that the table does not have."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -69,7 +69,7 @@ def stream_flops(stream: StreamConfig, trainable: TrainableConfig, spec: ModelSp
     for name in objective.active_relations():
         heads = spec.num_heads if RELATIONS[name].rows == "q" else spec.num_kv_heads
         layers = len(objective.layers or range(spec.num_layers))
-        # Two half-products forward and four backward.
+        # Over the causal pairs, two products forward and four backward.
         total += 6 * 2 * pairs * spec.head_dim * heads * layers
     return total
 

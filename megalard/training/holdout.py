@@ -15,7 +15,7 @@ from megalard.training.plan import Plan
 from megalard.training.stages import Stage, data_key
 from megalard.training.streams import Stores
 
-# The largest share of the text that is taken aside.
+# At most 1 / _SHARE of the text is taken aside.
 _SHARE = 50
 
 

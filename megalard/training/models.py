@@ -27,18 +27,18 @@ def load_models(stage: Stage, plan: Plan, mesh: Mesh) -> tuple[Decoder, Student]
         UserError: on every rank, if a tensor is missing or has another shape, or a file is damaged.
     """
     source = plan.source
-    has_own_weights = source is not plan.teacher
+    has_other_weights = source is not plan.teacher
 
     def check() -> None:
         plan.teacher.check_sums(mesh.world)
-        if has_own_weights:
+        if has_other_weights:
             source.check_sums(mesh.world)
 
     with checked_meanwhile(check, mesh.world) as wait_for_checksums:
         with checked_on_all_ranks(mesh.world):
             teacher = load_teacher(stage.config, plan, mesh)
             student = _build(
-                stage, plan, mesh, teacher, weights=source.weights if has_own_weights else None
+                stage, plan, mesh, teacher, weights=source.weights if has_other_weights else None
             )
         wait_for_checksums()
     return teacher, student
@@ -56,7 +56,7 @@ def load_teacher(config: Config, plan: Plan, mesh: Mesh) -> Decoder:
 
 
 def next_student(before: Student, stage: Stage, plan: Plan, mesh: Mesh) -> Student:
-    """Return the student of a stage, with the weights that the stage before left."""
+    """Return the student of a stage, with the weights that the previous stage ended with."""
     if stage.keeps_optimizer:
         return before
     earlier = merged_weights(before, plan.source.weights)
@@ -66,13 +66,13 @@ def next_student(before: Student, stage: Stage, plan: Plan, mesh: Mesh) -> Stude
 def student_to_restore(
     first: Student, stages: list[Stage], number: int, plan: Plan, mesh: Mesh
 ) -> Student:
-    """Return the student of a stage for a checkpoint to be loaded into.
+    """Return the student of a stage, into which a checkpoint is loaded next.
 
-    The weights that earlier stages changed are not computed; the checkpoint has them.
+    The weights that earlier stages changed are zero here, because the checkpoint has them.
 
     Args:
         first: the student of the first stage, whose unchanged weights are shared.
-        number: which stage, counted from 0.
+        number: the number of the stage, counted from 0.
     """
     start = first_with_same_parameters(stages, number)
     if start == 0:

@@ -68,7 +68,7 @@ class Monitor:
         self.peak_flops = peak_flops
         self.last_time, self.last_step = time.perf_counter(), steps_done
         if reporter.is_rank_0:
-            from megalard.training.board import Board  # imports much
+            from megalard.training.board import Board  # slow to import
 
             path = output / "metrics.jsonl"
             try:
@@ -79,7 +79,7 @@ class Monitor:
                 raise cannot_write(output, error) from None
 
     def restart_clock(self, step: int) -> None:
-        """Leave the time since the last report out: it was not spent on steps."""
+        """Start timing anew, because the time since the last report was not spent on steps."""
         self.last_time, self.last_step = time.perf_counter(), step
 
     def report(self, number: int, result: StepResult) -> None:
@@ -125,7 +125,7 @@ class Monitor:
         per_rank = f" ({rate / self.ranks:,.0f} per rank)" if self.ranks > 1 else ""
         mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
         stage = "" if pace.stage is None else f"{pace.stage} "
-        # Steps of other stages take as long as their operations at the present rate.
+        # The steps of other stages are expected to run at the present operations per second.
         all_flops = self._total(self.steps, lambda pace: pace.flops_per_step)
         flops_done = self._total(number, lambda pace: pace.flops_per_step)
         remaining = (all_flops - flops_done) / pace.flops_per_step * seconds
@@ -137,7 +137,7 @@ class Monitor:
         )
 
     def _total(self, number: int, per_step: Callable[[Pace], float]) -> float:
-        """Return the sum over the steps up to ``number`` of what a step of each stage has."""
+        """Return the sum of ``per_step`` over the steps 1 to ``number``."""
         total: float = 0
         before = 0
         for pace in self.paces:

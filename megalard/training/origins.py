@@ -35,7 +35,7 @@ class Origins:
         """Refuse models that are not the models of a run's checkpoint. A rank reads its share.
 
         Raises:
-            UserError: naming the first file that is missing or differs.
+            UserError: a file is missing or differs; the message names the first one.
         """
         check_files(manifest.base, self.base.directory, share)
         if manifest.teacher or self.teacher:

@@ -61,10 +61,10 @@ class Output:
 
     Attributes:
         directory: run.output.
-        is_new: whether the directory was empty, so that bad input may empty it again.
+        is_new: whether the directory was empty. It is emptied again if bad input ends the run.
         checkpoint: the newest complete checkpoint, from which the run resumes; None if there is
             none.
-        is_finished: whether this very run has finished, so that nothing is left to do.
+        is_finished: whether a run with these settings has finished, so that nothing is left to do.
     """
 
     directory: Path
@@ -79,7 +79,7 @@ class Output:
 
 
 def find_output(config: Config, mesh: Mesh) -> Output:
-    """Look at run.output; a collective call, in which rank 0 looks.
+    """Return what run.output contains. This is a collective call, in which rank 0 reads the disk.
 
     Raises:
         UserError: on every rank, if the directory contains anything but this run, or its newest
@@ -142,9 +142,9 @@ def emptied_on_error(output: Output, mesh: Mesh) -> Iterator[None]:
 
 @contextmanager
 def scratch_folder(mesh: Mesh) -> Iterator[Path]:
-    """Make a temporary directory of one name on every node; a collective call.
+    """Choose a temporary directory, with the same name on every node; a collective call.
 
-    The directory is removed at the end of the block.
+    The block may make the directory. It is removed at the end of the block.
     """
     name = from_rank_0(f"megalard-{token_hex(8)}", mesh.world)
     folder = Path(tempfile.gettempdir()) / name
@@ -263,7 +263,7 @@ def _compare(saved: dict, current: dict, directory: Path) -> None:
     """Refuse a configuration with which a saved run cannot be resumed.
 
     Raises:
-        UserError: naming the first setting that differs.
+        UserError: a setting differs that must not; the message names the first one.
     """
     for group in ("streams", "stages"):
         names, now = (list((tree.get(group) or {}).keys()) for tree in (saved, current))
@@ -276,10 +276,10 @@ def _compare(saved: dict, current: dict, directory: Path) -> None:
     for key, section in current.items():
         if isinstance(section, dict) and not isinstance(saved.get(key, {}), dict):
             raise ValueError(f"the section {key} of its configuration is {shown(saved[key])}")
-    # Settings that the saved run does not have are newer than the run, which had their defaults.
+    # Settings that the saved run does not have were added later and are not compared.
     saved, current = _flat(in_present_spelling(saved)), _flat(current)
     for key in sorted(saved.keys() & current.keys()):
-        # The keys of stages and streams are judged as the keys of that name in other sections.
+        # The keys of stages and streams follow the rules of the sections that they replace.
         general = re.sub(r"^stages\.[^.]+\.", "", key)
         general = re.sub(r"^streams\.[^.]+\.(?=data\.|micro_)", "", general)
         if saved[key] != current[key] and not general.startswith(_MAY_CHANGE):

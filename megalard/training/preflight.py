@@ -33,7 +33,7 @@ def run_preflight(stages: Sequence[Stage], plan: Plan, scratch: Path, mesh: Mesh
     """Take two real steps of each stage, check the losses and gradients, and report.
 
     Args:
-        scratch: a directory for the tokens, which is removed later.
+        scratch: a directory for the tokens, which the caller removes.
 
     Raises:
         UserError: a loss or a gradient is not finite, or the gradient of a trained tensor is zero
@@ -80,7 +80,11 @@ def _two_steps(distiller: Distiller, loaders: StreamLoaders) -> tuple[list[float
         seconds.append(time.perf_counter() - start)
         losses.append(result.loss)
         if not math.isfinite(result.loss) or not math.isfinite(result.gradient_norm):
-            raise UserError(f"preflight step {number + 1}: loss {result.loss} is not finite")
+            raise UserError(
+                f"preflight step {number + 1}: loss {result.loss} and gradient norm "
+                f"{result.gradient_norm} are not both finite: lower optimizer.learning_rate, or "
+                "set model.compute_dtype float32"
+            )
     _check_gradients(distiller)
     return seconds, losses
 
@@ -132,7 +136,7 @@ def _check_gradients(distiller: Distiller) -> None:
 
 
 def _print_rope(console: Console, teacher: RopeTable, student: RopeTable, plan: Plan) -> None:
-    """Print the frequencies before and after scaling; of many pairs, some."""
+    """Print the frequencies of at most _ROPE_ROWS pairs before and after scaling."""
     table = Table(title=f"RoPE: window {plan.native_window} -> {plan.student.max_positions}")
     for heading in ("pair", "teacher 1/frequency", "student 1/frequency", "ratio"):
         table.add_column(heading, justify="right")

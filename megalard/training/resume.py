@@ -27,9 +27,9 @@ from megalard.training.streams import Stores
 
 
 def open_checkpoint(output: Output, plan: Plan, axis: Axis, reporter: Reporter) -> tuple[int, int]:
-    """Return the steps of the output's checkpoint, and how many of them were skipped.
+    """Return the number of steps of the output's checkpoint, and how many of them were skipped.
 
-    A new run has none. This is a collective call. Saves that were not finished are removed.
+    Both are 0 for a new run. This is a collective call. Saves that were not finished are removed.
 
     Raises:
         UserError: on every rank, if the checkpoint is of another student.
@@ -65,7 +65,8 @@ def restore(
     """Load the output's checkpoint, if there is one, into the stage it belongs to.
 
     Returns:
-        What the next checkpoint notes of the models; None if their files have not been read.
+        The sections ``base`` and ``teacher`` for the manifests of later checkpoints; None if the
+        files of the models have not been read.
 
     Raises:
         UserError: on every rank, if the checkpoint, a model or the text is damaged or has changed.
@@ -110,9 +111,9 @@ def _check_data(manifest: Manifest, stages: Sequence[Stage], stores: Stores) -> 
         for name, store in stores[stage.name].items():
             saved, current = manifest.training["data"][data_key(stage, name)], _identity(store)
             for key, value in current.items():
-                # Earlier versions knew a text by its files.
-                known = (value, store.source_files) if key == "sources" else (value,)
-                if saved[key] not in known:
+                # Earlier versions identified a text by its files.
+                accepted = (value, store.source_files) if key == "sources" else (value,)
+                if saved[key] not in accepted:
                     stream = (
                         f" of {data_key(stage, name)}" if len(manifest.training["data"]) > 1 else ""
                     )

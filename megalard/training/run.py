@@ -37,7 +37,7 @@ class Run:
     Attributes:
         config, plan, output, mesh: what the run was built from.
         stages: the stages, in order.
-        teacher: None while no stage that remains compares with it.
+        teacher: None if no remaining stage compares the student with it.
         student: the student of the present stage.
         stage: the present stage.
         distiller: the models, the objectives and the optimizer of the present stage.
@@ -128,11 +128,11 @@ class Run:
         self._save_stage(self.stages[number])
 
     def stages_left(self) -> list[Stage]:
-        """Return the stages of which steps remain."""
+        """Return the stages that have steps left to take."""
         return [stage for stage in self.stages if stage.last_step > self.steps_done]
 
     def begin(self, stage: Stage) -> None:
-        """End the stage before and go on with the weights that it left; a collective call."""
+        """End the previous stage and continue with its weights; a collective call."""
         if self.stage == stage:
             return
         self._end_stage()
@@ -159,7 +159,7 @@ class Run:
         return result
 
     def save_and_export(self, number: int, stop: StopSignals) -> bool:
-        """Save and export if that is due after step ``number``; return whether to stop here."""
+        """Save and export if due after step ``number``; return whether the run stops here."""
         signal_name, has_failed = stop.agreed(self.mesh, self.saver.has_failed())
         if has_failed:
             self.saver.wait()
@@ -176,7 +176,7 @@ class Run:
     def export_if_due(self) -> None:
         """Make the periodic export of the present step, unless it is there already.
 
-        A run that died between a checkpoint and the export that is due with it makes it up.
+        A run that died after a checkpoint and before its export makes the export when it resumes.
         """
         every, number = self.config.checkpoint.export_every, self.steps_done
         if every > 0 and 0 < number < self.config.steps and number % every == 0:
@@ -208,7 +208,7 @@ class Run:
         if signal_name:
             self.saver.save(self.config.steps)
             self.reporter.line(
-                f"{signal_name}: the student is complete; the same command evaluates it"
+                f"{signal_name}: the student is complete; run the same command to evaluate it"
             )
         return signal_name is not None
 
@@ -291,5 +291,5 @@ class Run:
 
 
 def _after(stage: Stage) -> str:
-    """Return how the tables of an evaluation call the student that a stage leaves."""
+    """Return the name that the tables of an evaluation give the student after a stage."""
     return f"after {stage.name}"

@@ -31,7 +31,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """Return what a save or a removal that was killed left."""
+    """Return the directories that a killed save or a killed removal left behind."""
     if not folder.is_dir():
         return []
     paths = (path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name))

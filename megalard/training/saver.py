@@ -26,7 +26,7 @@ class Saver:
 
     Args:
         folder: the directory of the checkpoints.
-        steps: the number of steps of the run, after the last of which a checkpoint is saved.
+        steps: the number of steps of the run. A checkpoint is saved after the last one.
         origins: the models of the run. Their files are noted with checksums, computed once.
         companions: files that are copied next to the shards.
         settings: how often to save, and how many checkpoints to keep.
@@ -114,7 +114,7 @@ class Saver:
             running.result()
 
     def _stage(self, tensors: state.State) -> state.State:
-        """Copy tensors to host memory, pinned if there is a GPU; the next save reuses it."""
+        """Copy tensors to host memory, pinned if there is a GPU, which the next save reuses."""
         is_pinned = self.distiller.mesh.device.type == "cuda"
         staged: state.State = {}
         for name, (tensor, layout) in tensors.items():
@@ -156,7 +156,7 @@ class Saver:
                 )
 
     def __enter__(self) -> Saver:
-        # A process that was killed after its last save has not removed the checkpoint before.
+        # A process that was killed right after a save has not removed the checkpoints before it.
         if self.axis.rank == 0:
             self._prune()
         return self

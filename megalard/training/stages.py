@@ -21,8 +21,8 @@ class Stage:
         name: ``main`` for a run without stages.
         config: the configuration of the stage, as of a run with one stage.
         steps_before: the steps of all earlier stages.
-        keeps_optimizer: whether it goes on with the optimizer state of the stage before.
-        exports: whether the student is saved when the stage ends.
+        keeps_optimizer: whether it continues with the optimizer state of the previous stage.
+        exports: whether the student is exported when the stage ends.
     """
 
     name: str
@@ -74,13 +74,15 @@ def needs_teacher(stages: Iterable[Stage]) -> bool:
 
 
 def stage_after(stages: Sequence[Stage], step: int) -> int:
-    """Return which stage's state a run has after ``step`` steps. At a boundary it is the earlier
-    stage's."""
+    """Return the number of the stage whose state a run has after ``step`` steps, counted from 0.
+
+    At a boundary this is the earlier stage.
+    """
     return next(number for number, stage in enumerate(stages) if step <= stage.last_step)
 
 
 def first_with_same_parameters(stages: Sequence[Stage], number: int) -> int:
-    """Return the earliest stage whose parameters a stage goes on with, counted from 0.
+    """Return the earliest stage whose parameters a stage continues to train, counted from 0.
 
     A stage that keeps the optimizer keeps the parameters too.
     """
@@ -95,7 +97,7 @@ def weights_changed_before(
     """Return the weights that are merged when a stage begins, because earlier stages changed them.
 
     Args:
-        number: which stage, counted from 0.
+        number: the number of the stage, counted from 0.
         names: the names of all weights.
         num_layers: the number of the model's layers.
     """

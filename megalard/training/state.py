@@ -16,6 +16,7 @@ from megalard.parallel.mesh import Axis
 from megalard.training.step import Distiller
 
 State = dict[str, tuple[torch.Tensor, Layout | None]]
+"""Tensors with their layouts, by name; see ``training_state``."""
 
 
 def training_state(distiller: Distiller) -> State:
@@ -99,8 +100,8 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
     load_sharded(weights, tensors, axis)
     distiller.student.use_carried()
 
-    # The settings are those of the configuration, which is the saved one. apex counts its steps
-    # among them.
+    # The settings are those of the configuration, which equals the saved one. Only the step count
+    # that apex keeps among the settings comes from the checkpoint.
     (group,) = optimizer_settings(distiller.optimizer)
     count = weights.manifest.training["optimizer"]["groups"][0].get("step")
     if type(count) is int:
@@ -126,7 +127,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, weights: ShardedWeights) 
 
 
 def _optimizer_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Return which tensors an optimizer keeps for each parameter; apex's counts steps elsewhere."""
+    """Return the tensors that an optimizer keeps per parameter. apex counts steps in the group."""
     moments = ("exp_avg", "exp_avg_sq")
     return (*moments, "step") if isinstance(optimizer, torch.optim.AdamW) else moments
 

@@ -92,8 +92,9 @@ class Distiller:
         """Run the forward and backward passes of all micro-batches into the gradient buffer.
 
         Returns:
-            By stream: this rank's sums of the unweighted terms, fp32 [names], and the counts of the
-            whole step that the terms are divided by, fp32 [terms].
+            By stream: this rank's unweighted sums, fp32, one number for each of the terms'
+            ``weights``; and the counts of the whole step that the terms are divided by, fp32
+            [terms].
         """
         self.gradients.zero()
         counts = self._global_counts(batches)
@@ -178,7 +179,7 @@ class Distiller:
         return nullcontext()
 
     def _describe_non_finite(self, number: int, is_finite_here: bool, loss: float) -> str:
-        """Name the step, the ranks and the tensors in a sentence; a collective call."""
+        """Return a sentence that names the step, the ranks and the tensors; a collective call."""
         flags = gather_objects(is_finite_here, self.mesh.world)
         ranks = [rank for rank, is_finite in enumerate(flags) if not is_finite]
         local_names = [

@@ -35,7 +35,7 @@ class _Phase(Enum):
 
 
 class StopSignals:
-    """What a run does with stop signals, in a ``with`` statement around all of the run.
+    """Handle stop signals; a ``with`` statement around the entire run.
 
     During steps a signal asks the run to stop after the step. Before and after the steps there is
     nothing to save, and a signal ends the process: by ``SystemExit`` if the main thread runs Python
@@ -81,7 +81,7 @@ class StopSignals:
             raise SystemExit(self._status) from None
 
     def _handle(self, number: int, frame: object) -> None:
-        """Python calls this in the main thread, between two instructions."""
+        """Handle a signal; Python calls this in the main thread, between two instructions."""
         if self._phase is _Phase.NOTHING_TO_SAVE:
             self._phase = _Phase.ENDING
             self._received = self._received or number
@@ -109,7 +109,7 @@ class StopSignals:
 
     @contextmanager
     def after_each_step(self, mesh: Mesh) -> Iterator[None]:
-        """In this block signals wait until ``agreed`` is called; a collective call."""
+        """Let signals wait for the next call of ``agreed`` during the block; a collective call."""
         if mesh.device.type == "cuda":
             self._side_stream = torch.cuda.Stream(mesh.device)
         # All ranks enter together. A rank that received a signal before then ends in this call.

@@ -33,9 +33,10 @@ def open_streams(
     """Open the tokens of every stream. Streams of the same text share a store.
 
     Args:
-        folder: where tokens are kept that have no ``cache``.
-        read_only: write to ``folder`` alone, and use a cache only if it exists.
-        is_resumed: whether a run goes on, which keeps a store of an earlier version as it is.
+        folder: the directory for the tokens of streams without a ``cache``.
+        read_only: whether nothing is written outside ``folder``; a cache is then used only if it
+            exists.
+        is_resumed: whether a run is resumed. It keeps a store of an earlier version as it is.
 
     Raises:
         UserError: on every rank; see ``megalard.data``.
@@ -78,7 +79,9 @@ def open_tokens(
     mesh: Mesh,
     is_resumed: bool = False,
 ) -> TokenStore:
-    """Tokenize text into ``directory``, or open one prepared directory; a collective call.
+    """Tokenize text into ``directory``, or open the prepared store that ``paths`` names.
+
+    This is a collective call.
 
     The first process of every node builds the store, and every rank maps it. If nodes share the
     directory, the first node to finish provides it and the others open it.
@@ -121,7 +124,7 @@ def open_tokens(
 
 
 def _boundaries_of_earlier_version(directory: Path) -> Boundaries | None:
-    """Return the special tokens of a store of version 1, with which a run goes on."""
+    """Return the special tokens of a store of version 1, which a resumed run keeps, or None."""
     store = TokenStore.open(directory)
     return store.boundaries if store.version == 1 else None
 

@@ -147,7 +147,7 @@ def test_cpu_tensors_take_plain_torch_and_the_interpreter_only_by_name(monkeypat
     for interpreted in (True, False):
         monkeypatch.setattr(triton.tiles, "INTERPRETED", interpreted)
         assert choose(relation, None, backward=False) is torch_reference
-    with pytest.raises(ValueError, match="need CUDA tensors, or TRITON_INTERPRET=1 set early"):
+    with pytest.raises(ValueError, match="or TRITON_INTERPRET=1 set before the import"):
         choose(relation, "triton", backward=False)
     monkeypatch.setattr(triton.tiles, "INTERPRETED", True)
     assert choose(relation, "triton", backward=False) is triton

@@ -45,7 +45,8 @@ def test_a_rank_ends_after_the_rank_it_waits_for(number, tmp_path):
         assert time.monotonic() - start >= PATIENCE_S - 1
     assert (tmp_path / "errors").read_text() == (
         f"megalard: error: rank 0 ends: rank 1 (process {ranks[1].pid}) ended 2 s ago, and what "
-        "this rank waits for will not come; the same command goes on from the last checkpoint\n"
+        "this rank waits for will not come: run the same command to resume from the last "
+        "checkpoint\n"
     )
 
 

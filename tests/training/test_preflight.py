@@ -93,7 +93,7 @@ def test_what_is_not_finite_is_refused(what, small_job, tmp_path, capsys, monkey
     monkeypatch.setattr(Distiller, "accumulate", poisoned)
     options = ("run.non_finite=skip",)
     line = refusal(capsys, "preflight", *arguments(small_job, tmp_path / "output", *options))
-    assert "preflight step 1: loss " in line and line.endswith("is not finite")
+    assert "preflight step 1: loss " in line and line.endswith("compute_dtype float32")
 
 
 def test_the_time_of_a_stage_is_of_all_its_steps(small_job, tmp_path, capsys, monkeypatch):

@@ -57,14 +57,14 @@ def test_a_signal_during_the_export_ends_the_run_after_it(job, tmp_path, monkeyp
 
     def save_student(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        save(*args)
+        return save(*args)
 
     monkeypatch.setattr(run_module, "save_student", save_student)
     evaluated = []
     monkeypatch.setattr(Evaluator, "after", lambda *args: evaluated.append(args))
     train(arguments(job, output))
     assert (output / "student" / "config.json").exists() and not evaluated
-    assert "SIGTERM: the student is complete; the same command evaluates it" in (
+    assert "SIGTERM: the student is complete; run the same command to evaluate it" in (
         capsys.readouterr().out
     )
     # The same command resumes there, although no interval is configured.

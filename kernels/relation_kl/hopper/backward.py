@@ -1,11 +1,12 @@
 """Warp-specialized backward of the relation KL for Hopper (Gluon): each tile is visited once.
 
 The equations are in ``triton.backward``, with D = w (P_s - P_t). A program works for a block X of
-128 rows and meets the columns Y that they see in steps of 64. Two row warpgroups of 64 rows each
-compute S, T and D, hand D over in shared memory, and accumulate D Y, the rows' gradient, in
-registers. A third warpgroup, the column reducer, multiplies D^T X, the columns' gradient, and adds
-it to an fp32 buffer in device memory. A producer warp copies the operands ahead. Per tile the
-tensor cores multiply four half-products; the symmetric sweep of ``triton.backward`` needs six.
+128 rows and goes through the columns Y that these rows see, 64 columns per step. Two row warpgroups
+of 64 rows each compute S, T and D, hand D over in shared memory, and accumulate D Y, the rows'
+gradient, in registers. A third warpgroup, the column reducer, multiplies D^T X, the columns'
+gradient, and adds it to an fp32 buffer in device memory. A producer warp copies the operands ahead.
+A tile takes four products: S, T, D Y and D^T X. ``triton.backward`` visits a tile once per role,
+with three products each time, and so takes six.
 
 Time runs to the right. The drawing follows step k; a box is work, an arrow is a barrier:
 
@@ -27,10 +28,10 @@ Time runs to the right. The drawing follows step k; a box is work, an arrow is a
 
 Boxes one below the other run at the same time: the lower one on the ordinary units while the tensor
 cores multiply (for D Y and the store, the other way round). "turn" happens at even steps, where a
-tile begins: the reducer passes the last tile on and waits for its turn at the next one. Y has three
-stages and D has two slots, hence Y k+3 and D k+2.
+tile begins: the reducer passes the previous tile on and waits for its turn at the new one. Y has
+three stages and D has two slots, hence Y k+3 and D k+2.
 
-    barrier        arrives                                  waits, before
+    barrier        who arrives, when                        who waits, before what
     rows_ready     copy engine: the block's rows are there  row warpgroups, before the first S;
                                                             reducer, before the first D^T X
     cols_s_ready   copy engine: the student's Y k is there  row warpgroups, before S k
@@ -78,7 +79,7 @@ from .tiles import (
     tma_descriptor,
 )
 
-# Number of heads that run at the same time, see ``block_of_program``.
+# Number of heads whose programs run at the same time, see ``block_of_program``.
 SECTION_HEADS = 8
 # From this many columns on, the heads of a group add to one buffer, in turns. Shorter sequences
 # have too few tiles to hide the turns: one buffer per head is faster by a third at 8192 columns, by

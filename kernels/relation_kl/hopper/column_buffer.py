@@ -34,7 +34,8 @@ def slab_layout(D):
 def to_slab(x):
     """Return an accumulator [64, D] as a slab [D / 8, 128, 4]; no data moves.
 
-    A row of the accumulator is (warp, half, lane // 4), a column is (eighth, lane % 4, pair).
+    A row of the accumulator is (warp, half of its 16 rows, lane // 4). A column is (group of eight
+    columns, lane % 4, one of two neighbors).
     """
     D: gl.constexpr = x.shape[1]
     x = gl.permute(gl.reshape(x, [4, 2, 8, D // 8, 4, 2]), (3, 0, 2, 4, 1, 5))
@@ -114,7 +115,8 @@ def columns_gradient(
     """Return the columns' gradient, summed over the buffers that the blocks of rows added to.
 
     Args:
-        buffer: fp32 [b, heads * copies, tiles * columns, d], in slabs. The copies are summed.
+        buffer: fp32 [b, heads * copies, tiles * columns per tile, d], in slabs. The copies are
+            summed.
         turns: int32 [b, heads * copies, tiles]: how many blocks have added to each tile. Tiles with
             0 were never written and count as 0.
         cols: [b, heads, m, d], the operand that the gradient is for.

@@ -82,8 +82,8 @@ def reduce_columns(buffers, barriers, place, span, gradient, turns, last_blocks,
             buffers.delta.index(slot * 2 + 1).permute((1, 0)), as_matrix(buffers.rows_s.index(1)),
             part, is_async=True,
         )  # fmt: skip
-        # While these products run: the additions of the last tile have landed by now, so pass it
-        # on, and wait for the turn of this tile.
+        # While these products run, pass the previous tile on, whose additions have had time to
+        # complete, and wait for this block's turn at the new tile.
         if slot == 0:
             if step > 0:
                 _pass_turn(counter)

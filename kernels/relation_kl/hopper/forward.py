@@ -6,7 +6,7 @@ tiles, and in which order, is in ``scheduler``. Each row warpgroup multiplies S 
 T = X_t Y_t^T on the tensor cores. It takes the exponentials of S while its T is multiplied, and the
 exponentials of T while other warpgroups multiply (FlashAttention-3, arXiv 2407.08608, overlaps in
 the same two ways). The hardware decides which warpgroup multiplies when: enforcing turns with
-barriers measured slower.
+barriers was measured to be slower.
 
 Time runs to the right. The drawing has two row warpgroups and three stages; a box is work on the
 tile of that step, an arrow is a barrier:
@@ -107,7 +107,7 @@ class Program(NamedTuple):
 
 @gluon.jit
 def _next_attempt(attempt, failed, done, WARPS: gl.constexpr):
-    """Wait until all row warpgroups finish an attempt; return 2, or 1 if attempt 0 failed.
+    """Wait until all row warpgroups finish an attempt; return the next one, or 2 if there is none.
 
     Args:
         attempt: The attempt to wait for, 0 or 1.
@@ -335,7 +335,7 @@ def _forward_kernel(
     program = Program(
         buffers, barriers, Interval(col_lo, col_hi), out, place, span, Sizes(n, plane), scale
     )
-    # The number of partitions must be written out: Gluon's list of them cannot be computed.
+    # Both lists of partitions are written out, because Gluon cannot compute such a list.
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [

@@ -75,12 +75,12 @@ def add_tile(
         start: First column of the tile; used if MASKED.
         step: Number of tiles that the producer copied before this one.
         scale: ``Pair`` of factors of the products; they carry log2(e).
-        shift: ``Pair`` of [64, 4], which the scaled scores are reduced by before the exponential;
-            used without EXACT.
+        shift: ``Pair`` of [64, 4], subtracted from the scaled products before the exponential; used
+            without EXACT.
         WARPGROUP: Index of the warpgroup in its block.
         STAGES: Number of tiles in shared memory.
         MASKED: Whether the tile may hold pairs that are not allowed.
-        EXACT: Whether to keep running maxima. Without it the maxima, and so the shifts, stay.
+        EXACT: Whether to keep running maxima. Without it maxima and shifts stay as they are.
     """
     TILE_COLUMNS: gl.constexpr = buffers.cols_s.shape[3]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_COLUMNS, 16])
@@ -138,7 +138,7 @@ def add_edge_tile(
     Args:
         visible: ``Interval`` that spans the columns of all rows of the warpgroup.
 
-    The other arguments are the ones of ``add_tile``.
+    The other arguments are the same as in ``add_tile``.
     """
     TILE_COLUMNS: gl.constexpr = buffers.cols_s.shape[3]
     if (start < visible.hi) & (start + TILE_COLUMNS > visible.lo):

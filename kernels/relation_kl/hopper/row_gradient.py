@@ -211,7 +211,7 @@ def accumulate_rows(
         )  # fmt: skip
     grad = acc
 
-    if SELF:  # no other block adds to these columns any more: this block is the last to do so
+    if SELF:  # the gradient of these columns is complete: this block is the last to add to it
         mbarrier.wait(barriers.columns_added, 0)
         slab = program.columns + gl.cast(first_row, gl.int64) * D_S
         slab = gl.load(slab + slab_offsets(D_S), cache_modifier=".cg")

@@ -5,8 +5,8 @@ edge tiles first (``forward_tile``).
 
 Backward: the blocks that visit a tile add to its columns' gradient one after another, the later
 rows first. The host widens the blocks' spans so that these blocks are consecutive
-(``backward_order``); then a block knows its turn from the last of them alone. Each block visits its
-full tiles first (``backward_step_start``).
+(``backward_order``). A block can then compute its turn from the last block that visits the tile.
+Each block visits its full tiles first (``backward_step_start``).
 
 Plans depend on the mask only and are cached with it, because one mask serves many layers.
 """
@@ -74,7 +74,8 @@ def exact_steps(allowed, span, TILE_COLUMNS: gl.constexpr):
     """Return the columns that any row of a warpgroup sees, and the number of exact steps.
 
     The exact steps come first and must keep running maxima. After them every row that sees a column
-    has met at least one tile with such a column, and one more tile has followed.
+    has met at least one tile with such a column. One more tile has followed, unless the tile that
+    the row met is the first full one.
 
     Args:
         allowed: ``Interval`` of the columns that each row of the warpgroup sees.
@@ -87,8 +88,9 @@ def exact_steps(allowed, span, TILE_COLUMNS: gl.constexpr):
     visible_start = gl.min(gl.where(nonempty, allowed.lo, BEYOND), 0)
     visible_end = gl.max(gl.where(nonempty, allowed.hi, 0), 0)
     # Edge tiles are visited in descending order, so each row meets the tile of its last column
-    # before its other tiles. The row for which this tile is the lowest is the last to meet one. If
-    # that tile is not an edge, the first full tile, after all edges, is met in any case.
+    # before its other edge tiles. Hence the row with the smallest last column is the last to meet a
+    # tile. If the tile of that column is full, all rows see the first full tile, which follows the
+    # edge tiles.
     lowest = (gl.min(gl.where(nonempty, allowed.hi, BEYOND), 0) - 1) // TILE_COLUMNS
     edges = span.end - span.start - (span.full_end - span.full_start)
     in_edges = (lowest >= span.full_end) | (span.full_start == span.full_end)

@@ -8,8 +8,9 @@ tile is always columns. In addition:
 * The *copy engine* (TMA) copies rectangles of a tensor between device memory and shared memory, as
   a ``TensorDescriptor`` describes them.
 * A *barrier* (``mbarrier``) in shared memory counts arrivals, of threads or of copied bytes. It
-  completes a *phase* when the expected number has arrived. Who waits names the parity of the phase.
-* A *stage* is one of the shared-memory buffers that a producer fills in turn and consumers free.
+  completes a *phase* when the expected number has arrived. A wait names the parity of the phase.
+* A *stage* is one of the shared-memory buffers that a producer fills in turn and consumers free
+  (``kernels`` only; elsewhere a stage is a phase of a run).
 * A *partition* is the part of a program that some of its warps run (warp specialization).
 """
 
@@ -91,7 +92,7 @@ def issue_scores(x, y, acc):
     )
 
 
-# Gluon cannot call Triton's device functions, so the next two exist once per dialect.
+# Gluon cannot call Triton's device functions, so the next two exist in both languages.
 
 
 @gluon.jit

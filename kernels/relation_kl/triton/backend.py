@@ -26,7 +26,7 @@ def why_not_on(device: torch.device) -> str | None:
     if UNAVAILABLE is not None:
         return UNAVAILABLE
     if device.type != "cuda":
-        return "the Triton kernels need CUDA tensors, or TRITON_INTERPRET=1 set early"
+        return "the Triton kernels need CUDA tensors, or TRITON_INTERPRET=1 set before the import"
     return None
 
 

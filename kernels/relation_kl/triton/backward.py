@@ -112,7 +112,7 @@ def _add_tile(
         viewers: ``Interval`` of the swept rows that see each column of the block (column role).
         scale: ``Pair`` of factors of the products; they carry log2(e).
         ROW_ROLE, COL_ROLE: The roles in which the tile counts.
-        MASKED: Whether the tile may hold pairs that are not allowed, or vectors that don't exist.
+        MASKED: Whether the tile may hold pairs that are not allowed, or reach past the last vector.
     """
     y_s = load_vectors(swept.s, start, D_S, BLOCK_N, MASKED)
     y_t = load_vectors(swept.t, start, D_T, BLOCK_N, MASKED)

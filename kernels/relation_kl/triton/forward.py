@@ -66,7 +66,7 @@ def _add_tile(
         start: First column of the tile.
         allowed: ``Interval`` of the columns that each row sees.
         scale: ``Pair`` of factors of the products; they carry log2(e).
-        MASKED: Whether the tile may hold pairs that are not allowed, or columns that don't exist.
+        MASKED: Whether the tile may hold pairs that are not allowed, or reach past the last column.
     """
     y_s = load_vectors(cols.s, start, D_S, BLOCK_N, MASKED)
     y_t = load_vectors(cols.t, start, D_T, BLOCK_N, MASKED)
@@ -171,7 +171,7 @@ def _forward_kernel(
         sums = _add_tile(
             sums, block_vectors, swept, start, allowed, scale, D_S, D_T, BLOCK_N, MASKED=False
         )
-    # The edge tiles before and after the full ones share one loop: the order of a sum is free.
+    # One loop visits the edge tiles before and after the full ones: their order does not matter.
     full = span.full_end - span.full_start
     for tile in range(span.start, span.end - full):
         start = tl.where(tile < span.full_start, tile, tile + full) * BLOCK_N

@@ -16,7 +16,7 @@ device have base 2, so scores carry a factor log2(e) there.
 
 Kernels pass values on in named tuples, with two limits of Triton. Assigning a tuple to a name turns
 compile-time constants in it into run-time values, so constants stay separate arguments. And the
-compilation cache does not see how a tuple is defined: empty it after reordering fields.
+compilation cache does not notice that the fields of a tuple were reordered: empty the cache then.
 """
 
 from typing import Any, NamedTuple

@@ -70,7 +70,7 @@ class ShardWriter(StorageWriter):
     """Writes a checkpoint to ``NAME.partial``. The caller renames it to ``NAME`` after fsync.
 
     Attributes:
-        folder: the directory in the making.
+        folder: the directory that is being written.
 
     Args:
         directory: the final name of the checkpoint.
@@ -104,7 +104,7 @@ class ShardWriter(StorageWriter):
         if not self.folder.path.is_dir():
             raise FileNotFoundError(
                 2,
-                "another rank made it; is it on a disk that all machines share?",
+                "rank 0 made this directory: choose a place on a disk that all machines share",
                 self.folder.path,
             )
         items = {item.index.fqn: item for item in plan.items}

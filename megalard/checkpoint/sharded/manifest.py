@@ -2,7 +2,7 @@
 
 docs/checkpoint_format.md describes the format. A directory is a complete checkpoint if it has a
 manifest whose own checksum holds, and every file that the manifest names in its full length. The
-manifest is the last file that is written; the directory gets its name after that.
+manifest is the last file that is written; the directory gets its final name after that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megalard.parallel.mesh import Mesh
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "megalard checkpoint", 2
 ID_KEY = "megalard_checkpoint"
-# What the tensors of a run's checkpoint that are not weights begin with.
+# The names of the tensors in a run's checkpoint that are not weights begin with one of these.
 STATE_PREFIXES = ("optimizer.", "rng.")
 Box = tuple[int, ...]
 _SECTIONS = ("kind", "config", "base", "trained", "training", "written_by", "tensors", "files")
@@ -123,7 +123,7 @@ def is_checkpoint(directory: str | Path) -> bool:
     """Whether a directory has a manifest, valid or not.
 
     Raises:
-        UserError: the directory must not be entered.
+        UserError: the directory may not be read.
     """
     try:
         return (Path(directory) / MANIFEST).is_file()
@@ -186,7 +186,7 @@ def check_run(manifest: Manifest) -> None:
     """Refuse a run's checkpoint without the entries that a run is resumed from.
 
     Raises:
-        UserError: naming the first such entry.
+        UserError: an entry is missing or has another type; the message names the first one.
     """
     training, writer = manifest.body["training"], manifest.body["written_by"]
     places: list[tuple[str, dict, str, type]]
@@ -244,8 +244,7 @@ def _check_tensor(name: str, tensor: dict, manifest: Manifest) -> None:
         if chunk["file"] not in manifest.files:
             raise UserError(
                 f"{path} has a slice of {name} in {shown(chunk['file'])}, which is not among its "
-                "files: "
-                "use another checkpoint"
+                "files: use another checkpoint"
             )
         _check_numbers(name, chunk["offsets"])
         _check_numbers(name, chunk["shape"])

@@ -56,7 +56,7 @@ class ShardedWeights:
         return DTYPES[self._tensor(name)["dtype"]]
 
     def files(self) -> list[Path]:
-        """Return every file of the checkpoint, with the manifest."""
+        """Return the paths of all files of the checkpoint, the manifest included."""
         return [self.directory / name for name in (*self.manifest.files, MANIFEST)]
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
@@ -106,7 +106,7 @@ class ShardedWeights:
         """Refuse a tensor that is missing or has another shape.
 
         Raises:
-            UserError: naming the tensor.
+            UserError: the tensor is missing or has another shape; the message names it.
         """
         if self.shape(name) != shape:
             raise UserError(
@@ -118,7 +118,7 @@ class ShardedWeights:
         """Read this rank's share of the files and compare their checksums.
 
         Raises:
-            UserError: naming the first file that differs.
+            UserError: a file differs; the message names the first one.
         """
         files = list(self.manifest.files.items())[share.rank :: share.size]
         for name, _ in files:

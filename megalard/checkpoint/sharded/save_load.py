@@ -1,8 +1,8 @@
 """Sharded checkpoints: saved by all ranks together, and read by any number of ranks.
 
 A parameter is a local tensor and a ``Layout``. Here it becomes a DTensor, so that
-``torch.distributed.checkpoint`` decides who writes which slice, and what a rank on another layout
-must read. ``checkpoint.sharded.read`` reads slices without any other rank.
+``torch.distributed.checkpoint`` decides which rank writes which slice, and what a rank on another
+layout must read. ``checkpoint.sharded.read`` reads slices without any other rank.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 def checkpoint_axis(mesh: Mesh) -> Axis:
     """Return all ranks in a new gloo group; a collective call.
 
-    A save in the background communicates in it while the trainer communicates in the groups of the
-    mesh.
+    A save in the background communicates in this group while the trainer communicates in the groups
+    of the mesh.
     """
     if mesh.world.size == 1:
         return SINGLE
@@ -91,11 +91,13 @@ def save_sharded(
     """Write a checkpoint that appears completely or not at all; a collective call of all ranks.
 
     Args:
-        directory: its final name, which must not exist.
+        directory: the final name of the checkpoint, which must not exist.
         tensors: DTensors, tensors that are equal on all ranks that have them, or, with a
             ``LazySavePlanner``, tensors without storage.
         sections: all sections of the manifest except tensors and files, equal on every rank.
         axis: all ranks, with a process group for CPU tensors.
+        options: companion files, size of the shards, and progress.
+        planner: None fetches the tensors from memory; a ``LazySavePlanner`` reads them.
 
     Raises:
         UserError: on every rank, if any rank cannot write. What was there before is unchanged.
@@ -118,7 +120,7 @@ def save_sharded(
         with checked_on_all_ranks(axis):
             if axis.rank == 0:
                 _commit(writer)
-    except BaseException as error:  # an interrupted save leaves nothing either
+    except BaseException as error:  # Ctrl-C included: an interrupted save leaves nothing behind
         if axis.rank == 0:
             writer.folder.abandon()
         if isinstance(error, (CheckpointException, OSError)):

@@ -11,7 +11,7 @@ from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.term import Term, TermInputs, TermSum, compared_layers
 from megalard.model.decoder import Decoder
 
-# A squared norm that counts as zero.
+# Squared norms up to this number count as zero.
 _SMALLEST = 1e-12
 
 

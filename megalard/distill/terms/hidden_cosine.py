@@ -46,7 +46,7 @@ class HiddenCosine(Term):
 
 
 def hidden_states(objective: ObjectiveConfig, num_layers: int) -> list[int]:
-    """Return the hidden states that are compared.
+    """Return the numbers of the hidden states that are compared, in ascending order.
 
     State i < num_layers is the output of layer i - 1. State num_layers is the last hidden state,
     after the final norm.

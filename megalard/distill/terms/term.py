@@ -108,8 +108,11 @@ class Term(ABC):
     def on_output(
         self, student_x: torch.Tensor, teacher_x: torch.Tensor | None, inputs: TermInputs
     ) -> TermSum | None:
-        """Return the term's sum over the outputs of the last layer [t/tp, hidden]; None if it does
-        not read them."""
+        """Return the term's sum over the outputs of the last layer; None if it does not read them.
+
+        Args:
+            student_x, teacher_x: the outputs [t/tp, hidden], before the final norm.
+        """
         return None
 
 

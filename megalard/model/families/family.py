@@ -91,7 +91,7 @@ WITHOUT_EFFECT = {
     ),
     **dict.fromkeys(
         ("is_decoder", "cross_attention_hidden_size", "tie_encoder_decoder", "tf_legacy_loss"),
-        "it has a meaning for models with an encoder alone",
+        "it only has a meaning for models with an encoder",
     ),
 }
 
@@ -110,7 +110,7 @@ REQUIRED = {
     "quantization_config": None,
 }
 
-# The reasons that are given in addition to the value, where they help.
+# The reason that the error gives in place of the key and its value.
 REASONS = {
     "is_causal": "its attention is bidirectional",
     "partial_rotary_factor": "its RoPE rotates only a part of each head",
@@ -158,7 +158,7 @@ class Family:
         return key in WITHOUT_EFFECT or key in self.without_effect
 
     def required_values(self) -> dict[str, Any]:
-        """Return the only value that is accepted of each key that must have one."""
+        """Return key to the only value that is accepted, for keys that are not read."""
         values = {**REQUIRED, **self.required}
         return {key: value for key, value in values.items() if not self.reads(key)}
 
@@ -168,7 +168,11 @@ class Family:
 
 
 def windows_of(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the sliding windows of a family whose layers have types."""
+    """Return the field ``windows`` for a family whose config lists the type of each layer.
+
+    Raises:
+        ValueError: a type is not supported, or a sliding layer has no window.
+    """
     window = config.sliding_window
     kinds = {"full_attention": None, "sliding_attention": window}
     unknown = sorted(set(config.layer_types) - set(kinds))
@@ -180,7 +184,7 @@ def windows_of(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def llama_rotary() -> Any:
-    """Import and return the class that most families have."""
+    """Import and return the class for rotary positions that most families use."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     return LlamaRotaryEmbedding

@@ -1,8 +1,8 @@
 """Causal attention over the cp axis: this rank's queries, the keys and values of all ranks.
 
-Where one document fills every row of the block, a rank attends to its own chunk while the keys and
-values of the other ranks are on their way, and computes the gradients of its own chunk while the
-other gradients are on theirs. In all other cases keys and values are gathered first
+If every block of the batch is one document, a rank attends to its own chunk while the keys and
+values of the other ranks arrive, and computes the gradients of its own chunk while the other
+gradients are exchanged. In all other cases keys and values are gathered first
 (``SequenceShard.gather``).
 """
 
@@ -31,7 +31,8 @@ class ShardedBatch(BlockBatch, Protocol):
 
     Attributes:
         shard: which tokens of a block are this rank's.
-        documents: (row, start, end) of every document in the whole block.
+        documents: (row, start, end) of every document: the block's place in the batch, and the
+            document's positions in the block.
         spans: this rank's queries in these documents.
     """
 
@@ -53,7 +54,7 @@ def attend_over_axis(
     Args:
         q, k, v: [b, Hq, s, d] and [b, Hkv, s, d] of this rank's s tokens; Hq is a multiple of Hkv.
         window: query i sees key j only if i - j < window; None for all j <= i.
-        batch: where the documents are.
+        batch: says where the documents are.
 
     Returns:
         [b, s, Hq, d], contiguous; zeros for queries outside all documents.
@@ -67,11 +68,12 @@ def attend_over_axis(
 def attend_local_chunk_first(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, axis: Axis
 ) -> torch.Tensor:
-    """Return causal attention of rows that are one document each, over two ranks or more.
+    """Return causal attention of blocks that are one document each, over two ranks or more.
 
     Args:
         q, k, v: [b, Hq, s, d] and [b, Hkv, s, d] of this rank's chunk, of a dtype and on a device
             that ``attention_part`` supports.
+        axis: the cp axis.
 
     Returns:
         [b, s, Hq, d], contiguous.
@@ -90,7 +92,7 @@ def _overlaps_exchange(q, k, v, window, shard: SequenceShard, documents) -> bool
         return False
     if not q.is_cuda:
         return True
-    # Pieces this long are four calls of cuDNN when they are gathered first, and three here.
+    # Pieces of this length take four cuDNN calls if they are gathered first, and three here.
     is_long = shard.piece_length >= attention.LONG_QUERIES
     is_half = q.dtype != torch.float32 and attention.flash_attn_varlen_func is None
     return is_half and is_long and uses_cudnn(q, k, v)
@@ -99,8 +101,8 @@ def _overlaps_exchange(q, k, v, window, shard: SequenceShard, documents) -> bool
 class _LocalChunkFirst(torch.autograd.Function):
     """All-gather of k and v forward, reduce-scatter of their gradients backward.
 
-    Both exchanges overlap the attention of the local chunk to itself. The two pieces of a chunk are
-    in the order of the sequence, so that this is one triangle. Gathered k and v are
+    Both exchanges overlap the attention of the local chunk to itself, which is one causal triangle
+    because the two pieces of a chunk are in the order of the sequence. Gathered k and v are
     [P s, b, Hkv, d], tokens first and in the order of the ranks, as they arrive. The results merge
     by the log-sum-exp of each row, as in ``megalard.model.merged_attention``.
     """

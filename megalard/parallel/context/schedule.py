@@ -19,9 +19,10 @@ fetches P - 1. For P = 4 the cover is A = {0, 1, 2}:
       3       3       0, 1     3-3   3-0   half of 3-1
 
 The pair at the difference P/2 belongs to two ranks, and each of them takes half of its rows. A pair
-of chunks is two rectangles, because of the four pieces the outer chunk has the earliest and the
-latest: the latest piece sees the inner chunk, and the inner chunk sees the earliest piece. For the
-pair 0-2 (rows down, columns across; # is computed, . is seen by nobody or lies in another pair):
+of chunks takes two rectangles. One chunk, the outer one, has the earliest and the latest of the
+four pieces: the latest piece sees the inner chunk, and the inner chunk sees the earliest piece. For
+the pair 0-2 (rows down, columns across; # is computed, . is hidden by causality or belongs to a
+pair of a chunk with itself):
 
               0   2   5   7
         0     .   .   .   .
@@ -125,8 +126,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Task:
-    """One rectangle of scores. If ``rows == columns`` it is causal; otherwise every row sees every
-    column."""
+    """The scores of some rows against some columns.
+
+    If ``rows == columns`` the scores are causal; otherwise every row sees every column.
+    """
 
     rows: Part
     columns: Part
@@ -186,7 +189,7 @@ def schedule(ranks: int, rank: int) -> tuple[Round, ...]:
         number, first, second = _pair_at(difference, cover, ranks)
         half = None
         if 2 * difference == ranks:
-            # The rank across holds the same pair: the lower of the two ranks takes the first half.
+            # The rank at the distance P/2 has the same pair: the lower rank takes the first half.
             half = 0 if rank < ranks // 2 else 1
         tasks[number] += _between((rank + first) % ranks, (rank + second) % ranks, half)
     return tuple(
@@ -196,7 +199,9 @@ def schedule(ranks: int, rank: int) -> tuple[Round, ...]:
 
 
 def _pair_at(difference: int, cover: tuple[int, ...], ranks: int) -> tuple[int, int, int]:
-    """Return the round in which a pair at this difference is first complete, and the pair."""
+    """Return (round, a, b): the first round after which both chunks of a pair at this difference
+    are there, and the offsets of its chunks from the rank.
+    """
     return min(
         (max(i, j), cover[i], cover[j])
         for i, j in product(range(len(cover)), repeat=2)

@@ -41,6 +41,10 @@ class Span:
 class SequenceShard:
     """This rank's share of blocks of ``length`` tokens.
 
+    Attributes:
+        length: tokens per block.
+        axis: the cp axis.
+
     Raises:
         UserError: the length does not divide into 2P pieces.
     """

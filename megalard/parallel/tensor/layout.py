@@ -26,10 +26,12 @@ def check_divisible(spec: ModelSpec, tp: int, tokens: Iterable[int] = ()) -> Non
     """Refuse a tp size that the model cannot be split by.
 
     Args:
-        tokens: numbers of tokens that the recommended sizes divide too.
+        spec: the shape of the model.
+        tp: the tensor-parallel size.
+        tokens: token counts that the sizes that the error recommends must divide too.
 
     Raises:
-        UserError: naming the size and the sizes that work.
+        UserError: the model cannot be split by ``tp``; the message names the sizes that work.
     """
     sizes = tensor_parallel_sizes(spec)
     if tp not in sizes:

@@ -57,7 +57,7 @@ def column_parallel(
     adapted = [p for p in projections if p.lora_A is not None]
     low_rank = {}
     if adapted:
-        # The projections share one dropout mask, so that their A's are one product.
+        # The projections share one dropout mask, so that one product applies all of their A's.
         first_row = axis.rank * x.shape[0]
         dropped = adapted[0].lora_dropout(x, token_t, first_row=first_row, first_feature=0)
         stacked = torch.cat([p.lora_A for p in adapted]).to(x.dtype)

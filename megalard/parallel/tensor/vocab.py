@@ -60,7 +60,7 @@ def cross_entropy(
 
 
 def arg_max(logits: torch.Tensor, first_id: int, axis: Axis) -> torch.Tensor:
-    """Return the token id of the largest logit of each row; the smallest such id if several tie."""
+    """Return the id of the largest logit of each row, int64; the smallest id if several tie."""
     largest = _row_max(logits)
     best = all_reduce(largest.clone(), axis, dist.ReduceOp.MAX)
     no_id = torch.iinfo(torch.int64).max
@@ -87,10 +87,14 @@ class _KlDivergence(torch.autograd.Function):
 
 
 def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Return KL(teacher || student) of each row, differentiable in the student's fp32 logits.
+    """Return KL(teacher || student) of each row in nats, differentiable in the student's logits.
 
     The gradient with respect to this rank's columns is p_s - p_t there, so that the backward pass
     needs no exchange.
+
+    Args:
+        student, teacher: fp32 logits [rows, vocab/tp].
+        axis: the tp axis.
     """
     return _KlDivergence.apply(student, teacher, axis)
 

@@ -108,5 +108,5 @@ def test_slices_are_fetched_when_they_are_written(tmp_path):
 def test_a_disk_that_ranks_do_not_share_is_named(tmp_path):
     """Rank 0 made the directory, and another rank does not see it."""
     writer = ShardWriter(tmp_path / "x", SECTIONS, WriteOptions())
-    with pytest.raises(FileNotFoundError, match="is it on a disk that all machines share"):
+    with pytest.raises(FileNotFoundError, match="rank 0 made this directory: choose a place on a"):
         writer.write_data(None, None)
