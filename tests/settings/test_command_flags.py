@@ -114,6 +114,20 @@ def test_prepare_text_key(prepare):
     assert lengths(prepare()) == [3, 3] and lengths(prepare("--text-key", "body")) == [5, 9]
 
 
+def test_prepare_format(job, tmp_path):
+    (tmp_path / "model").mkdir()
+    shutil.copy(job / "teacher" / "tokenizer.json", tmp_path / "model")
+    template = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
+    settings = {"eos_token": "</s>", "chat_template": template}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    words = ("--model", tmp_path / "model", "--output", tmp_path / "store", "--format", "chat")
+    assert megalard("prepare", *words, chat) == 0
+    assert lengths(TokenStore.open(tmp_path / "store")) == [len("user=hi;")]
+
+
 def test_prepare_eos(prepare):
     assert prepare("--eos", "yes").tokens[[3, 7]].tolist() == [256, 256]
     assert lengths(prepare("--eos", "no")) == [3, 3]

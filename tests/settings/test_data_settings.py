@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from megalard.data.token_store import TokenStore
+from megalard.data.tokenizer import load_tokenizer
 from tests.command_line import refusal
 from tests.settings.tiny_run import CONTEXT, M, TinyRun, settings_of, tiny_run
 
@@ -55,6 +57,23 @@ def test_data_paths(run, job, documents):
 def test_data_text_key(run, documents):
     other = run(f"data.paths={documents}", "data.text_key=body")
     assert lengths(other.store) == [length + 1 for length in DOCUMENTS]
+
+
+def test_data_format(run, job, tmp_path_factory):
+    """The model's chat template makes the text; it is written out here."""
+    folder = tmp_path_factory.mktemp("chat")
+    shutil.copy(job / "teacher" / "tokenizer.json", folder)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    settings = {"eos_token": "</s>", "chat_template": template}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    messages = [{"role": "user", "content": "hello " * 20}, {"role": "assistant", "content": "yes"}]
+    lines = [json.dumps({"messages": messages}) for _ in range(9)]
+    (folder / "chats.jsonl").write_text("\n".join(lines))
+    given = f"model.tokenizer={folder}", f"data.paths={folder / 'chats.jsonl'}"
+    store = run(*given, "data.format=chat").store
+    text = load_tokenizer(folder).decode(store.read(0, int(store.documents[1])).tolist())
+    assert text == f"[user] {'hello ' * 20}\n[assistant] yes\n"
 
 
 def test_data_context_length(run):
