@@ -115,6 +115,7 @@ def test_prepare_text_key(prepare):
     assert lengths(prepare()) == [3, 3] and lengths(prepare("--text-key", "body")) == [5, 9]
 
 
+<<<<<<< HEAD
 def test_prepare_format(prepare, job, tmp_path):
     """The chat template of the model makes the text."""
     template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}!{% endfor %}"
@@ -129,6 +130,20 @@ def chats(folder: Path) -> Path:
     lines = [{"messages": [{"role": "user", "content": text}]} for text in ("abc", "abcde")]
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder / "chats.jsonl"
+=======
+def test_prepare_format(job, tmp_path):
+    (tmp_path / "model").mkdir()
+    shutil.copy(job / "teacher" / "tokenizer.json", tmp_path / "model")
+    template = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
+    settings = {"eos_token": "</s>", "chat_template": template}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    words = ("--model", tmp_path / "model", "--output", tmp_path / "store", "--format", "chat")
+    assert megalard("prepare", *words, chat) == 0
+    assert lengths(TokenStore.open(tmp_path / "store")) == [len("user=hi;")]
+>>>>>>> refs/heads/tests
 
 
 def test_prepare_eos(prepare):

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from megalard.data.token_store import TokenStore
+from megalard.data.tokenizer import load_tokenizer
 from tests.command_line import refusal
 from tests.settings.tiny_run import CONTEXT, M, TinyRun, settings_of, tiny_run
 
@@ -58,6 +59,7 @@ def test_data_text_key(run, documents):
     assert lengths(other.store) == [length + 1 for length in DOCUMENTS]
 
 
+<<<<<<< HEAD
 def test_data_format(run, job, documents, tmp_path):
     """The chat template makes the text; its special tokens are the only ones."""
     chats = [[{"role": "user", "content": "x" * count}] for count in DOCUMENTS]
@@ -69,6 +71,23 @@ def test_data_format(run, job, documents, tmp_path):
     (chosen / "chat_template.jinja").write_text(template)
     chat = run(f"data.paths={path}", "data.format=chat", f"model.tokenizer={chosen}")
     assert lengths(chat.store) == [len("user:!") + count for count in DOCUMENTS]
+=======
+def test_data_format(run, job, tmp_path_factory):
+    """The model's chat template makes the text; it is written out here."""
+    folder = tmp_path_factory.mktemp("chat")
+    shutil.copy(job / "teacher" / "tokenizer.json", folder)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    settings = {"eos_token": "</s>", "chat_template": template}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    messages = [{"role": "user", "content": "hello " * 20}, {"role": "assistant", "content": "yes"}]
+    lines = [json.dumps({"messages": messages}) for _ in range(9)]
+    (folder / "chats.jsonl").write_text("\n".join(lines))
+    given = f"model.tokenizer={folder}", f"data.paths={folder / 'chats.jsonl'}"
+    store = run(*given, "data.format=chat").store
+    text = load_tokenizer(folder).decode(store.read(0, int(store.documents[1])).tolist())
+    assert text == f"[user] {'hello ' * 20}\n[assistant] yes\n"
+>>>>>>> refs/heads/tests
 
 
 def test_data_context_length(run):

@@ -170,6 +170,13 @@ def test_checkpoint_export_every(run):
     assert {"step-000003", "step-000006", "student"} <= names and "step-000007" not in names
 
 
+def test_checkpoint_export_dtype(run):
+    """The student is written in another dtype than the teacher's files have."""
+    dtypes = {tensor.dtype for tensor in run("checkpoint.export_dtype=bfloat16").student.values()}
+    assert dtypes == {torch.bfloat16}
+    assert {tensor.dtype for tensor in run().student.values()} == {torch.float32}
+
+
 def test_run_output(run):
     assert run().folders("student") and (run().output / "finished.json").is_file()
 

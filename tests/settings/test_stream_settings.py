@@ -46,6 +46,19 @@ def test_streams_weight(run):
     assert first(both).loss == pytest.approx(parts["short.logits"] + 0.25 * parts["long.lm"], 1e-5)
 
 
+def test_the_weight_of_a_stream_is_that_of_its_gradient(run):
+    """The gradient is linear in the weight: short + weight x long."""
+    quarter, one, three = (
+        run(two(extra)).steps[0].gradients for extra in (", weight: 0.25", "", ", weight: 3")
+    )
+    for name in one:
+        if name.endswith("lora_B"):
+            long = (three[name] - one[name]) / 2
+            assert long.norm() > 0.01 * one[name].norm()
+            again = (one[name] - quarter[name]) / 0.75
+            torch.testing.assert_close(again, long, rtol=1e-2, atol=1e-6)
+
+
 def test_streams_global_batch(run):
     both = run(two(", global_batch: 4"))
     rows = [len(both.steps[0].batches[name]) for name in ("short", "long")]
