@@ -62,15 +62,8 @@ def test_sections_have_headings_and_keys_their_meaning():
     assert {"streams", "stages"} < set(sections)
     assert [heading for heading in headings if heading in sections] == sections
     place = next(i for i, line in enumerate(lines) if line.startswith("  --data.text_key"))
-<<<<<<< HEAD
-    assert (
-        lines[place + 1]
-        == "        Key of the text in .jsonl files, or its column in .parquet and .arrow files."
-    )
-=======
     text = "Key of the text in .jsonl files, or its column in .parquet and .arrow files."
     assert lines[place + 1] == f"        {text}"
->>>>>>> refs/heads/tests
     keys = lines[: lines.index("recipes, which --config takes by name:")]
     assert max(map(len, keys)) <= 110 and "``" not in "\n".join(lines)
 

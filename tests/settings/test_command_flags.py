@@ -82,11 +82,10 @@ def prepare(job, tmp_path):
     lines = [{"text": "one", "body": "three"}, {"text": "two", "body": "seventeen"}]
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
-    def run(
-        *words: object, model: Path = job / "teacher", file: Path = tmp_path / "text.jsonl"
-    ) -> TokenStore:
+    def run(*words: object, model: Path = job / "teacher") -> TokenStore:
         output = tmp_path / f"store-{len(list(tmp_path.glob('store-*')))}"
-        assert megalard("prepare", "--model", model, "--output", output, *words, file) == 0
+        given = ("--model", model, "--output", output)
+        assert megalard("prepare", *given, *words, tmp_path / "text.jsonl") == 0
         return TokenStore.open(output)
 
     return run
@@ -115,22 +114,6 @@ def test_prepare_text_key(prepare):
     assert lengths(prepare()) == [3, 3] and lengths(prepare("--text-key", "body")) == [5, 9]
 
 
-<<<<<<< HEAD
-def test_prepare_format(prepare, job, tmp_path):
-    """The chat template of the model makes the text."""
-    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}!{% endfor %}"
-    shutil.copytree(job / "teacher", tmp_path / "chat")
-    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
-    store = prepare("--format", "chat", model=tmp_path / "chat", file=chats(tmp_path))
-    assert lengths(store) == [len("user:abc!"), len("user:abcde!")]
-
-
-def chats(folder: Path) -> Path:
-    """Write two conversations; return the file."""
-    lines = [{"messages": [{"role": "user", "content": text}]} for text in ("abc", "abcde")]
-    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder / "chats.jsonl"
-=======
 def test_prepare_format(job, tmp_path):
     (tmp_path / "model").mkdir()
     shutil.copy(job / "teacher" / "tokenizer.json", tmp_path / "model")
@@ -143,7 +126,6 @@ def test_prepare_format(job, tmp_path):
     words = ("--model", tmp_path / "model", "--output", tmp_path / "store", "--format", "chat")
     assert megalard("prepare", *words, chat) == 0
     assert lengths(TokenStore.open(tmp_path / "store")) == [len("user=hi;")]
->>>>>>> refs/heads/tests
 
 
 def test_prepare_eos(prepare):

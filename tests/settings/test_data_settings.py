@@ -59,19 +59,6 @@ def test_data_text_key(run, documents):
     assert lengths(other.store) == [length + 1 for length in DOCUMENTS]
 
 
-<<<<<<< HEAD
-def test_data_format(run, job, documents, tmp_path):
-    """The chat template makes the text; its special tokens are the only ones."""
-    chats = [[{"role": "user", "content": "x" * count}] for count in DOCUMENTS]
-    path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
-    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}!{% endfor %}"
-    chosen = tmp_path / "tokenizer"
-    shutil.copytree(job / "teacher", chosen)
-    (chosen / "chat_template.jinja").write_text(template)
-    chat = run(f"data.paths={path}", "data.format=chat", f"model.tokenizer={chosen}")
-    assert lengths(chat.store) == [len("user:!") + count for count in DOCUMENTS]
-=======
 def test_data_format(run, job, tmp_path_factory):
     """The model's chat template makes the text; it is written out here."""
     folder = tmp_path_factory.mktemp("chat")
@@ -87,7 +74,6 @@ def test_data_format(run, job, tmp_path_factory):
     store = run(*given, "data.format=chat").store
     text = load_tokenizer(folder).decode(store.read(0, int(store.documents[1])).tolist())
     assert text == f"[user] {'hello ' * 20}\n[assistant] yes\n"
->>>>>>> refs/heads/tests
 
 
 def test_data_context_length(run):
