@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -58,6 +59,18 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
     config = _build(Config, tree, "")
     validate(config)
     return config
+
+
+def recorded_config(tree: dict) -> Config:
+    """Return the configuration that a run recorded, with defaults for settings newer than the run.
+
+    Raises:
+        UserError: a setting is unknown or has the wrong type.
+    """
+    tree = json.loads(json.dumps(in_present_spelling(tree)))
+    _complete_stages(tree)
+    _complete_streams(tree)
+    return _build(Config, tree, "")
 
 
 def _pairs(overrides: list[str]) -> Iterator[tuple[str, list[str]]]:

@@ -20,7 +20,7 @@ from typing import IO
 import torch.distributed as dist
 
 from megalard.checkpoint.sharded.manifest import check_run, naming_bad_entries, read_manifest
-from megalard.config.file import in_present_spelling
+from megalard.config.file import in_present_spelling, recorded_config
 from megalard.config.schema import Config, to_dict
 from megalard.errors import UserError, shown
 from megalard.files.locks import hold_lock
@@ -238,13 +238,18 @@ def mark_finished(output: Output, config: Config) -> None:
 
 
 def _is_finished(directory: Path, config: Config) -> bool:
-    """Whether a run with these very settings has finished, and its student is there."""
+    """Whether a run with these very settings has finished, and its student is there.
+
+    The directory itself may have moved.
+    """
+    current = json.loads(json.dumps(to_dict(config)))
     try:
-        finished = in_present_spelling(read_json(directory / FINISHED))
-    except (OSError, ValueError, AttributeError):
+        finished = _with_defaults(read_json(directory / FINISHED))
+        current["run"]["output"] = finished["run"]["output"] = None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return False
     has_student = (directory / "student" / "config.json").is_file()
-    return has_student and finished == json.loads(json.dumps(to_dict(config)))
+    return has_student and finished == current
 
 
 @contextmanager
@@ -276,8 +281,7 @@ def _compare(saved: dict, current: dict, directory: Path) -> None:
     for key, section in current.items():
         if isinstance(section, dict) and not isinstance(saved.get(key, {}), dict):
             raise ValueError(f"the section {key} of its configuration is {shown(saved[key])}")
-    # Settings that the saved run does not have were added later and are not compared.
-    saved, current = _flat(in_present_spelling(saved)), _flat(current)
+    saved, current = _flat(_with_defaults(saved)), _flat(current)
     for key in sorted(saved.keys() & current.keys()):
         # The keys of stages and streams follow the rules of the sections that they replace.
         general = re.sub(r"^stages\.[^.]+\.", "", key)
@@ -288,6 +292,15 @@ def _compare(saved: dict, current: dict, directory: Path) -> None:
                 f"{shown(current[key])}: choose another directory, or set it back to resume that "
                 "run"
             )
+
+
+def _with_defaults(saved: dict) -> dict:
+    """Return the settings of a run, with defaults for those that are newer than the run."""
+    try:
+        return json.loads(json.dumps(to_dict(recorded_config(saved))))
+    except UserError:
+        # A later version has recorded settings that this one does not know.
+        return in_present_spelling(saved)
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

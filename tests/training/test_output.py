@@ -193,6 +193,37 @@ def test_a_run_that_has_finished_is_left_alone(save, job, tmp_path, capsys):
     assert snapshot(tmp_path / "output") == before
 
 
+def without(file, *keys):
+    """Take settings out of a record, as if a version had written it that did not have them."""
+    record = json.loads(file.read_text())
+    for key in keys:
+        section, name = key.split(".")
+        del record[section][name]
+    file.write_text(json.dumps(record))
+
+
+def test_a_run_that_an_earlier_version_finished_is_left_alone(job, tmp_path, capsys):
+    output = shutil.copytree(job / "one", tmp_path / "output")
+    without(output / "finished.json", "data.format", "checkpoint.export_dtype")
+    before = snapshot(output)
+    train(arguments(job, output, *SAVE))
+    assert "nothing was changed" in capsys.readouterr().out and snapshot(output) == before
+
+
+def test_settings_that_are_newer_than_a_run_had_their_defaults(job, tmp_path, capsys):
+    """Its steps obeyed the defaults, so the run cannot go on with other values."""
+    output = tmp_path / "output"
+    output.mkdir()
+    train(arguments(job, tmp_path / "other", "optimizer.steps=1"))
+    shutil.copy(tmp_path / "other" / "run.json", output)
+    without(output / "run.json", "data.packing", "checkpoint.keep_last")
+    options = ("optimizer.steps=1", "checkpoint.keep_last=7")
+    line = refusal(capsys, "train", *arguments(job, output, *options, "data.packing=false"))
+    assert f"run.output {output} holds a run with data.packing True, not False" in line
+    train(arguments(job, output, *options))
+    assert (output / "student").exists()
+
+
 @pytest.mark.parametrize("change", ["a setting", "no student"])
 def test_a_run_that_has_not_finished_in_this_form_goes_on(change, job, tmp_path, capsys):
     output = shutil.copytree(job / "one", tmp_path / "output")
