@@ -63,9 +63,7 @@ def read_text(path: Path, limit: int, what: str = "file") -> str:
     except ValueError as error:  # a NUL character in the path
         raise UserError(f"{str(path)!r} is not a path: {error}") from None
     if len(content) > limit:
-        raise UserError(
-            f"the {what} {path} has more than {limit} bytes: it cannot be what it is for"
-        )
+        raise UserError(f"the {what} {path} has more than {limit} bytes: give a smaller file")
     return content.decode("utf-8")
 
 
@@ -86,7 +84,7 @@ def read_json(path: Path, limit: int = _JSON_BYTES) -> Any:
     except OSError as error:
         raise cannot_read(path, error) from None
     if len(content) > limit:
-        raise UserError(f"{path} has more than {limit} bytes: it cannot be what it is for")
+        raise UserError(f"{path} has more than {limit} bytes: give a smaller file")
     try:
         return json.loads(content)
     except RecursionError:

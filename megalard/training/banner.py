@@ -68,5 +68,8 @@ def report_end(run: Run) -> None:
         return
     entries, restoration = run.evaluator.entries, run.evaluator.restoration
     share = restoration.gap_restored(entries[-1], entries)
-    gap = "there was no short-text gap" if share is None else f"{share:.0%} of the short-text gap"
+    gap = "there was no short-text gap"
+    if share is not None:
+        # The sum has no sign where the share rounds to zero.
+        gap = f"{round(share, 2) + 0.0:.0%} of the short-text gap"
     run.reporter.line(f"restored: {gap} on held-out text, with {entries[-1].tokens:,} tokens")

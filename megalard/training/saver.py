@@ -13,6 +13,7 @@ from megalard.checkpoint.sharded.save_load import save_sharded
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.config.schema import CheckpointConfig
 from megalard.parallel.mesh import Axis
+from megalard.reporter import Reporter
 from megalard.training import state
 from megalard.training.origins import Origins
 from megalard.training.run_folder import checkpoint_path, checkpoints, discard
@@ -150,10 +151,7 @@ class Saver:
             try:
                 discard(path)
             except OSError as error:
-                print(
-                    f"warning: cannot remove the old checkpoint {path}: {error.strerror}",
-                    flush=True,
-                )
+                Reporter(True).warning(f"cannot remove the old checkpoint {path}: {error.strerror}")
 
     def __enter__(self) -> Saver:
         # A process that was killed right after a save has not removed the checkpoints before it.

@@ -70,3 +70,12 @@ def test_only_a_text_gets_the_tokens_of_the_tokenizer(model):
     tokenizer = load_tokenizer(model)
     chosen = boundaries_of_format("chat", tokenizer, "auto", "yes", None)
     assert (chosen.before, chosen.after) == ((), (tokenizer.eos_id,))
+
+
+def test_a_template_reaches_nothing_but_the_messages(model, tmp_path):
+    """transformers renders templates in a sandbox."""
+    reach = "{{ cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "ran") + "') }}"
+    (model / "chat_template.jinja").write_text(reach)
+    column = column_of("chat", "messages", load_tokenizer(model))
+    assert "does not fit the chat template" in user_error(column.document, CHATS[0], "line 1")
+    assert not (tmp_path / "ran").exists()

@@ -38,9 +38,9 @@ def test_gguf_files_are_recognized(tmp_path):
 @pytest.mark.parametrize(
     ("name", "fix"),
     [
-        ("t.parquet", "write it as .jsonl"),
-        ("t.arrow", "write it as .jsonl"),
-        ("t.jsonl.zst", "unpack it first"),
+        ("t.csv", "write it as .jsonl"),
+        ("t.json", "write it as .jsonl"),
+        ("t.jsonl.xz", "unpack it first"),
         ("t.bin", "or a directory of them"),
     ],
 )

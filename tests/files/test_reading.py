@@ -41,7 +41,7 @@ def test_text_has_a_limit(tmp_path):
     file.write_text("é" * 10)
     assert read_text(file, 20) == "é" * 10
     assert user_error(read_text, file, 19, "note") == (
-        f"the note {file} has more than 19 bytes: it cannot be what it is for"
+        f"the note {file} has more than 19 bytes: give a smaller file"
     )
 
 
@@ -73,9 +73,7 @@ def test_json_has_a_limit(tmp_path):
     file = tmp_path / "x.json"
     file.write_text("[1, 2]")
     assert read_json(file) == [1, 2]
-    assert user_error(read_json, file, 5) == (
-        f"{file} has more than 5 bytes: it cannot be what it is for"
-    )
+    assert user_error(read_json, file, 5) == (f"{file} has more than 5 bytes: give a smaller file")
 
 
 def test_the_error_of_the_system_has_its_fix():

@@ -68,6 +68,8 @@ def start(
             env={**os.environ, **settings},
             stdout=file,
             stderr=subprocess.STDOUT,
+            # A shell that was started in the background ignores SIGINT, and so do its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     NODES.append(node)
     return node

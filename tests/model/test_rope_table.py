@@ -76,7 +76,7 @@ def test_a_wrong_table_is_refused(values, sentence, tmp_path):
 @pytest.mark.parametrize("suffix", [".json", ".npy", ".txt"])
 def test_an_unreadable_table_is_refused(suffix, tmp_path):
     missing = tmp_path / f"missing{suffix}"
-    with pytest.raises(UserError, match="cannot read inverse frequencies"):
+    with pytest.raises(UserError, match=r"cannot read .*No such file"):
         read_table(str(missing), DIM)
     missing.write_text("{ not it")
     with pytest.raises(UserError, match="cannot read inverse frequencies"):

@@ -150,7 +150,7 @@ def test_a_run_that_is_killed_repeatedly_ends_like_an_uninterrupted_one(ranks, j
 @pytest.mark.parametrize("round_", range(4))
 def test_a_flipped_bit_stops_the_next_start(round_, job, tmp_path, capsys):
     """In the manifest, the weights, the optimizer's state or the config, at a random place."""
-    output = shutil.copytree(job / "complete", tmp_path / "output")
+    output = resumable(job / "complete", tmp_path / "output")
     newest = checkpoint_path(output / "checkpoints", STEPS)
     names = sorted(path.name for path in newest.iterdir())
     victim = newest / [MANIFEST, WEIGHTS, *names][round_]
@@ -163,9 +163,16 @@ def test_a_flipped_bit_stops_the_next_start(round_, job, tmp_path, capsys):
     train(command)
 
 
+def resumable(run: Path, copy: Path) -> Path:
+    """Copy a run without the note that it has finished, so that the next start resumes it."""
+    shutil.copytree(run, copy)
+    (copy / "finished.json").unlink()
+    return copy
+
+
 @pytest.mark.parametrize("damage", [another_version, missing_shard, shard_of_another_step])
 def test_a_run_does_not_resume_from_another_checkpoint(damage, job, tmp_path, capsys):
-    output = shutil.copytree(job / "complete", tmp_path / "output")
+    output = resumable(job / "complete", tmp_path / "output")
     sentence = damage(checkpoint_path(output / "checkpoints", STEPS))
     before = snapshot(output)
     assert sentence in refusal(capsys, "train", *arguments(job, output, *SAVE))

@@ -168,7 +168,10 @@ def test_what_is_in_the_way_of_the_files_is_named(kind, make, tmp_path):
 def test_too_few_open_files_are_named(make, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     make()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, limits[1]))
+    # The limit is on the numbers of files, of which the lowest that is free is taken next.
+    next_number = os.open(os.devnull, os.O_RDONLY)
+    os.close(next_number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_number, limits[1]))
     try:
         sentence = user_error(make, steps_done=2)
     finally:

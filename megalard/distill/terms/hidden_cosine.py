@@ -58,7 +58,7 @@ def hidden_states(objective: ObjectiveConfig, num_layers: int) -> list[int]:
     if len(set(states)) < len(states):
         raise UserError(
             f"objective.hidden_depths {objective.hidden_depths} name a layer twice in a model of "
-            f"{num_layers}: the outputs of layers {', '.join(map(str, states))}, counted from 1"
+            f"{num_layers} layers ({', '.join(map(str, states))}, counted from 1): leave one out"
         )
     return states
 

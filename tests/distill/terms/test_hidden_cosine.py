@@ -50,8 +50,8 @@ def test_depths_are_shares_of_the_layers(depths, layers, states):
 def test_depths_that_are_one_layer_are_refused():
     objective = ObjectiveConfig(hidden_cosine=1.0, hidden_depths=[0.9, 1.0])
     assert user_error(hidden_states, objective, 3) == (
-        "objective.hidden_depths [0.9, 1.0] name a layer twice in a model of 3: the outputs of "
-        "layers 3, 3, counted from 1"
+        "objective.hidden_depths [0.9, 1.0] name a layer twice in a model of 3 layers "
+        "(3, 3, counted from 1): leave one out"
     )
 
 
