@@ -147,6 +147,7 @@ def test_commands_are_understood(block, command, tmp_path, monkeypatch, capfd):
     folders = ("a b", "DIR", "models/llama2-7b", "models/smollm2", "data/books", "heldout", "...")
     for name in (*folders, "text/train.jsonl"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "smollm2-x4.yaml").touch()
     monkeypatch.chdir(tmp_path)
     assert parse(words, monkeypatch) == 0, capfd.readouterr().err
 
