@@ -14,9 +14,30 @@ if torch.cuda.is_available():
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Files and folders that take a minute or more. They begin first, so that no process is left with one
+# of them when the others have nothing to do any more.
+SLOW = (
+    "tests/launch/test_launch.py",
+    "tests/parity/",
+    "tests/training/test_resume.py",
+    "tests/settings/",
+    "tests/tools/campaigns/",
+    "tests/training/test_killed_runs.py",
+    "tests/training/test_stages.py",
+    "tests/tools/study/",
+    "tests/kernels/test_op.py",
+    "tests/test_train.py",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no GPU."""
+    """Order slow files first, and skip tests marked ``gpu`` where there is no GPU."""
+
+    def place(item: pytest.Item) -> int:
+        matches = (i for i, name in enumerate(SLOW) if item.nodeid.startswith(name))
+        return next(matches, len(SLOW))
+
+    items.sort(key=place)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -34,4 +34,4 @@ install_apart tests/.lm-eval lm-evaluation-harness --requirement tests/lm_eval.t
 export OMP_NUM_THREADS=1
 # One process per core runs whole test files (-n 0: one process). On a GPU, tests/conftest.py makes
 # it one process.
-exec "$python" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"
+exec "$python" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -108,7 +108,8 @@ def test_the_reason_of_a_failure_is_printed_last_and_bad_input_is_not_tried_agai
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "megalard: error: the key is wrong: correct it"
     assert "Traceback" not in done.stderr and "ChildFailedError" not in done.stderr
-    assert done.stdout.count("tried") == 2
+    # A rank may end before it prints, because the other has failed; three restarts print more.
+    assert 1 <= done.stdout.count("tried") <= 2
 
 
 def test_a_rank_that_crashes_is_tried_again(launch, tmp_path):
