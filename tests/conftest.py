@@ -14,8 +14,8 @@ if torch.cuda.is_available():
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Files and folders that take a minute or more. They begin first, so that no process is left with one
-# of them when the others have nothing to do any more.
+# Files and folders that take a minute or more. They begin first, so that no process is left with
+# one of them when the others have nothing to do any more.
 SLOW = (
     "tests/launch/test_launch.py",
     "tests/parity/",
