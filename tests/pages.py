@@ -64,7 +64,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(block: Block) -> list[str]:
-    """Return the commands of a block, each in one line and without the text beside it."""
+    """Return the commands of a block, each in one line and without the text next to it."""
     joined = re.sub(r"\s*\\\n\s*", " ", block.text)
     lines = [re.split(r"\s{2,}|\s#\s", line.strip())[0] for line in joined.splitlines()]
     return [line for line in lines if line]

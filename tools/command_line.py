@@ -173,6 +173,16 @@ def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:
     )
 
 
+def add_seconds(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--seconds``, after which a study starts no run."""
+    parser.add_argument(
+        "--seconds",
+        type=at_least(0, float),
+        metavar="S",
+        help="start no run after this time (default: no limit)",
+    )
+
+
 def add_workers(parser: argparse.ArgumentParser, default: int, work: str) -> None:
     """Declare ``--workers``.
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import sentencepiece
 from transformers import AutoTokenizer
 
 from megalard.data.tokenizer import load_tokenizer
 from tests.command_line import user_error
 from tests.models import change_config, make_model
 from tests.small_tokenizers import save_byte_tokenizer
+from tools.campaigns.drawn_tokenizers import train_sentencepiece
 
 TEXTS = [
     "the quick fox",
@@ -31,33 +31,6 @@ ADDED = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": F
 
 def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content))
-
-
-def train_sentencepiece(folder: Path) -> int:
-    """Write tokenizer.model with byte fallback, as Llama has it; return its size."""
-    corpus = folder / "corpus.txt"
-    corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 100)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-    )
-    corpus.unlink()
-    (folder / "tokenizer.vocab").unlink()
-    path = str(folder / "tokenizer.model")
-    return sentencepiece.SentencePieceProcessor(model_file=path).vocab_size()
 
 
 def assert_same_tokenizer(folder: Path) -> None:

@@ -74,7 +74,8 @@ def _metaspace(folder: Path) -> None:
     _save(tokenizer, folder, eos_token="<|im_end|>", unk_token="<unk>")
 
 
-def _train_sentencepiece(folder: Path) -> int:
+def train_sentencepiece(folder: Path) -> int:
+    """Write tokenizer.model with byte fallback, as Llama has it; return its size."""
     import sentencepiece
 
     corpus = folder / "corpus.txt"
@@ -103,14 +104,14 @@ def _train_sentencepiece(folder: Path) -> int:
 
 
 def _sentencepiece(folder: Path) -> None:
-    _train_sentencepiece(folder)
+    train_sentencepiece(folder)
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
     config |= {"unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def _sentencepiece_with_added_tokens(folder: Path) -> None:
-    size = _train_sentencepiece(folder)
+    size = train_sentencepiece(folder)
     added = {mark: size + number for number, mark in enumerate(_MARKS)}
     (folder / "added_tokens.json").write_text(json.dumps(added))
     plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}

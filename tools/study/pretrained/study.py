@@ -78,12 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--questions", type=at_least(1), metavar="N", help="questions per task (default: all)"
     )
-    parser.add_argument(
-        "--seconds",
-        type=at_least(0, float),
-        metavar="S",
-        help="start no run after this time (default: no limit)",
-    )
+    command_line.add_seconds(parser)
     command_line.add_workers(parser, 1, "run at the same time and take the GPUs in turn")
     command_line.add_device(parser)
     command_line.add_output(
