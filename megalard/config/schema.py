@@ -196,6 +196,14 @@ class ParallelConfig:
     pass."""
     offload: bool = setting(False)
     """Keep the tensors that the backward pass needs in host memory."""
+    shard_optimizer: bool = setting(True)
+    """Divide the optimizer's fp32 weights, moments and gradients over all ranks that hold the same
+    weights. It has no effect where one rank holds them alone."""
+    offload_optimizer: bool = setting(False)
+    """Keep the optimizer's fp32 weights and moments in host memory, and update them there."""
+    gradient_dtype: Literal["float32", "bfloat16"] = setting("float32")
+    """Dtype in which divided or offloaded gradients are exchanged and summed over ranks and
+    micro-batches."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -32,27 +32,47 @@ from megalard.parallel.mesh import Axis
 from megalard.parallel.tensor.layout import parameter_layout
 
 
+class MasterValues(Protocol):
+    """The fp32 values of trained parameters that the decoder has rounded."""
+
+    def value(self, name: str) -> torch.Tensor:
+        """Return the fp32 value of a trained parameter, this rank's slice; a collective call."""
+        ...
+
+
 @dataclass
 class Student:
     """The student's decoder and its trained parameters.
 
     Attributes:
         decoder: has the teacher's parameter objects wherever the weights are equal.
-        trained: name to fp32 parameter, this rank's slice.
+        trained: name to parameter, this rank's slice. It is fp32 unless ``masters`` has the fp32
+            value.
         carried: name to fp32 weight, this rank's slice in host memory: what earlier stages changed
             and this stage does not train. The decoder has it rounded to its dtype.
         dropout: the seed that LoRA's dropout masks are drawn from.
+        masters: the fp32 values of ``trained``; None while ``trained`` has them.
     """
 
     decoder: Decoder
     trained: dict[str, nn.Parameter]
     dropout: DropoutKey
     carried: dict[str, torch.Tensor] = field(default_factory=dict)
+    masters: MasterValues | None = None
 
     @property
-    def changed(self) -> dict[str, torch.Tensor]:
-        """What the student has besides the model that it started from, by name."""
-        return {**self.carried, **self.trained}
+    def changed(self) -> list[str]:
+        """The names of what the student has besides the model that it started from."""
+        return [*self.carried, *self.trained]
+
+    def value(self, name: str) -> torch.Tensor:
+        """Return the fp32 value of what is called ``name`` in ``changed``, this rank's slice.
+
+        This is a collective call of all ranks, because they may have divided the value.
+        """
+        if name in self.carried:
+            return self.carried[name]
+        return self.masters.value(name) if self.masters else self.trained[name].detach()
 
     def use_carried(self) -> None:
         """Copy the carried weights into the decoder, after they were loaded."""
@@ -145,26 +165,26 @@ def changed_weights(
 def merged_weights(student: Student, masters: Weights) -> dict[str, torch.Tensor]:
     """Return what a finished stage leaves: fp32 weights by name, this rank's slices.
 
-    LoRA pairs are merged.
+    LoRA pairs are merged. This is a collective call of all ranks.
 
     Args:
         student: the student of the stage.
         masters: the files that the weights came from.
     """
-    decoder, trained = student.decoder, student.trained
+    decoder = student.decoder
     merged: dict[str, torch.Tensor] = dict(student.carried)
-    for name, parameter in trained.items():
+    for name in student.trained:
         stem, _, kind = name.rpartition(".")
         if kind not in ("lora_A", "lora_B"):
-            merged[name] = parameter.detach()
+            merged[name] = student.value(name)
         elif kind == "lora_A":
             weight = f"{stem}.weight"
             value = merged.get(weight)
             if value is None:
                 value = read_parameter(decoder, weight, masters)
-            lora_a, lora_b = parameter.detach(), trained[f"{stem}.lora_B"].detach()
+            lora_a, lora_b = student.value(name), student.value(f"{stem}.lora_B")
             scale = cast(Projection, decoder.get_submodule(stem)).lora_scale
-            value = value.to(parameter.device, torch.float32, copy=True)
+            value = value.to(lora_a.device, torch.float32, copy=True)
             merged[weight] = merge_lora(weight, value, lora_a, lora_b, scale)
     return merged
 

@@ -60,22 +60,25 @@ class Mesh:
         """Whether this is the rank that writes and reports."""
         return self.world.rank == 0
 
-    def replicas(self, count: int) -> Axis:
-        """Return the axis of the ``count`` neighboring tp ranks that hold the same K/V heads.
+    def holders(self, replicas: int) -> Axis:
+        """Return the axis of all ranks that hold the same slice of a parameter.
 
-        This is a collective call: every rank makes it, with the same count.
+        This is a collective call: every rank makes it, with the same argument.
+
+        Args:
+            replicas: the number of neighboring tp ranks that hold the slice.
         """
-        if count == 1:
-            return SINGLE
-        if count == self.tp.size:
-            return self.tp
-        group = None
-        for first_rank in range(0, self.world.size, count):
-            ranks = list(range(first_rank, first_rank + count))
-            new_group = dist.new_group(ranks)
+        if replicas == 1:
+            return self.data
+        if replicas == self.tp.size:
+            return self.world
+        rows = torch.arange(self.world.size).view(-1, self.tp.size // replicas, replicas)
+        axis = SINGLE
+        for ranks in rows.transpose(0, 1).flatten(1).tolist():
+            group = dist.new_group(ranks)
             if self.world.rank in ranks:
-                group = new_group
-        return Axis(group, self.world.rank % count, count)
+                axis = Axis(group, ranks.index(self.world.rank), len(ranks))
+        return axis
 
 
 def build_mesh(device: str, tp: int, cp: int = 1) -> Mesh:

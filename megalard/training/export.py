@@ -61,21 +61,20 @@ def save_student(
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         config = {**config, "dtype": name, "torch_dtype": name}
-    if mesh.dp.rank == 0:
-        merged = _MergedTensors(student, source, mesh.tp, dtype, loss)
-        stored = StoredWeights(merged, student.decoder.spec)
-        files = plan_files(stored, _SHARD_BYTES)
-        merged.pending = [part for file in files for name in file for part in stored.parts[name]]
-        if mesh.is_rank_0:
-            check = reading_back(student.decoder.spec, student.decoder.rope, directory)
-            options = WriteOptions(companions, _SHARD_BYTES, check=check)
-            try:
-                write_huggingface(directory, stored, config, options, replace=True)
-            except UserError as error:
-                sentence = str(error)
-                merged.drain()
-        else:
+    merged = _MergedTensors(student, source, mesh.tp, dtype, loss)
+    stored = StoredWeights(merged, student.decoder.spec)
+    files = plan_files(stored, _SHARD_BYTES)
+    merged.pending = [part for file in files for name in file for part in stored.parts[name]]
+    if mesh.is_rank_0:
+        check = reading_back(student.decoder.spec, student.decoder.rope, directory)
+        options = WriteOptions(companions, _SHARD_BYTES, check=check)
+        try:
+            write_huggingface(directory, stored, config, options, replace=True)
+        except UserError as error:
+            sentence = str(error)
             merged.drain()
+    else:
+        merged.drain()
     sentence = from_rank_0(sentence, mesh.world)
     if sentence is not None:
         raise UserError(sentence)
@@ -158,11 +157,11 @@ class _MergedTensors:
         return merge_lora(name, original, lora_a, lora_b, scale, dtype, count).to("cpu")
 
     def _gather(self, name: str) -> dict[str, torch.Tensor]:
-        decoder, changed = self.student.decoder, self.student.changed
+        student, decoder = self.student, self.student.decoder
         device = decoder.model.embed_tokens.weight.device
         return {
-            part: gather_full(changed[part].detach().to(device), decoder.layouts[part], self.axis)
-            for part in trained_parts(name, changed)
+            part: gather_full(student.value(part).to(device), decoder.layouts[part], self.axis)
+            for part in trained_parts(name, student.changed)
         }
 
 

@@ -39,11 +39,12 @@ def update_where(finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None
     for the flag.
 
     Args:
-        finite: a bool scalar on the device of the parameters.
+        finite: a bool scalar. If the parameters are in host memory, the host waits for it.
     """
     if isinstance(optimizer, torch.optim.AdamW):
         # The flag that torch.amp.GradScaler sets: with 1, parameters and state do not change.
-        optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
+        device = optimizer.param_groups[0]["params"][0].device
+        optimizer.found_inf = 1.0 - finite.float().to(device)  # type: ignore[attr-defined]
         optimizer.step()
     elif finite:
         optimizer.step()

@@ -113,10 +113,10 @@ def _print_stage(
 
 def _check_gradients(distiller: Distiller) -> None:
     not_finite, not_zero = [], set()
-    for name, parameter in distiller.student.trained.items():
-        if not torch.isfinite(parameter.grad).all():
+    for name, gradient in distiller.masters.local_gradients():
+        if not torch.isfinite(gradient).all():
             not_finite.append(name)
-        elif parameter.grad.any():
+        elif gradient.any():
             not_zero.add(name)
     world = distiller.mesh.world
     not_finite = sorted({name for names in gather_objects(not_finite, world) for name in names})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -118,13 +119,13 @@ class Saver:
         """Copy tensors to host memory, pinned if there is a GPU, which the next save reuses."""
         is_pinned = self.distiller.mesh.device.type == "cuda"
         staged: state.State = {}
-        for name, (tensor, layout) in tensors.items():
+        for name, part in tensors.items():
             if name not in self._staging:
                 self._staging[name] = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=is_pinned
+                    part.value.shape, dtype=part.value.dtype, device="cpu", pin_memory=is_pinned
                 )
-            self._staging[name].copy_(tensor, non_blocking=is_pinned)
-            staged[name] = (self._staging[name], layout)
+            self._staging[name].copy_(part.value, non_blocking=is_pinned)
+            staged[name] = replace(part, value=self._staging[name])
         if is_pinned:
             torch.cuda.current_stream().synchronize()
         return staged
@@ -134,7 +135,7 @@ class Saver:
             self._origin_sections = self.origins.describe(self.axis)
         save_sharded(
             checkpoint_path(self.folder, step),
-            state.as_tensors(tensors, self.distiller),
+            {name: part.as_tensor(self.distiller.mesh) for name, part in tensors.items()},
             {**sections, **self._origin_sections},
             self.axis,
             self.options,

@@ -6,49 +6,70 @@ blocks that a step reads, and the dropout masks of LoRA are pure functions of th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.checkpoint.sharded.save_load import as_dtensor, load_sharded
 from megalard.errors import UserError, shown
 from megalard.model.layout import Layout
-from megalard.parallel.mesh import Axis
+from megalard.parallel.mesh import Axis, Mesh
 from megalard.training.step import Distiller
 
-State = dict[str, tuple[torch.Tensor, Layout | None]]
-"""Tensors with their layouts, by name; see ``training_state``."""
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A tensor of the state, this rank's part.
+
+    Attributes:
+        value: the tensor.
+        layout: the layout of the parameter that it belongs to; None if it is equal on all ranks
+            that have it.
+        is_sharded: whether the ranks that hold the parameter have divided it among them.
+    """
+
+    value: torch.Tensor
+    layout: Layout | None = None
+    is_sharded: bool = False
+
+    def as_tensor(self, mesh: Mesh) -> torch.Tensor:
+        """Return the tensor in the form that torch.distributed.checkpoint takes."""
+        if self.layout is None:
+            return self.value
+        return as_dtensor(self.value, self.layout, mesh, self.is_sharded)
+
+
+State = dict[str, StateTensor]
+"""The state by the names of its tensors; see ``training_state``."""
 
 
 def training_state(distiller: Distiller) -> State:
-    """Return this rank's tensors with their layouts, by name; the live tensors and not copies.
+    """Return this rank's tensors by name; the live tensors and not copies.
 
-    The layout of a tensor that is equal on all ranks is None. The tensors of the optimizer are
-    called ``optimizer.<key>.<parameter>``, those of random generators ``rng.<device>.<rank>``.
+    The tensors of the optimizer are called ``optimizer.<key>.<parameter>``, those of random
+    generators ``rng.<device>.<rank>``.
     """
     layouts = distiller.student.decoder.layouts
     state: State = {}
-    for name, parameter in distiller.student.trained.items():
-        state[name] = (parameter.detach(), layouts[name])
-        for key, value in distiller.optimizer.state.get(parameter, {}).items():
+    for name, part in distiller.masters.parts.items():
+        state[name] = StateTensor(part.value, layouts[name], part.is_sharded)
+        for key, value in distiller.optimizer.state.get(part.parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                layout = layouts[name] if value.shape == parameter.shape else None
-                state[f"optimizer.{key}.{name}"] = (value.detach(), layout)
+                full_name = f"optimizer.{key}.{name}"
+                if value.shape == part.parameter.shape:
+                    moment = part.of(value.detach())
+                    state[full_name] = StateTensor(moment, layouts[name], part.is_sharded)
+                else:
+                    state[full_name] = StateTensor(value.detach())
     for name, value in distiller.student.carried.items():
-        state[name] = (value, layouts[name])
+        state[name] = StateTensor(value, layouts[name])
     mesh = distiller.mesh
-    state[_rng_name("cpu", mesh.world.rank)] = (torch.get_rng_state(), None)
+    state[_rng_name("cpu", mesh.world.rank)] = StateTensor(torch.get_rng_state())
     if mesh.device.type == "cuda":
         device_state = torch.cuda.get_rng_state(mesh.device)
-        state[_rng_name("cuda", mesh.world.rank)] = (device_state, None)
+        state[_rng_name("cuda", mesh.world.rank)] = StateTensor(device_state)
     return state
-
-
-def as_tensors(state: State, distiller: Distiller) -> dict[str, torch.Tensor]:
-    """Return the state in the form that torch.distributed.checkpoint takes."""
-    return {
-        name: tensor if layout is None else as_dtensor(tensor, layout, distiller.mesh)
-        for name, (tensor, layout) in state.items()
-    }
 
 
 def optimizer_settings(optimizer: torch.optim.Optimizer) -> list[dict]:
@@ -69,26 +90,35 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
         UserError: on every rank, if a tensor is missing, has another shape or cannot be read.
     """
     _check_optimizer(distiller.optimizer, weights)
-    layouts, trained = distiller.student.decoder.layouts, distiller.student.trained
+    layouts, masters = distiller.student.decoder.layouts, distiller.masters
     saved, mesh = weights.manifest.tensors, distiller.mesh
-    changed = distiller.student.changed
-    different = set(weights.names()) ^ set(changed)
+    different = set(weights.names()) ^ set(distiller.student.changed)
     if different:
         raise UserError(
             f"{weights.directory} holds other trained tensors than this run, such as "
             f"{min(different)}: choose another run.output"
         )
-    tensors = {name: as_dtensor(p.detach(), layouts[name], mesh) for name, p in changed.items()}
+    tensors = {
+        name: as_dtensor(value, layouts[name], mesh)
+        for name, value in distiller.student.carried.items()
+    }
+    parameters = masters.parameters
     moments: dict[int, dict[str, torch.Tensor]] = {}
-    for number, (name, parameter) in enumerate(trained.items()):
+    numbers = {parameter: number for number, parameter in enumerate(parameters)}
+    for name, part in masters.parts.items():
+        tensors[name] = as_dtensor(part.value, layouts[name], mesh, part.is_sharded)
+        state = moments.setdefault(numbers[part.parameter], {})
         for key in _optimizer_keys(distiller.optimizer):
             full_name = f"optimizer.{key}.{name}"
             if key == "step":
+                # The parameters of a bucket have the same count, which each of them saves.
                 value = tensors[full_name] = torch.zeros((), dtype=torch.float32)
+                state[key] = value
             else:
-                value = torch.zeros_like(parameter, requires_grad=False)
-                tensors[full_name] = as_dtensor(value, layouts[name], mesh)
-            moments.setdefault(number, {})[key] = value
+                if key not in state:
+                    state[key] = torch.zeros_like(part.parameter.detach())
+                value = part.of(state[key])
+                tensors[full_name] = as_dtensor(value, layouts[name], mesh, part.is_sharded)
     generators = {}
     has_same_ranks = weights.manifest.body["written_by"]["ranks"] == mesh.world.size
     for device_type in ("cpu", "cuda"):
@@ -99,6 +129,7 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
             generators[device_type] = tensors[name] = torch.zeros_like(now, device="cpu")
     load_sharded(weights, tensors, axis)
     distiller.student.use_carried()
+    masters.publish()
 
     # The settings are those of the configuration, which equals the saved one. Only the step count
     # that apex keeps among the settings comes from the checkpoint.
@@ -106,7 +137,7 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
     count = weights.manifest.training["optimizer"]["groups"][0].get("step")
     if type(count) is int:
         group["step"] = count
-    group["params"] = list(range(len(trained)))
+    group["params"] = list(range(len(parameters)))
     # The optimizer moves each tensor to the device that it needs.
     distiller.optimizer.load_state_dict({"state": moments, "param_groups": [group]})
     if "cpu" in generators:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch.autograd.graph import save_on_cpu
@@ -20,7 +21,7 @@ from megalard.parallel.agreement import gather_objects
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import Mesh
 from megalard.parallel.tensor.layout import kv_replicas
-from megalard.training.gradients import GradientBuffer
+from megalard.training.masters.masters import Masters
 from megalard.training.optimizer import learning_rate, make_optimizer, update_where
 from megalard.transfer import to_host
 
@@ -70,10 +71,12 @@ class Distiller:
             )
             for name, stream in self.streams.items()
         }
-        self.gradients = GradientBuffer(
-            student.trained, student.decoder.layouts, mesh, mesh.replicas(replicas)
+        if student.masters is None:
+            student.masters = Masters(student, config.parallel, dtype, mesh, replicas)
+        self.masters = cast(Masters, student.masters)
+        self.optimizer = make_optimizer(
+            self.masters.parameters, config.optimizer, self.masters.device
         )
-        self.optimizer = make_optimizer(student.trained.values(), config.optimizer, mesh.device)
 
     def step(self, batches: dict[str, list[Batch]], number: int) -> StepResult:
         """Take step ``number``, counted from 0; a collective call.
@@ -89,14 +92,14 @@ class Distiller:
     def accumulate(
         self, batches: dict[str, list[Batch]], number: int
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Run the forward and backward passes of all micro-batches into the gradient buffer.
+        """Run the forward and backward passes of all micro-batches, and add up their gradients.
 
         Returns:
             By stream: this rank's unweighted sums, fp32, one number for each of the terms'
             ``weights``; and the counts of the whole step that the terms are divided by, fp32
             [terms].
         """
-        self.gradients.zero()
+        self.masters.zero_gradients()
         counts = self._global_counts(batches)
         dropout, sums = self.student.dropout, {}
         for name, objective in self.objectives.items():
@@ -107,6 +110,7 @@ class Distiller:
                     loss, parts = objective(self.teacher, self.student.decoder, batch, scale)
                 with record_function("backward"):
                     loss.backward()
+                    self.masters.end_backward()
                 sums[name] = sums[name] + parts if name in sums else parts
         return sums, counts
 
@@ -120,18 +124,19 @@ class Distiller:
         """
         rate = learning_rate(number, self.config.optimizer)
         with record_function("optimizer"):
-            is_finite_here = torch.isfinite(self.gradients.flat.sum())
-            self.gradients.reduce()
-            norm = self.gradients.norm()
+            is_finite_here = self.masters.reduce()
+            norm = self.masters.norm()
             loss, parts = self._global_means(sums, counts)
             # The GPU decides on the update. It makes the update while the host waits for the
             # numbers and prepares the next step.
             numbers = to_host(torch.stack([*parts.values(), norm, loss]))
             if self.config.optimizer.clip > 0:
-                self.gradients.clip(norm, self.config.optimizer.clip)
+                self.masters.clip(norm, self.config.optimizer.clip)
+            self.masters.give_gradients()
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             update_where(torch.isfinite(norm) & torch.isfinite(loss), self.optimizer)
+            self.masters.publish()
 
         *values, norm_value, loss_value = numbers()
         problem = None
@@ -184,8 +189,8 @@ class Distiller:
         ranks = [rank for rank, is_finite in enumerate(flags) if not is_finite]
         local_names = [
             name
-            for name, parameter in self.student.trained.items()
-            if not torch.isfinite(parameter.grad).all()
+            for name, gradient in self.masters.local_gradients()
+            if not torch.isfinite(gradient).all()
         ]
         names = sorted(
             {name for part in gather_objects(local_names[:4], self.mesh.world) for name in part}

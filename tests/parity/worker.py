@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,10 +61,15 @@ def _fill_lora_b(student) -> None:
             parameter.data.copy_(full)
 
 
-def full_tensors(distiller: Distiller, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the full tensors of this rank's slices; a collective call."""
+def full_tensors(
+    distiller: Distiller, local: Callable[[str], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the full tensors of the slices that ``local`` returns by name; a collective call."""
     layouts, axis = distiller.student.decoder.layouts, distiller.mesh.tp
-    return {k: gather_full(v.detach(), layouts[k], axis).clone().cpu() for k, v in tensors.items()}
+    return {
+        name: gather_full(local(name).detach(), layouts[name], axis).clone().cpu()
+        for name in distiller.student.trained
+    }
 
 
 def micro_batches(case: Case, step: int, mesh: Mesh, micro_batch: int) -> dict[str, list[Batch]]:
@@ -80,25 +86,24 @@ def micro_batches(case: Case, step: int, mesh: Mesh, micro_batch: int) -> dict[s
 def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
     """Return loss, parts and gradients of the first step, and the weights before and after."""
     distiller = make_distiller(config, mesh)
-    out = {"start": full_tensors(distiller, distiller.student.trained)}
-    gradients, clip = distiller.gradients, distiller.gradients.clip
+    masters, clip = distiller.masters, distiller.masters.clip
+    out = {"start": full_tensors(distiller, masters.value)}
 
     def note_and_clip(norm: torch.Tensor, largest: float) -> None:
         """Note the gradients of the first step before they are clipped."""
         if "gradients" not in out:
             out["norm"] = float(norm)
-            trained = distiller.student.trained.items()
-            out["gradients"] = full_tensors(distiller, {name: p.grad for name, p in trained})
+            out["gradients"] = full_tensors(distiller, masters.gradient)
         clip(norm, largest)
 
-    gradients.clip = note_and_clip
+    masters.clip = note_and_clip
     for step in range(STEPS):
         batches = micro_batches(case, step, mesh, config.optimizer.micro_batch)
         result = distiller.step(batches, step)
         if step == 0:
             out["loss"], out["parts"] = result.loss, result.parts
             assert abs(result.gradient_norm - out["norm"]) <= 1e-6 * out["norm"]
-    out["weights"] = full_tensors(distiller, distiller.student.trained)
+    out["weights"] = full_tensors(distiller, masters.value)
     return out
 
 

@@ -42,19 +42,24 @@ def checkpoint_axis(mesh: Mesh) -> Axis:
     return Axis(dist.new_group(backend="gloo"), mesh.world.rank, mesh.world.size)
 
 
-def as_dtensor(local: torch.Tensor, layout: Layout, mesh: Mesh) -> torch.Tensor:
+def as_dtensor(
+    local: torch.Tensor, layout: Layout, mesh: Mesh, is_sharded: bool = False
+) -> torch.Tensor:
     """Return the full parameter as a DTensor over all ranks; a plain tensor in a single process.
 
-    The DTensor is replicated over the data-parallel ranks, and over neighboring ranks that hold the
-    same K/V heads.
+    Args:
+        local: this rank's slice of the parameter, or its part of the slice.
+        layout: which slice this is.
+        is_sharded: whether the ranks that hold the slice have divided it along dim 0, as
+            torch.chunk does. Otherwise the DTensor is replicated over these ranks.
     """
-    assert tuple(local.shape) == layout.local_shape
+    assert is_sharded or tuple(local.shape) == layout.local_shape
     if mesh.world.size == 1:
         return local
-    placements: list[Placement] = [Replicate(), Replicate(), Replicate()]
+    placements: list[Placement] = [Replicate(), Shard(0) if is_sharded else Replicate()]
     replicas = mesh.tp.size
     if layout.dim is not None:
-        placements[1], replicas = Shard(layout.dim), layout.replicas
+        placements[0], replicas = Shard(layout.dim), layout.replicas
     device_type = mesh.device.type if local.is_meta else local.device.type
     stride, strides = 1, []
     for size in reversed(layout.full_shape):
@@ -72,11 +77,12 @@ def as_dtensor(local: torch.Tensor, layout: Layout, mesh: Mesh) -> torch.Tensor:
 
 @cache
 def _device_mesh(device_type: str, world: int, tp: int, replicas: int) -> DeviceMesh:
-    """Return the ranks as (data-parallel, parts, replicas); tp ranks are neighbors.
+    """Return the ranks as (slices, ranks that hold the slice); tp ranks are neighbors.
 
     The mesh only names ranks, so it needs no process groups.
     """
     ranks = torch.arange(world).view(world // tp, tp // replicas, replicas)
+    ranks = ranks.transpose(0, 1).flatten(1)
     return DeviceMesh(device_type, ranks, _init_backend=False)
 
 

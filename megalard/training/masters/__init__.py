@@ -1,0 +1,1 @@
+"""The fp32 weights and gradients of everything that is trained, in full or divided over ranks."""

@@ -1,0 +1,190 @@
+"""Trained parameters whose fp32 masters are divided over the ranks that hold them.
+
+A bucket is the unit of communication. Each of its parameters [n, ...] is cut along dim 0 into as
+many equal parts as there are ranks; the last parts may be shorter or empty, as with torch.chunk.
+A rank holds its part of every parameter, one after another, in one flat tensor:
+
+    two ranks, parameters a [4, 2] and b [3]
+
+    rank 0   a0 a0 a1 a1 b0 b1
+    rank 1   a2 a2 a3 a3 b2 --         -- is padding, which is always zero
+
+The rows of this picture are a *packed* tensor [ranks, elements]. It is what a reduce-scatter of the
+gradients takes and what an all-gather of the weights returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megalard.parallel.collectives import (
+    PendingCollective,
+    all_gather_tokens,
+    start_all_gather_tokens,
+    start_reduce_scatter_tokens,
+)
+from megalard.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the parts of one parameter are in a packed tensor.
+
+    Attributes:
+        shape: the shape of the parameter.
+        start, length: the elements of each row of the packed tensor that belong to it.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+    @property
+    def row_elements(self) -> int:
+        """The number of elements of one row of the parameter."""
+        return math.prod(self.shape[1:])
+
+    def shape_on(self, rank: int) -> tuple[int, ...]:
+        """Return the shape of a rank's part, without padding."""
+        rows = self.length // self.row_elements
+        return (max(0, min(rows, self.shape[0] - rank * rows)), *self.shape[1:])
+
+    def pairs(
+        self, packed: torch.Tensor, parameter: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return views of the same elements in a packed tensor and in the parameter."""
+        if self.length == 0:
+            return []
+        columns = packed[:, self.start : self.start + self.length]
+        flat = parameter.reshape(-1)
+        whole, rest = divmod(flat.numel(), self.length)
+        pairs = [(columns[:whole], flat[: whole * self.length].view(whole, self.length))]
+        if rest:
+            pairs.append((columns[whole, :rest], flat[whole * self.length :]))
+        return pairs
+
+
+class Bucket:
+    """The masters and the gradients of some parameters, this rank's parts of them.
+
+    The parameters themselves get the compute dtype, and are full on every rank of the axis.
+
+    Attributes:
+        parameters: the parameters.
+        parts: where each parameter is in the flat tensors.
+        master: fp32 [elements], the parameter of the optimizer.
+        gradient: [elements], the sum over all ranks of the axis and over micro-batches.
+
+    Args:
+        parameters: fp32 parameters with the values of the masters.
+        axis: the ranks that hold the same parameters.
+        dtype: the dtype that the parameters get.
+        gradient_dtype: dtype in which gradients are summed.
+        is_offloaded: whether the master is in host memory.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        axis: Axis,
+        dtype: torch.dtype,
+        gradient_dtype: torch.dtype,
+        is_offloaded: bool,
+    ):
+        self.parameters, self.axis = list(parameters), axis
+        self.parts: list[Part] = []
+        start = 0
+        for parameter in parameters:
+            rows = -(-parameter.shape[0] // axis.size)
+            length = rows * math.prod(parameter.shape[1:])
+            self.parts.append(Part(tuple(parameter.shape), start, length))
+            start += length
+        self._device = parameters[0].device
+        flat = torch.zeros(start, device=self._device)
+        for part, parameter in zip(self.parts, parameters, strict=True):
+            rows = part.length // part.row_elements
+            values = parameter.detach()[axis.rank * rows : (axis.rank + 1) * rows]
+            flat[part.start : part.start + values.numel()] = values.reshape(-1)
+            parameter.data = parameter.detach().to(dtype)
+        self.master = nn.Parameter(self._in_host_memory(flat) if is_offloaded else flat)
+        self._host_gradient = self._in_host_memory(flat) if is_offloaded else None
+        self.gradient = torch.zeros(start, dtype=gradient_dtype, device=self._device)
+        self._sent: PendingCollective | None = None
+
+    def view(self, flat: torch.Tensor, number: int) -> torch.Tensor:
+        """Return this rank's part of a parameter in a flat tensor such as ``master``, as a view."""
+        part = self.parts[number]
+        shape = part.shape_on(self.axis.rank)
+        return flat[part.start : part.start + math.prod(shape)].view(shape)
+
+    def start_reduction(self) -> torch.Tensor:
+        """Take the gradients of the parameters and start to sum them over the ranks.
+
+        A parameter without a gradient contributes zero.
+
+        Returns:
+            The sum of this rank's gradients, an fp32 scalar, which is finite if all of them are.
+        """
+        packed = self.gradient.new_zeros(self.axis.size, self.gradient.numel())
+        for part, parameter in zip(self.parts, self.parameters, strict=True):
+            if parameter.grad is not None:
+                for target, source in part.pairs(packed, parameter.grad):
+                    target.copy_(source)
+                parameter.grad = None
+        total = packed.sum(dtype=torch.float32)
+        if self.axis.size == 1:
+            self.gradient += packed[0]
+        else:
+            self._sent = start_reduce_scatter_tokens(packed.view(-1), self.axis)
+        return total
+
+    def finish_reduction(self) -> None:
+        """Add the sums to the gradient."""
+        if self._sent is not None:
+            self.gradient += self._sent.wait()
+            self._sent = None
+
+    def give_gradient(self) -> None:
+        """Give the gradient to the master, in fp32 and on its device."""
+        if self._host_gradient is None:
+            self.master.grad = self.gradient.float()
+        else:
+            self.master.grad = self._host_gradient.copy_(self.gradient)
+
+    def start_gather(self) -> PendingCollective | None:
+        """Start to gather the masters, rounded to the dtype of the parameters."""
+        if self.axis.size == 1:
+            return None
+        return start_all_gather_tokens(self._rounded(), self.axis)
+
+    def finish_gather(self, gathered: PendingCollective | None) -> None:
+        """Write what ``start_gather`` returned into the parameters."""
+        packed = (self._rounded() if gathered is None else gathered.wait()).view(self.axis.size, -1)
+        for part, parameter in zip(self.parts, self.parameters, strict=True):
+            for source, target in part.pairs(packed, parameter.detach()):
+                target.copy_(source)
+
+    def full(self, flat: torch.Tensor, number: int) -> torch.Tensor:
+        """Return a parameter's part of a flat tensor as it is over all ranks; a collective call.
+
+        Args:
+            flat: ``master`` or ``gradient``.
+            number: the number of the parameter.
+        """
+        part = self.parts[number]
+        local = flat.detach()[part.start : part.start + part.length].to(self._device)
+        packed = all_gather_tokens(local, self.axis)
+        return packed[: math.prod(part.shape)].view(part.shape)
+
+    def _rounded(self) -> torch.Tensor:
+        master = self.master.detach().to(self._device, non_blocking=True)
+        return master.to(self.parameters[0].dtype)
+
+    def _in_host_memory(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return a copy in host memory, pinned if the parameters are on a GPU."""
+        return torch.empty_like(flat, device="cpu", pin_memory=flat.is_cuda).copy_(flat)
