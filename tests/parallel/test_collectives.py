@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from collections import Counter
 
@@ -19,7 +21,7 @@ CASE = Case("llama", "lora", data="whole")
 
 
 def _count(folder: str, results: str) -> None:
-    """Count the collectives of a micro-batch, the reduction and the norm, on two tp ranks."""
+    """Count the collectives of the parts of a step with one micro-batch, on two tp ranks."""
     counts: Counter[str] = Counter()
 
     def counting(name, function):
@@ -33,18 +35,21 @@ def _count(folder: str, results: str) -> None:
     collectives._all_gather = counting("all-gather", collectives._all_gather)
     collectives._reduce_scatter = counting("reduce-scatter", collectives._reduce_scatter)
     mesh = build_mesh("cpu", 2)
-    config = make_config(CASE, folder, tp=2)
-    distiller = make_distiller(config, mesh)
     batches = {name: part[:1] for name, part in micro_batches(CASE, 0, mesh, 1).items()}
     results_of_parts = []
-    for work in (
-        lambda: distiller.accumulate(batches, 0),
-        lambda: distiller.gradients.reduce(),
-        lambda: distiller.gradients.norm(),
-    ):
-        counts.clear()
-        work()
-        results_of_parts.append(dict(counts))
+    for is_sharded in (False, True):
+        config = make_config(CASE, folder, tp=2)
+        parallel = dataclasses.replace(config.parallel, shard_optimizer=is_sharded)
+        distiller = make_distiller(dataclasses.replace(config, parallel=parallel), mesh)
+        for work in (
+            functools.partial(distiller.accumulate, batches, 0),
+            distiller.masters.reduce,
+            distiller.masters.norm,
+            distiller.masters.publish,
+        ):
+            counts.clear()
+            work()
+            results_of_parts.append(dict(counts))
     if mesh.world.rank == 0:
         with open(results, "w") as file:
             json.dump(results_of_parts, file)
@@ -54,7 +59,8 @@ def test_a_step_takes_no_more_collectives_than_its_layers_need(tmp_path):
     """Counted by hand. Of the last layer only q, k and v are computed."""
     make_models(CASE, tmp_path)
     run_ranks(2, _count, tmp_path, str(tmp_path / "counts.json"))
-    micro_batch, reduction, norm = json.loads((tmp_path / "counts.json").read_text())
+    results = json.loads((tmp_path / "counts.json").read_text())
+    micro_batch, reduction, norm, publication = results[:4]
     complete = LAYERS - 1  # layers that are computed completely
     # Forward, per layer of the teacher: gather the input of q, k and v, scatter o, gather the input
     # of gate and up, scatter down. The student also gathers LoRA's low-rank output. Both embed the
@@ -68,7 +74,11 @@ def test_a_step_takes_no_more_collectives_than_its_layers_need(tmp_path):
     scatters += LAYERS + (LAYERS - 1) + complete
     assert micro_batch == {"all-gather": gathers, "reduce-scatter": scatters}
     # One for the parameters that both ranks hold. The others need none, and dp has one rank.
-    assert reduction == {"all-reduce": 1} and norm == {"all-reduce": 1}
+    assert reduction == {"all-reduce": 1} and norm == {"all-reduce": 1} and publication == {}
+    # The A of all pairs is divided: one bucket, whose gradients are reduced with the micro-batch.
+    micro_batch, reduction, norm, publication = results[4:]
+    assert micro_batch == {"all-gather": gathers, "reduce-scatter": scatters + 1}
+    assert reduction == {} and norm == {"all-reduce": 2} and publication == {"all-gather": 1}
 
 
 def _pairs() -> None:

@@ -37,12 +37,19 @@ def _lay_out() -> None:
     assert _ranks_of(mesh.dp) == sorted([rank, rank ^ 4]) and mesh.dp.rank == rank // 4
     # Gradients are summed over dp and cp together.
     assert sorted(_ranks_of(mesh.data)) == [r for r in range(8) if r % 2 == rank % 2]
-    assert mesh.replicas(1) is SINGLE and mesh.replicas(2) is mesh.tp
+    assert mesh.holders(1) is mesh.data and mesh.holders(2) is mesh.world
 
     mesh = build_mesh("cpu", 8)
     four = rank // 4 * 4
-    assert _ranks_of(mesh.replicas(4)) == list(range(four, four + 4))
+    assert _ranks_of(mesh.holders(4)) == list(range(four, four + 4))
+    assert mesh.holders(4).rank == rank % 4
     assert mesh.dp is SINGLE and mesh.cp is SINGLE
+
+    # dp 2 and tp 4: pairs of neighbors hold the same K/V heads, once for each dp rank.
+    mesh = build_mesh("cpu", 4)
+    first = rank % 4 // 2 * 2
+    assert _ranks_of(mesh.holders(2)) == [first, first + 1, first + 4, first + 5]
+    assert _ranks_of(mesh.holders(1)) == sorted([rank, rank ^ 4])
 
 
 def test_ranks_are_laid_out_as_dp_cp_tp():

@@ -194,7 +194,12 @@ def make_config(
             micro_batch=MICRO_BATCH,
         ),
         parallel=ParallelConfig(
-            tp, cp, activation_checkpointing=case.data != "whole", offload=case.data == "short"
+            tp,
+            cp,
+            activation_checkpointing=case.data != "whole",
+            offload=case.data == "short",
+            shard_optimizer=case.mode != "weights",
+            offload_optimizer=case.data == "short",
         ),
         run=RunConfig(output="unused", seed=3),
     )

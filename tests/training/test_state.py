@@ -11,12 +11,7 @@ from megalard.checkpoint.write_options import WriteOptions
 from megalard.errors import UserError
 from megalard.parallel.mesh import SINGLE
 from megalard.training.models import load_models, next_student
-from megalard.training.state import (
-    as_tensors,
-    optimizer_settings,
-    restore_state,
-    training_state,
-)
+from megalard.training.state import optimizer_settings, restore_state, training_state
 from megalard.training.step import Distiller
 from megalard.training.streams import make_loaders, open_streams
 
@@ -50,7 +45,8 @@ def save(distiller, folder) -> ShardedWeights:
     """Write the state as a checkpoint."""
     settings = optimizer_settings(distiller.optimizer)
     training = {"optimizer": {"class": "AdamW", "groups": settings}}
-    tensors = as_tensors(training_state(distiller), distiller)
+    state = training_state(distiller)
+    tensors = {name: part.as_tensor(distiller.mesh) for name, part in state.items()}
     sections = {
         "kind": "training",
         "config": {},
@@ -72,21 +68,23 @@ def test_the_state_is_weights_moments_and_generators(make):
     moments = {f"optimizer.{key}.{name}" for name in weights for key in ("exp_avg", "exp_avg_sq")}
     steps = {f"optimizer.step.{name}" for name in weights}
     assert set(state) == weights | moments | steps | {"rng.cpu.00000"}
-    tensor, layout = state[f"optimizer.exp_avg.{A}"]
-    assert tensor.shape == (4, 32) and layout.full_shape == (4, 32)
+    part = state[f"optimizer.exp_avg.{A}"]
+    assert part.value.shape == (4, 32) and part.layout.full_shape == (4, 32)
     # Live tensors and not copies; what is equal on all ranks has no layout.
     moment = distiller.optimizer.state[distiller.student.trained[A]]["exp_avg"]
-    assert tensor.data_ptr() == moment.data_ptr()
-    assert state[f"optimizer.step.{A}"][1] is None and state["rng.cpu.00000"][1] is None
+    assert part.value.data_ptr() == moment.data_ptr()
+    assert state[f"optimizer.step.{A}"].layout is None and state["rng.cpu.00000"].layout is None
 
 
-def test_a_restored_state_goes_on_as_the_saved_one(make, tmp_path):
-    distiller, take = make()
+@pytest.mark.parametrize("offload", [("false", "false"), ("true", "true"), ("true", "false")])
+def test_a_restored_state_goes_on_as_the_saved_one(offload, make, tmp_path):
+    before, after = (f"parallel.offload_optimizer={value}" for value in offload)
+    distiller, take = make(before)
     take(0, 1)
     weights = save(distiller, tmp_path / "checkpoint")
     random_numbers = torch.rand(3)
     expected = take(2, 3)
-    other, take_other = make()
+    other, take_other = make(after)
     torch.manual_seed(7)
     restore_state(other, weights, SINGLE)
     assert torch.equal(torch.rand(3), random_numbers)
