@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megalard.data.tokenizer import load_tokenizer
+from megalard.training.masters.masters import Masters
 from megalard.training.step import Distiller
 from tests.command_line import megalard, refusal
 from tests.ranks import run_ranks
@@ -29,6 +30,8 @@ def _train_and_note(words: list[str], notes: str) -> None:
             "dp": self.mesh.dp.size,
             "rows": dict(self.student.decoder.named_parameters())[Q].shape[0],
             "loss": result.loss,
+            "optimizer": sum(p.numel() for p in self.masters.parameters),
+            "gradients": sorted({str(g.dtype) for _, g in self.masters.local_gradients()}),
         }
         Path(notes, f"{rank}-{arguments[-1]}.json").write_text(json.dumps(held))
         return result
@@ -81,6 +84,35 @@ def test_parallel_offload(run):
     offloaded = run("parallel.offload=true")
     assert offloaded.offloads == 2 * STEPS and run().offloads == 0
     assert offloaded.losses == run().losses
+
+
+def test_parallel_shard_optimizer(run, job, tmp_path):
+    """Each of two data-parallel ranks updates half of the LoRA pairs."""
+    whole, _ = on_two_ranks(job, tmp_path / "whole", "parallel.shard_optimizer=false")
+    divided, _ = on_two_ranks(job, tmp_path / "divided")
+    total = sum(value.numel() for value in run().steps[0].after.values())
+    assert [note["optimizer"] for note in whole] == [total] * 2
+    assert [note["optimizer"] for note in divided] == [total // 2] * 2
+    assert divided[0]["loss"] == whole[0]["loss"]
+
+
+def test_parallel_gradient_dtype(job, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        notes, _ = on_two_ranks(job, tmp_path / dtype, f"parallel.gradient_dtype={dtype}")
+        assert [note["gradients"] for note in notes] == [[f"torch.{dtype}"]] * 2
+
+
+def test_parallel_offload_optimizer(run, monkeypatch):
+    """On a CPU there is one memory; the state moves from the parameters into masters."""
+    made = []
+    monkeypatch.setattr(
+        Masters, "publish", lambda self, f=Masters.publish: made.append(self) or f(self)
+    )
+    offloaded = run("parallel.offload_optimizer=true")
+    assert len(made) == STEPS and all(part.is_sharded for part in made[0].parts.values())
+    assert made[0].device == torch.device("cpu")
+    for name, value in run().steps[-1].after.items():
+        torch.testing.assert_close(offloaded.steps[-1].after[name], value, rtol=1e-6, atol=0)
 
 
 HELD_OUT = "evaluation.lengths=[32, 64]"

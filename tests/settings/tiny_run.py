@@ -152,7 +152,8 @@ def take_notes(patch: pytest.MonkeyPatch, run: TinyRun) -> None:
         def copy(of: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
             return {n: of(p).detach().clone() for n, p in self.student.trained.items()}
 
-        before, gradients = copy(lambda p: p), copy(lambda p: p.grad)
+        before = copy(lambda p: p)
+        gradients = {n: g.detach().clone() for n, g in self.masters.local_gradients()}
         result = update(self, sums, counts, number)
         deterministic = torch.are_deterministic_algorithms_enabled()
         after = copy(lambda p: p)

@@ -45,7 +45,9 @@ def make_config(settings: dict[str, object]) -> Config:
 
 
 def make_distiller(config: Config, spec: ModelSpec, mesh: Mesh) -> Distiller:
-    """Return teacher, scaled student and optimizer on random weights.
+    """Return teacher (if the objective needs one), scaled student and optimizer.
+
+    The weights are random.
 
     Args:
         spec: the teacher, whose window is the native window.
@@ -65,7 +67,8 @@ def make_distiller(config: Config, spec: ModelSpec, mesh: Mesh) -> Distiller:
         partial(is_reached, streams=config.all_streams(), num_layers=spec.num_layers),
         config.run.seed,
     )
-    return Distiller(teacher, student, config, mesh)
+    needs_teacher = any(s.objective.needs_teacher for s in config.all_streams().values())
+    return Distiller(teacher if needs_teacher else None, student, config, mesh)
 
 
 def random_batches(config: Config, spec: ModelSpec, mesh: Mesh) -> dict[str, list[Batch]]:

@@ -32,6 +32,13 @@ from megalard import cli
 from tools import command_line
 from tools.bench.shapes import add_shape
 
+# The settings of each choice of --optimizer.
+OPTIMIZERS = {
+    "whole": {"parallel.shard_optimizer": False},
+    "divided": {},
+    "offloaded": {"parallel.offload_optimizer": True},
+}
+
 if TYPE_CHECKING:
     from megalard.parallel.mesh import Mesh
     from tools.bench.timing import MatrixProduct
@@ -81,6 +88,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="weight of the relation Q Kᵀ, next to the relations of q, k and v",
     )
     parser.add_argument(
+        "--train",
+        choices=("lora", "all"),
+        default="lora",
+        help="train LoRA pairs against the teacher, or all weights to predict the next token, "
+        "without a teacher",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=tuple(OPTIMIZERS),
+        nargs="+",
+        default=["divided"],
+        help="where the optimizer's state is: whole on every GPU, divided over the GPUs that hold "
+        "the same weights, or divided and in host memory; each is measured",
+    )
+    parser.add_argument(
+        "--gradient-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype in which divided gradients are exchanged and summed",
+    )
+    parser.add_argument(
         "--offload",
         action="store_true",
         help="keep the tensors that the backward pass needs in host memory",
@@ -124,8 +152,12 @@ def run(options: argparse.Namespace) -> None:
     product = measure_matrix_product(mesh.device, getattr(torch, options.dtype))
     report, results = StepReport(options, mesh, product, environment), []
     settings = command_line.CHECKPOINTING[options.activation_checkpointing]
-    for tokens, checkpointing in itertools.product(options.tokens, settings):
-        result = measure(options, tokens, checkpointing, mesh, product)
+    for tokens, checkpointing, optimizer in itertools.product(
+        options.tokens, settings, options.optimizer
+    ):
+        keys = {"parallel.activation_checkpointing": checkpointing, **OPTIMIZERS[optimizer]}
+        result = measure(options, tokens, keys, mesh, product)
+        result |= {"activation_checkpointing": checkpointing, "optimizer": optimizer}
         results.append(result)
         if mesh.is_rank_0:
             report.add(result)
@@ -153,13 +185,15 @@ class StepReport:
         print_environment(environment)
         print(f"reference: {product}")
         print(
-            f"{options.shape}, blocks per micro-batch: {options.micro_batch}, LoRA rank: "
-            f"{options.lora_rank}, {options.dtype}, dp {mesh.dp.size} x cp {mesh.cp.size} x "
-            f"tp {mesh.tp.size}{', saved tensors in host memory' if options.offload else ''}\n"
+            f"{options.shape}, blocks per micro-batch: {options.micro_batch}, trained: "
+            f"{f'LoRA of rank {options.lora_rank}' if options.train == 'lora' else 'all weights'}, "
+            f"{options.dtype}, dp {mesh.dp.size} x cp {mesh.cp.size} x tp {mesh.tp.size}"
+            f"{', saved tensors in host memory' if options.offload else ''}\n"
         )
         self._table = Table(
             "tokens",
             "checkpointing",
+            "optimizer",
             "fwd + bwd, s",
             ("range, s", 13),
             "update, s",
@@ -177,6 +211,7 @@ class StepReport:
         self._table.row(
             f"{result['tokens']:,}",
             "yes" if result["activation_checkpointing"] else "no",
+            result["optimizer"],
             f"{passes['median']:.3f}",
             f"{passes['shortest']:.3f}-{passes['longest']:.3f}",
             f"{result['update_seconds']['median']:.3f}",

@@ -20,11 +20,18 @@ from tools.bench.timing import MatrixProduct, Seconds, Stopwatch
 # The number of tokens with which the paper restores LLaMA2-7B (LinearARD, arXiv 2604.00004).
 _RECIPE_TOKENS, _RECIPE_SHAPE = 4_250_000, "llama2-7b"
 
+# The settings of --train all.
+_ALL_WEIGHTS = {
+    "trainable.mode": "all",
+    "objective.relations": "{q: 0, k: 0, v: 0, qk: 0}",
+    "objective.language_modelling": 1,
+}
+
 
 def measure(
     options: argparse.Namespace,
     tokens: int,
-    activation_checkpointing: bool,
+    settings: dict[str, object],
     mesh: Mesh,
     product: MatrixProduct,
 ) -> dict:
@@ -33,6 +40,7 @@ def measure(
     Args:
         options: the options of ``tools.bench.step``.
         tokens: the length of a block.
+        settings: further keys of the configuration.
         product: the reference.
 
     Returns:
@@ -50,9 +58,11 @@ def measure(
             "optimizer.micro_batch": options.micro_batch,
             "parallel.tp": options.tp,
             "parallel.cp": options.cp,
-            "parallel.activation_checkpointing": activation_checkpointing,
             "parallel.offload": options.offload,
+            "parallel.gradient_dtype": options.gradient_dtype,
             "run.device": options.device,
+            **(_ALL_WEIGHTS if options.train == "all" else {}),
+            **settings,
         }
     )
     gc.collect()
@@ -67,14 +77,13 @@ def measure(
     rate = config.tokens_per_step / (passes.median + updates.median)
     result = {
         "tokens": tokens,
-        "activation_checkpointing": activation_checkpointing,
         "forward_backward_seconds": asdict(passes),
         "update_seconds": asdict(updates),
         "tokens_per_second": rate,
         "of_product": flops_per_rank / passes.median / product.flops,
         **memory_gib(mesh.device),
     }
-    if options.shape == _RECIPE_SHAPE:
+    if options.shape == _RECIPE_SHAPE and options.train == "lora":
         result |= {"recipe_tokens": _RECIPE_TOKENS, "recipe_minutes": _RECIPE_TOKENS / rate / 60}
     trace = trace_step(lambda: distiller.step(batches, 0), mesh.device)
     result["trace"] = asdict(replace(trace, kernels=trace.kernels[: options.longest_kernels]))
