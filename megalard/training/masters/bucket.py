@@ -49,6 +49,10 @@ class Part:
         """The number of elements of one row of the parameter."""
         return math.prod(self.shape[1:])
 
+    def has_padding(self, ranks: int) -> bool:
+        """Whether some rank's part is shorter than the others."""
+        return math.prod(self.shape) < ranks * self.length
+
     def shape_on(self, rank: int) -> tuple[int, ...]:
         """Return the shape of a rank's part, without padding."""
         rows = self.length // self.row_elements
@@ -130,8 +134,10 @@ class Bucket:
         Returns:
             The sum of this rank's gradients, an fp32 scalar, which is finite if all of them are.
         """
-        packed = self.gradient.new_zeros(self.axis.size, self.gradient.numel())
+        packed = self.gradient.new_empty(self.axis.size, self.gradient.numel())
         for part, parameter in zip(self.parts, self.parameters, strict=True):
+            if parameter.grad is None or part.has_padding(self.axis.size):
+                packed[:, part.start : part.start + part.length] = 0
             if parameter.grad is not None:
                 for target, source in part.pairs(packed, parameter.grad):
                     target.copy_(source)
