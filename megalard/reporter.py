@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from megalard.errors import printable
 
 
@@ -25,8 +23,3 @@ class Reporter:
     def warning(self, text: str) -> None:
         """Print one line about something that works but may not be intended."""
         self.line(f"warning: {text}")
-
-    def error(self, text: str) -> None:
-        """Print one line about a failure, on stderr."""
-        if self.is_rank_0:
-            print(f"megalard: error: {printable(text)}", file=sys.stderr, flush=True)

@@ -225,7 +225,7 @@ class Text:
         assert self._content is not None
         return self._content
 
-    def is_known_as(self, content: str, files: str) -> bool:
+    def has_fingerprint(self, content: str, files: str) -> bool:
         """Whether recorded identities are of this text, even if its files have moved since."""
         return files == self.files or content == self.content
 

@@ -195,7 +195,7 @@ class TokenStore:
         Raises:
             UserError: the fingerprints or the eos ids differ.
         """
-        if not tokenizer.is_known_as(self.tokenizer_fingerprint):
+        if not tokenizer.has_fingerprint(self.tokenizer_fingerprint):
             raise UserError(
                 f"token store {self.path} was made with the tokenizer of fingerprint "
                 f"{self.tokenizer_fingerprint[:12]} but the model's is "

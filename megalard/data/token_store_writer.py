@@ -234,10 +234,10 @@ def _open_same(
             f"{output} is not empty and is not a token store: choose another output directory"
         )
     store = TokenStore.open(output)
-    is_same = tokenizer.is_known_as(store.tokenizer_fingerprint)
+    is_same = tokenizer.has_fingerprint(store.tokenizer_fingerprint)
     if not is_same or store.eos_id != tokenizer.eos_id:
         difference = "with another tokenizer"
-    elif not text.is_known_as(store.sources_fingerprint, store.source_files):
+    elif not text.has_fingerprint(store.sources_fingerprint, store.source_files):
         difference = "from other text, or the text has changed since"
     else:
         store.check_boundaries(boundaries)

@@ -57,7 +57,7 @@ class Tokenizer:
     chat_template: str | None = field(default=None, repr=False)
     render_chat: Callable[[list[dict]], str] | None = None
 
-    def is_known_as(self, fingerprint: str) -> bool:
+    def has_fingerprint(self, fingerprint: str) -> bool:
         """Whether a recorded fingerprint is of this tokenizer."""
         return fingerprint in (self.fingerprint, self.file_fingerprint)
 

@@ -33,7 +33,7 @@ class LayerState:
 
 
 @dataclass
-class Pair:
+class LayerPair:
     """One layer of both models.
 
     Attributes:
@@ -54,7 +54,7 @@ def lockstep(
     reach: Reach,
     keep_attention_output: bool,
     activation_checkpointing: bool,
-) -> Iterator[Pair]:
+) -> Iterator[LayerPair]:
     """Run both models, or the student alone, and yield the tensors of each layer.
 
     The teacher's tensors are freed when the consumer drops the pair.
@@ -104,7 +104,7 @@ def lockstep(
             else:
                 student_state = _run(*arguments)
         x_s = student_state.residual
-        yield Pair(layer, student_state, teacher_state)
+        yield LayerPair(layer, student_state, teacher_state)
         del student_state, teacher_state
 
 

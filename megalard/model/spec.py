@@ -173,7 +173,7 @@ def _check_keys(family: Family, read: PretrainedConfig, config: dict, where: str
             _check_value(family, key, section.get(key), value, where)
     # A key of the class that is in none of the family's sets is accepted with its default only.
     for name, class_field in type(read).__dataclass_fields__.items():
-        if name in config and not family.knows(name):
+        if name in config and not family.lists(name):
             _check_value(family, name, config[name], class_field.default, where)
 
 

@@ -26,7 +26,7 @@ class Documents:
         """Yield the documents."""
         yield from self._documents() if callable(self._documents) else self._documents
 
-    def is_known_as(self, content: str, files: str) -> bool:
+    def has_fingerprint(self, content: str, files: str) -> bool:
         """Whether recorded identities are of this text."""
         return content == self.content
 

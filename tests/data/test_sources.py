@@ -94,10 +94,10 @@ def test_a_text_is_identified_by_its_files_and_by_its_documents(tmp_path):
     moved = tmp_path / "moved" / "b.jsonl"
     moved.write_text('{"text": "one"}\n')
     assert Text([moved]).content == text.content and Text([moved]).files != text.files
-    assert Text([moved]).is_known_as(text.content, text.files)
-    assert Text([file]).is_known_as("another", text.files)
+    assert Text([moved]).has_fingerprint(text.content, text.files)
+    assert Text([file]).has_fingerprint("another", text.files)
     file.write_text("other")
-    assert not Text([file]).is_known_as(text.content, text.files)
+    assert not Text([file]).has_fingerprint(text.content, text.files)
 
 
 def test_documents_are_identified_with_their_borders(tmp_path):

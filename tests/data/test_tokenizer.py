@@ -109,8 +109,10 @@ def test_the_fingerprint_is_of_what_determines_the_ids(tmp_path):
     assert second.starts_with == () != first.starts_with
     assert second.file_fingerprint != first.file_fingerprint
     assert second.fingerprint == first.fingerprint
-    assert second.is_known_as(first.fingerprint) and second.is_known_as(second.file_fingerprint)
-    assert not second.is_known_as(first.file_fingerprint)
+    assert second.has_fingerprint(first.fingerprint) and second.has_fingerprint(
+        second.file_fingerprint
+    )
+    assert not second.has_fingerprint(first.file_fingerprint)
 
     edit(folder, lambda content: content["model"]["merges"].pop())
     assert load_tokenizer(folder).fingerprint != first.fingerprint

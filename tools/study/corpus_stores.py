@@ -47,7 +47,7 @@ class GivenDocuments:
         """Yield the documents."""
         yield from self._documents
 
-    def is_known_as(self, content: str, files: str) -> bool:
+    def has_fingerprint(self, content: str, files: str) -> bool:
         """Whether a recorded identity is the identity of these documents."""
         return content == self.content
 

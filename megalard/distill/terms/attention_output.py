@@ -6,7 +6,7 @@ import torch
 
 from megalard.config.objective import ObjectiveConfig
 from megalard.distill.forward_gradient import with_autograd_now
-from megalard.distill.lockstep import Pair
+from megalard.distill.lockstep import LayerPair
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.term import Term, TermInputs, TermSum, compared_layers
 from megalard.model.decoder import Decoder
@@ -32,7 +32,7 @@ class AttentionOutput(Term):
             return None
         return Reach(compared_layers(objective, num_layers)[-1], LayerDepth.ATTENTION)
 
-    def on_layer(self, pair: Pair, inputs: TermInputs) -> TermSum | None:
+    def on_layer(self, pair: LayerPair, inputs: TermInputs) -> TermSum | None:
         if pair.layer not in self._layers:
             return None
         total = relative_error_sum(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from megalard.config.objective import ObjectiveConfig
 from megalard.distill.forward_gradient import with_autograd_now
-from megalard.distill.lockstep import Pair
+from megalard.distill.lockstep import LayerPair
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.term import Term, TermInputs, TermSum
 from megalard.errors import UserError
@@ -29,7 +29,7 @@ class HiddenCosine(Term):
         state = hidden_states(objective, num_layers)[-1]
         return Reach(state - 1, LayerDepth.WHOLE, norm=state == num_layers)
 
-    def on_layer(self, pair: Pair, inputs: TermInputs) -> TermSum | None:
+    def on_layer(self, pair: LayerPair, inputs: TermInputs) -> TermSum | None:
         state = pair.layer + 1
         if state not in self._states:
             return None

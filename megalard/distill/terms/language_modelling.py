@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megalard.config.objective import ObjectiveConfig
 from megalard.data.batch import Batch
 from megalard.distill.reach import LayerDepth, Reach
-from megalard.distill.terms.chunks import sum_of_chunks
+from megalard.distill.terms.row_slices import sum_of_row_slices
 from megalard.distill.terms.term import Term, TermInputs, TermSum
 from megalard.model.decoder import Decoder
 from megalard.parallel.ops import tensor_axis
@@ -51,9 +51,9 @@ def cross_entropy_sum(
     axis, first_id = tensor_axis(student), student.first_vocab_row
     hidden = student.ops.gather(student.model.norm(student_x))
 
-    def chunk_sum(h, target, weight):
+    def slice_sum(h, target, weight):
         logits = F.linear(h, weight.to(h.dtype)).float()
         loss = cross_entropy(logits, target.clamp(min=0), first_id, axis)
         return (loss * (target >= 0)).sum()
 
-    return sum_of_chunks(chunk_sum, (hidden, target_bs.flatten()), (student.head_weight,))
+    return sum_of_row_slices(slice_sum, (hidden, target_bs.flatten()), (student.head_weight,))

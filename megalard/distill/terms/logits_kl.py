@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megalard.config.objective import ObjectiveConfig
 from megalard.data.batch import Batch
 from megalard.distill.reach import LayerDepth, Reach
-from megalard.distill.terms.chunks import sum_of_chunks
+from megalard.distill.terms.row_slices import sum_of_row_slices
 from megalard.distill.terms.term import Term, TermInputs, TermSum
 from megalard.model.decoder import Decoder
 from megalard.parallel.ops import tensor_axis
@@ -91,7 +91,7 @@ def logits_kl_sum(
     with torch.no_grad():
         teacher_h = teacher.ops.gather(teacher.model.norm(teacher_x)).index_select(0, index)
 
-    def chunk_sum(h_s, h_t, weight_s, weight_t):
+    def slice_sum(h_s, h_t, weight_s, weight_t):
         logits_s = F.linear(h_s, weight_s.to(h_s.dtype)).float()
         logits_t = F.linear(h_t, weight_t.to(h_t.dtype)).float()
         if temperature != 1:
@@ -99,4 +99,4 @@ def logits_kl_sum(
         return kl_divergence(logits_s, logits_t, axis).sum()
 
     weights = student.head_weight, teacher.head_weight
-    return sum_of_chunks(chunk_sum, (student_h, teacher_h), weights)
+    return sum_of_row_slices(slice_sum, (student_h, teacher_h), weights)

@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 from megalard.config.objective import RELATIONS, ObjectiveConfig
 from megalard.distill.forward_gradient import with_forward_gradient
-from megalard.distill.lockstep import Pair
+from megalard.distill.lockstep import LayerPair
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.sharded_relations import Operand, RelationPlan, relation_sums
 from megalard.distill.terms.term import Term, TermInputs, TermSum, compared_layers
@@ -49,7 +49,7 @@ class Relations(Term):
         operands = frozenset(kind for name in relations for kind in RELATIONS[name].operands)
         return Reach(compared_layers(objective, num_layers)[-1], LayerDepth.QKV, operands)
 
-    def on_layer(self, pair: Pair, inputs: TermInputs) -> TermSum | None:
+    def on_layer(self, pair: LayerPair, inputs: TermInputs) -> TermSum | None:
         if pair.layer not in self._layers:
             return None
         with record_function("relations"):

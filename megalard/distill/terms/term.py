@@ -10,7 +10,7 @@ import torch
 
 from megalard.config.objective import ObjectiveConfig
 from megalard.data.batch import Batch
-from megalard.distill.lockstep import Pair
+from megalard.distill.lockstep import LayerPair
 from megalard.distill.reach import Reach
 from megalard.distill.terms.sharded_relations import RelationPlan
 from megalard.errors import UserError
@@ -101,7 +101,7 @@ class Term(ABC):
         """Return what this rank adds to the term's count: a number, or a scalar on the device."""
         return float(batch.valid_tokens)
 
-    def on_layer(self, pair: Pair, inputs: TermInputs) -> TermSum | None:
+    def on_layer(self, pair: LayerPair, inputs: TermInputs) -> TermSum | None:
         """Return the term's sum over one layer; None if it does not read the layer."""
         return None
 

@@ -44,5 +44,5 @@ def reason_to_refuse(model_type: str) -> str:
         return "it is a mixture of experts"
     prefixes = [prefix for prefix in REFUSED if model_type.startswith(prefix)]
     if not prefixes:
-        return "this decoder does not know its layers"
+        return "megalard has no decoder for its layers"
     return REFUSED[max(prefixes, key=len)]

@@ -162,7 +162,7 @@ class Family:
         values = {**REQUIRED, **self.required}
         return {key: value for key, value in values.items() if not self.reads(key)}
 
-    def knows(self, key: str) -> bool:
+    def lists(self, key: str) -> bool:
         """Whether a key is in one of the three sets."""
         return self.reads(key) or self.has_no_effect(key) or key in self.required_values()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalard.config.objective import ObjectiveConfig
-from megalard.distill.lockstep import LayerState, Pair
+from megalard.distill.lockstep import LayerState, LayerPair
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.attention_output import AttentionOutput, relative_error_sum
 from megalard.distill.terms.term import TermInputs
@@ -55,8 +55,8 @@ def test_the_term_is_the_mean_over_compared_layers_and_heads(decoders, batch):
     assert term.weights == {"context": 0.6} and term.needs_attention_output
     teacher_out, student_out = outputs()
     pair = [LayerState(None, x, None) for x in (student_out, teacher_out)]
-    assert term.on_layer(Pair(1, *pair), inputs) is None
-    total = term.on_layer(Pair(2, *pair), inputs)
+    assert term.on_layer(LayerPair(1, *pair), inputs) is None
+    total = term.on_layer(LayerPair(2, *pair), inputs)
     expected = float(plain(student_out, teacher_out, batch.valid_bs())) / (2 * 4)
     assert total.parts.tolist() == pytest.approx([expected], rel=1e-5)
     assert float(total.loss) == pytest.approx(0.6 * expected, rel=1e-5)

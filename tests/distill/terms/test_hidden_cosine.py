@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalard.config.objective import ObjectiveConfig
-from megalard.distill.lockstep import LayerState, Pair
+from megalard.distill.lockstep import LayerState, LayerPair
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.hidden_cosine import HiddenCosine, cosine_distance_sum, hidden_states
 from megalard.distill.terms.term import TermInputs
@@ -64,7 +64,7 @@ def test_the_last_state_is_compared_after_the_final_norm(decoders, hidden, batch
     valid = torch.zeros(24, dtype=torch.bool)
     valid[:12] = valid[14:21] = True
     first, second, last = (
-        term.on_layer(Pair(layer, student_state, teacher_state), inputs) for layer in range(3)
+        term.on_layer(LayerPair(layer, student_state, teacher_state), inputs) for layer in range(3)
     )
     assert second is None
     expected = float(plain(hidden[1], hidden[0], valid))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megalard.config.objective import ObjectiveConfig, RelationWeights
-from megalard.distill.lockstep import LayerState, Pair
+from megalard.distill.lockstep import LayerState, LayerPair
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.relations import Relations
 from megalard.distill.terms.term import TermInputs
@@ -56,8 +56,8 @@ def test_the_sum_and_its_gradients_are_those_of_dense_scores(decoders, batch):
     teacher = vectors(0)
     ours, plain = ({k: x.requires_grad_() for k, x in vectors(1).items()} for _ in range(2))
     states = [LayerState(Qkv(**x), None, None) for x in (ours, teacher)]
-    assert term.on_layer(Pair(2, *states), inputs) is None
-    total = term.on_layer(Pair(1, *states), inputs)
+    assert term.on_layer(LayerPair(2, *states), inputs) is None
+    total = term.on_layer(LayerPair(1, *states), inputs)
     # The mean over the two compared layers.
     means = {name: dense_mean(name, plain, teacher) / 2 for name in WEIGHTS}
     expected = sum(WEIGHTS[name] * mean for name, mean in means.items())
@@ -76,7 +76,7 @@ def test_kv_heads_that_several_ranks_hold_count_once(decoders, batch):
     states = [LayerState(Qkv(**vectors(seed)), None, None) for seed in (1, 0)]
     inputs = TermInputs(*decoders, batch)
     one, two = (
-        Relations(objective, decoders[1], replicas).on_layer(Pair(0, *states), inputs).parts
+        Relations(objective, decoders[1], replicas).on_layer(LayerPair(0, *states), inputs).parts
         for replicas in (1, 2)
     )
     torch.testing.assert_close(two, one * torch.tensor([1.0, 0.5, 0.5]))

@@ -49,7 +49,7 @@ SPARSE = {
         ("falcon", "in parallel, with fused projections"),
         ("stablelm", "its norms are layer norms"),
         ("gpt2", "does not use rotary half-split RoPE"),
-        ("invented", "this decoder does not know its layers"),
+        ("invented", "megalard has no decoder for its layers"),
     ],
 )
 def test_unsupported_families_are_refused_by_name(family, reason):

@@ -36,7 +36,7 @@ def test_a_key_is_in_one_set(key, kind):
     assert FAMILY.reads(key) == (kind == "read")
     assert FAMILY.has_no_effect(key) == (kind == "without effect")
     assert (key in FAMILY.required_values()) == (kind == "required")
-    assert FAMILY.knows(key) == (kind != "unknown")
+    assert FAMILY.lists(key) == (kind != "unknown")
 
 
 def test_windows_are_read_off_layer_types():

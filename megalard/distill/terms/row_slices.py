@@ -9,33 +9,33 @@ import torch
 _ROWS = 1024
 
 
-def sum_of_chunks(
-    chunk_sum: Callable[..., torch.Tensor],
+def sum_of_row_slices(
+    slice_sum: Callable[..., torch.Tensor],
     row_tensors: tuple[torch.Tensor, ...],
     weights: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
-    """Return Σ over chunks of rows of ``chunk_sum(*rows of row_tensors, *weights)``.
+    """Return Σ over slices of rows of ``slice_sum(*rows of row_tensors, *weights)``.
 
-    The backward pass computes each chunk again, so that its logits are not kept. It sums the
-    gradients of the weights over chunks in fp32, whatever the dtype of the weights.
+    The backward pass computes each slice again, so that its logits are not kept. It sums the
+    gradients of the weights over slices in fp32, whatever the dtype of the weights.
 
     Args:
-        chunk_sum: returns a scalar.
+        slice_sum: returns a scalar.
         row_tensors: tensors with the same number of rows.
-        weights: tensors that every chunk needs in full.
+        weights: tensors that every slice needs in full.
     """
-    return _SumOfChunks.apply(chunk_sum, len(row_tensors), *row_tensors, *weights)
+    return _SumOfRowSlices.apply(slice_sum, len(row_tensors), *row_tensors, *weights)
 
 
-class _SumOfChunks(torch.autograd.Function):
+class _SumOfRowSlices(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chunk_sum, num_row_tensors, *tensors):
-        ctx.chunk_sum, ctx.num_row_tensors = chunk_sum, num_row_tensors
+    def forward(ctx, slice_sum, num_row_tensors, *tensors):
+        ctx.slice_sum, ctx.num_row_tensors = slice_sum, num_row_tensors
         ctx.save_for_backward(*tensors)
         row_tensors, weights = tensors[:num_row_tensors], tensors[num_row_tensors:]
         total = row_tensors[0].new_zeros((), dtype=torch.float32)
         for rows in zip(*(x.split(_ROWS) for x in row_tensors), strict=True):
-            total = total + chunk_sum(*rows, *weights)
+            total = total + slice_sum(*rows, *weights)
         return total
 
     @staticmethod
@@ -53,9 +53,9 @@ class _SumOfChunks(torch.autograd.Function):
                 for i, (x, needed) in enumerate(zip(tensors, needs, strict=True))
             ]
             with torch.enable_grad():
-                chunk = ctx.chunk_sum(*inputs)
+                value = ctx.slice_sum(*inputs)
             wanted = [i for i, needed in enumerate(needs) if needed]
-            parts = torch.autograd.grad(chunk, [inputs[i] for i in wanted], grad, allow_unused=True)
+            parts = torch.autograd.grad(value, [inputs[i] for i in wanted], grad, allow_unused=True)
             for i, part in zip(wanted, parts, strict=True):
                 if part is None:  # a teacher's tensor, which the loss is constant in
                     continue

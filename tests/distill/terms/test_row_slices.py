@@ -1,4 +1,4 @@
-"""Sums in chunks of rows: the same value and gradient, and few rows of logits at a time."""
+"""Sums in slices of rows: the same value and gradient, and few rows of logits at a time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalard.distill.terms import chunks
-from megalard.distill.terms.chunks import sum_of_chunks
+from megalard.distill.terms import row_slices
+from megalard.distill.terms.row_slices import sum_of_row_slices
 from megalard.distill.terms.language_modelling import cross_entropy_sum
 from megalard.distill.terms.logits_kl import logits_kl_sum
 from tests.logits import load
@@ -19,26 +19,26 @@ ROWS, TOKENS = 5, 23
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
     """A decoder whose head is trained."""
-    decoder = load(make_model("llama", tmp_path_factory.mktemp("chunks") / "model"))
+    decoder = load(make_model("llama", tmp_path_factory.mktemp("slices") / "model"))
     decoder.head_weight.requires_grad_()
     return decoder
 
 
-def test_a_sum_of_chunks_is_the_sum_over_all_rows(monkeypatch):
-    monkeypatch.setattr(chunks, "_ROWS", 4)
+def test_a_sum_of_row_slices_is_the_sum_over_all_rows(monkeypatch):
+    monkeypatch.setattr(row_slices, "_ROWS", 4)
     torch.manual_seed(0)
     x, target, weight = torch.randn(11, 3), torch.randn(11), torch.randn(3)
     sizes = []
 
-    def chunk_sum(x, target, weight):
+    def slice_sum(x, target, weight):
         sizes.append(len(x))
         return ((x @ weight - target) ** 2).sum()
 
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    total = sum_of_chunks(chunk_sum, (leaves[0], target), (leaves[1],))
+    total = sum_of_row_slices(slice_sum, (leaves[0], target), (leaves[1],))
     assert sizes == [4, 4, 3]
     total.backward()
-    assert sizes == [4, 4, 3, 3, 4, 4], "the backward pass computes each chunk again"
+    assert sizes == [4, 4, 3, 3, 4, 4], "the backward pass computes each slice again"
     plain = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     expected = ((plain[0] @ plain[1] - target) ** 2).sum()
     expected.backward()
@@ -48,7 +48,7 @@ def test_a_sum_of_chunks_is_the_sum_over_all_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "kl"])
-def test_no_more_rows_of_logits_than_a_chunk_exist_at_once(loss, decoder, monkeypatch):
+def test_no_more_rows_of_logits_than_a_slice_exist_at_once(loss, decoder, monkeypatch):
     torch.manual_seed(0)
     hidden, teacher_hidden = torch.randn(2, TOKENS, 32)
     target = torch.randint(-1, 67, (1, TOKENS))
@@ -61,7 +61,7 @@ def test_no_more_rows_of_logits_than_a_chunk_exist_at_once(loss, decoder, monkey
     monkeypatch.setattr(F, "linear", noting_linear)
     results = []
     for rows in (1024, ROWS):
-        monkeypatch.setattr(chunks, "_ROWS", rows)
+        monkeypatch.setattr(row_slices, "_ROWS", rows)
         rows_of_products.clear()
         leaf = hidden.clone().requires_grad_()
         decoder.head_weight.grad = None
@@ -73,6 +73,6 @@ def test_no_more_rows_of_logits_than_a_chunk_exist_at_once(loss, decoder, monkey
         total.backward()
         results.append((total.detach(), leaf.grad, decoder.head_weight.grad))
         assert max(rows_of_products) <= rows
-    for complete, chunked in zip(*results, strict=True):
+    for complete, sliced in zip(*results, strict=True):
         # A sum of 23 terms in another order.
-        torch.testing.assert_close(chunked, complete, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(sliced, complete, rtol=1e-5, atol=1e-6)
