@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalard.config.objective import ObjectiveConfig
-from megalard.distill.lockstep import LayerState, LayerPair
+from megalard.distill.lockstep import LayerPair, LayerState
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.attention_output import AttentionOutput, relative_error_sum
 from megalard.distill.terms.term import TermInputs

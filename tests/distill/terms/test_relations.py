@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megalard.config.objective import ObjectiveConfig, RelationWeights
-from megalard.distill.lockstep import LayerState, LayerPair
+from megalard.distill.lockstep import LayerPair, LayerState
 from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.relations import Relations
 from megalard.distill.terms.term import TermInputs

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from megalard.distill.terms import row_slices
-from megalard.distill.terms.row_slices import sum_of_row_slices
 from megalard.distill.terms.language_modelling import cross_entropy_sum
 from megalard.distill.terms.logits_kl import logits_kl_sum
+from megalard.distill.terms.row_slices import sum_of_row_slices
 from tests.logits import load
 from tests.models import make_model
 
