@@ -18,9 +18,11 @@
 #   --verbose               also print torchrun's own messages
 #   --preflight             check everything, take two steps, report, and exit without writing
 #
-# Several nodes: run the same command on each, with model, data and output on a shared disk.
+# Several nodes: run the same command on each, with model, data and output on a shared disk. In a
+# TrainJob of Kubeflow, a task of SkyPilot and a step of srun these options and --gpus come from the
+# variables of the scheduler (launch/cluster.sh).
 #
-#   --nodes N               how many nodes (default: 1)
+#   --nodes N               how many nodes (default: the scheduler's, or 1)
 #   --rendezvous HOST:PORT  one of the nodes, and a port that is free there
 #   --node-rank R           0 on HOST, and another number on each other node; needed only if HOST
 #                           does not recognize this name as its own
@@ -37,8 +39,8 @@ fail() {
     exit 2
 }
 
-model='' data='' output='' config='' tp='' cp='' gpus='' nodes=1 rendezvous='' node_rank='' address=''
-id=megalard restarts=0 preflight='' verbose=''
+model='' data='' output='' config='' tp='' cp='' gpus='' nodes='' rendezvous='' node_rank='' address=''
+id='' restarts=0 preflight='' verbose=''
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '2,/^set -/{s/^# \{0,1\}//p}' "$0"; exit 0 ;;
@@ -93,6 +95,7 @@ fi
 if [ -n "$config" ] && [ ! -f "$config" ] && [[ $config = */* || $config = *.yaml ]]; then
     fail "--config $config is not a file"
 fi
+source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 if [ "$nodes" -gt 1 ]; then
     [ -n "$rendezvous" ] || fail "--nodes $nodes needs --rendezvous HOST:PORT"
     [[ $rendezvous =~ ^.+:[0-9]+$ ]] || fail "--rendezvous must be HOST:PORT, not '$rendezvous'"
