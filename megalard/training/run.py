@@ -17,7 +17,7 @@ from megalard.parallel.mesh import Mesh
 from megalard.reporter import Reporter
 from megalard.training.evaluator import Evaluator
 from megalard.training.export import save_student
-from megalard.training.flops import peak_flops, step_flops
+from megalard.estimate.flops import peak_flops, step_flops
 from megalard.training.holdout import split_holdout
 from megalard.training.models import load_models, load_teacher, next_student, student_to_restore
 from megalard.training.monitor import Monitor, Pace

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint
 
-_ROWS = 1024
+ROWS = 1024
 
 
 def sum_of_chunks(
@@ -25,7 +25,7 @@ def sum_of_chunks(
         weights: tensors that every chunk needs in full.
     """
     total = row_tensors[0].new_zeros((), dtype=torch.float32)
-    for rows in zip(*(x.split(_ROWS) for x in row_tensors), strict=True):
+    for rows in zip(*(x.split(ROWS) for x in row_tensors), strict=True):
         total = total + checkpoint(
             chunk_sum, *rows, *weights, use_reentrant=False, preserve_rng_state=False
         )

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from megalard.model.spec import read_spec
-from megalard.training.flops import peak_flops, step_flops, stream_flops
+from megalard.estimate.flops import peak_flops, step_flops, stream_flops
 from tests.config.loading import load
 from tests.models import make_model
 
