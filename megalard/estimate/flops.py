@@ -71,7 +71,7 @@ def flops_by_kind(stream: StreamConfig, trainable: TrainableConfig, spec: ModelS
     # The input of the first layer needs no gradient unless the embedding is trained.
     untrained_input = 0 if trainable.mode == "all" else qkv
     models = 2 if objective.needs_teacher else 1
-    products = 2 * tokens * (models * weights + weights - untrained_input)
+    products = 2.0 * tokens * (models * weights + weights - untrained_input)
     products += _trained_products(trainable, spec, qkv_layers, whole_layers, weights) * tokens
     relation_products = 0.0
     for name in objective.active_relations():

@@ -1,9 +1,9 @@
 """The GPUs that estimates know: their memory, and the rates that were measured or are assumed.
 
-Rates in FLOP/s and bytes per second. The rates of the H100 are from docs/figures/relation.json (the
-relation and cuDNN's attention, by head_dim and length) and docs/figures/step.json (products, and
-what pointwise kernels and the optimizer reach). Those of other GPUs are the H100's, in proportion to
-the data sheets.
+Rates are in FLOP/s and bytes per second. The rates of the H100 are from docs/figures/relation.json
+(the relation and cuDNN's attention, by head_dim and length) and docs/figures/step.json (products,
+and what pointwise kernels and the optimizer reach). Those of other GPUs are the H100's, in
+proportion to the data sheets.
 """
 
 from __future__ import annotations
@@ -184,11 +184,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """Return the entry of the table for a device, with the memory that torch reports."""
+    """Return the entry of the table for a device; None if there is none."""
     if device.type != "cuda":
         return None
-    gpu = _named(torch.cuda.get_device_name(device))
-    return gpu
+    return _named(torch.cuda.get_device_name(device))
 
 
 def parse_gpus(text: str, memory: float | None, tflops: float | None) -> tuple[int, Gpu]:
@@ -202,7 +201,7 @@ def parse_gpus(text: str, memory: float | None, tflops: float | None) -> tuple[i
         UserError: the text has no number or no name, or the table does not have the GPU and memory
             or rate are missing.
     """
-    match = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]?\s*)?(\S.*?)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(?:(\d+)\s*[x\u00d7*]?\s*)?(\S.*?)\s*", text, re.IGNORECASE)
     if match is None or not 1 <= (count := int(match[1] or 1)) <= 2**16:
         raise UserError(
             f"--gpus {shown(text)} is not a number and a type of GPUs: give for example "
@@ -216,12 +215,17 @@ def parse_gpus(text: str, memory: float | None, tflops: float | None) -> tuple[i
             "--gpu-tflops N, its dense bf16 TFLOP/s"
         )
     if gpu is None:
-        h100 = _named("H100")
-        assert h100 is not None and memory is not None and tflops is not None
+        assert tflops is not None
+        (h100,) = (gpu for gpu in GPUS if gpu.name == "H100")
         scale = tflops * 1e12 / h100.peak
-        gpu = Gpu(name, 0.0, 0.0, h100.bandwidth * scale, 1.0, False, h100.node_exchange * scale)
+        gpu = replace(
+            h100,
+            name=name,
+            bandwidth=h100.bandwidth * scale,
+            node_exchange=h100.node_exchange * scale,
+        )
     size = re.search(r"(\d+)\s*G(?:i?B)?\b", name, re.IGNORECASE)
-    if memory is None and size is not None and abs(float(size[1]) - gpu.memory / 1e9) > 8:
+    if memory is None and size is not None and not _is_about(float(size[1]), gpu.memory):
         raise UserError(
             f"--gpus {shown(text)}: the {gpu.name} of the table has {gpu.memory / GIB:.1f} GiB: "
             "give --gpu-memory GIB if yours has another size"
@@ -229,19 +233,20 @@ def parse_gpus(text: str, memory: float | None, tflops: float | None) -> tuple[i
     if memory is not None:
         gpu = replace(gpu, memory=memory * GIB)
     if tflops is not None:
-        scale = tflops * 1e12 / _peak_of_h100()
+        (h100,) = (gpu for gpu in GPUS if gpu.name == "H100")
+        scale = tflops * 1e12 / h100.peak
         gpu = replace(gpu, peak=tflops * 1e12, scale=scale, is_measured=False)
     return count, gpu
 
 
-def _peak_of_h100() -> float:
-    return next(gpu.peak for gpu in GPUS if gpu.name == "H100")
+def _is_about(size: float, memory: float) -> bool:
+    """Whether the size in a GPU's name, in GB or GiB, is that of the table."""
+    return any(abs(size / (memory / unit) - 1) < 0.1 for unit in (1e9, GIB))
 
 
 def _named(name: str) -> Gpu | None:
     """Return the first entry of the table whose words are all in ``name``."""
-    words = re.split(r"[\s_-]+", name.lower().replace("nvidia", ""))
-    joined = "".join(words)
+    joined = re.sub(r"[\s_-]+", "", name.lower())
     for gpu in GPUS:
         if all(word in joined for word in gpu.name.lower().split()):
             return gpu

@@ -95,9 +95,7 @@ def candidates(
     return sorted(possible, key=lambda one: (one.seconds, one.needed)), refused
 
 
-def candidate(
-    config: Config, spec: ModelSpec, layout: RankLayout, machines: Machines
-) -> Candidate:
+def candidate(config: Config, spec: ModelSpec, layout: RankLayout, machines: Machines) -> Candidate:
     """Return the estimate of one layout."""
     return Candidate(
         layout,
@@ -152,10 +150,10 @@ def changes(config: Config) -> Iterator[Change]:
             "parallel.offload true",
             _with_parallel(config, activation_checkpointing=True, offload=True),
         )
-    if any(s.micro_batch > 1 for c in config.all_stages().values() for s in c.all_streams().values()):
-        yield Change(
-            "one block per micro-batch", "micro_batch 1", _with_stages(config, _one_block)
-        )
+    if any(
+        s.micro_batch > 1 for c in config.all_stages().values() for s in c.all_streams().values()
+    ):
+        yield Change("one block per micro-batch", "micro_batch 1", _with_stages(config, _one_block))
     if any(c.trainable.mode == "all" for c in config.all_stages().values()):
         yield Change(
             "training the projections q, k and v alone",
@@ -168,7 +166,9 @@ def changes(config: Config) -> Iterator[Change]:
     if ranks and max(ranks) > 64:
         yield Change("LoRA of rank 64", "trainable.lora.rank 64", _with_stages(config, _small_lora))
     longest = max(
-        s.data.context_length for c in config.all_stages().values() for s in c.all_streams().values()
+        s.data.context_length
+        for c in config.all_stages().values()
+        for s in c.all_streams().values()
     )
     if longest > 2048:
         yield Change(
@@ -200,7 +200,7 @@ def remedies(
 def more_nodes(
     config: Config, spec: ModelSpec, machines: Machines, check: Check
 ) -> Candidate | None:
-    """Return the fastest layout that fits on the smallest number of nodes, up to 64 times as many."""
+    """Return the fastest layout that fits on as few nodes as possible, at most 64 times as many."""
     for power in range(1, 7):
         larger = dataclasses.replace(machines, nodes=machines.nodes * 2**power)
         possible, _ = candidates(config, spec, larger, check)

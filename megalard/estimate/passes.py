@@ -1,7 +1,7 @@
 """The peak of a micro-batch's forward and backward pass, as the largest of a few moments.
 
-A *moment* is a place in the step with all tensors that live there. Which of them is the peak depends
-on the shape, the objective, the layout and the settings, so all of them are computed.
+A *moment* is a place in the step with all tensors that live there. Which of them is the peak
+depends on the shape, the objective, the layout and the settings, so all of them are computed.
 """
 
 from __future__ import annotations

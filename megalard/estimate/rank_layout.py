@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalard.parallel.mesh import Axis
+import torch
+
+from megalard.parallel.mesh import Axis, Mesh
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,14 @@ class RankLayout:
     def tp_axis(self) -> Axis:
         """Rank 0 of the tp axis, which holds no fewer rows of the vocabulary than other ranks."""
         return Axis(None, 0, self.tp)
+
+    @property
+    def mesh(self) -> Mesh:
+        """Rank 0 of a mesh without process groups, which can be checked but not communicate."""
+        world, dp, cp, data, tp = (
+            Axis(None, 0, size) for size in (self.ranks, self.dp, self.cp, self.data, self.tp)
+        )
+        return Mesh(world, dp, cp, data, tp, torch.device("cpu"))
 
     def __str__(self) -> str:
         return f"dp {self.dp} x cp {self.cp} x tp {self.tp}"

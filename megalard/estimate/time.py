@@ -1,13 +1,13 @@
 """The time of a step, from the operations and bytes of one rank and the rates of its GPU.
 
-Everything that a rank does is added up, because the kernels of one stream run one after the other:
-products with weights, attention, relations, pointwise kernels, exchanges that nothing hides, and the
-update. Waiting for the host, for text, for evaluation and for saves is not part of the estimate.
+Everything that a rank does is added up, because the kernels of one CUDA stream run one after the
+other: products with weights, attention, relations, pointwise kernels, exchanges that nothing hides,
+and the update. Waiting for the host, for text, for evaluation and for saves is not part of the estimate.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 from megalard.config.schema import Config, StreamConfig
@@ -29,11 +29,15 @@ HOST = "launches of the host"
 _UPDATE_BYTES = 28 + 4 + 4 + 4 + 8
 
 
+Seconds = defaultdict[str, float]
+"""Seconds by kind of work."""
+
+
 @dataclass(frozen=True)
 class StepTime:
     """The seconds of a step, by kind of work, and the steps of the stage."""
 
-    kinds: Counter
+    kinds: Seconds
     steps: int
 
     @property
@@ -52,7 +56,7 @@ def run_times(
     }
 
 
-def step_time(stage: Config, spec: ModelSpec, layout: RankLayout, machines: Machines) -> Counter:
+def step_time(stage: Config, spec: ModelSpec, layout: RankLayout, machines: Machines) -> Seconds:
     """Return the seconds of one step of a stage by kind of work."""
     trained = trained_of(stage, spec, layout)
     total = update_time(trained, layout, machines)
@@ -64,9 +68,9 @@ def step_time(stage: Config, spec: ModelSpec, layout: RankLayout, machines: Mach
     return total
 
 
-def update_time(trained: Trained, layout: RankLayout, machines: Machines) -> Counter:
+def update_time(trained: Trained, layout: RankLayout, machines: Machines) -> Seconds:
     """Return the seconds of the update: the sum over data ranks, the norm, and the optimizer."""
-    elements, seconds = trained.elements, Counter()
+    elements, seconds = trained.elements, Seconds(float)
     seconds[UPDATE] = elements * _UPDATE_BYTES / machines.gpu.update
     if layout.data > 1:
         rate = _rate(layout.tp * layout.data, machines)
@@ -76,7 +80,7 @@ def update_time(trained: Trained, layout: RankLayout, machines: Machines) -> Cou
 
 def micro_step_time(
     stage: Config, stream: StreamConfig, spec: ModelSpec, layout: RankLayout, machines: Machines
-) -> Counter:
+) -> Seconds:
     """Return the seconds of the forward and backward pass of one micro-batch on one rank."""
     element = 4 if stage.model.compute_dtype == "float32" else 2
     sizes = Sizes(spec, stream, layout, element)
@@ -94,17 +98,19 @@ class _Work:
     def _gpu(self) -> Gpu:
         return self.machines.gpu
 
-    def seconds(self) -> Counter:
+    def seconds(self) -> Seconds:
         sizes, gpu, stream = self.sizes, self._gpu, self.sizes.stream
         layout, length = sizes.layout, sizes.stream.data.context_length
         flops = flops_by_kind(stream, self.stage.trainable, sizes.spec)
+        # This rank's share of all blocks' operations.
         share = sizes.blocks / (layout.cp * layout.tp)
         rates = gpu.heads(sizes.spec.head_dim)
         slower = 1.0 if sizes.element == 2 else 2.0  # fp32 products as TF32
         local = length / layout.cp
         again, attention_again = self._computed_again()
         attention = flops.attention_forward * (1 + attention_again)
-        return Counter(
+        return Seconds(
+            float,
             {
                 PRODUCTS: (flops.products + again) * share * slower / gpu.products,
                 ATTENTION: share
@@ -122,7 +128,7 @@ class _Work:
                 POINTWISE: self._pointwise_bytes() / gpu.pointwise,
                 EXCHANGE: self._exchange_seconds(),
                 OFFLOAD: 2 * self._offloaded_bytes() / gpu.host,
-            }
+            },
         )
 
     @property
@@ -174,14 +180,15 @@ class _Work:
         inner = spec.intermediate_size / sizes.layout.tp
         hidden = spec.hidden_size
         forward = 10 * residual + 2 * (q + k) + 3 * inner
-        backward = 18 * residual + 8 * hidden + 3 * (q + 2 * k) + 5 * (q + 2 * k) / 3 * 3 / 2
-        backward += 5 * inner
+        backward = 18 * residual + 10 * hidden + 5 * (q + 2 * k) + 2 * (q + k) + 5 * inner
         runs = self._models + (1 if self.stage.parallel.activation_checkpointing else 0)
         features = whole * (runs * forward + backward)
         total = sizes.tokens * features * sizes.element
         if self.stage.trainable.mode == "lora" and self.stage.trainable.lora.dropout:
-            # The masks: some 26 passes over int64 numbers, forward and backward.
-            total += 2 * 26 * 8 * sizes.rows * spec.hidden_size * whole
+            # A mask takes 14 kernels, most of which read and write int64 numbers. It is made in the
+            # forward pass, in the backward pass, and where a layer is computed again.
+            masks = 2 + (1 if self.stage.parallel.activation_checkpointing else 0)
+            total += masks * 14 * 16 * sizes.rows * spec.hidden_size * whole
         return total + self._sharded_relation_bytes() + self._logits_bytes()
 
     def _sharded_relation_bytes(self) -> float:
@@ -210,7 +217,7 @@ class _Work:
             # Two gathers and two reduce-scatters per layer and pass, and those of LoRA's products.
             lora = self.stage.trainable.mode == "lora"
             rank = self.stage.trainable.lora.rank * len(self.stage.trainable.lora.targets)
-            sent = runs * 4 * sizes.hidden
+            sent = float(runs * 4 * sizes.hidden)
             if lora:
                 sent += (runs - self._models + 1) * sizes.tokens * rank * sizes.element
             sent *= (layout.tp - 1) / layout.tp
