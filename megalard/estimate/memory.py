@@ -16,6 +16,7 @@ from megalard.estimate.passes import Passes
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.sizes import Sizes
 from megalard.estimate.weights import parameters_of, trained_state
+from megalard.model.attention import repeats_kv_heads
 from megalard.model.spec import ModelSpec
 
 MEMORY_ERROR = 0.05
@@ -59,23 +60,34 @@ class Memory:
         return sum(self.kinds.values())
 
 
-def memory_of(config: Config, spec: ModelSpec, layout: RankLayout) -> Memory:
+def memory_of(
+    config: Config, spec: ModelSpec, layout: RankLayout, repeats_kv: bool | None = None
+) -> Memory:
     """Return the peak of a run: that of its largest stage.
 
     Args:
         config: the configuration of the run. Its sizes of tp and cp are not read.
         spec: the shape of teacher and student.
         layout: the layout of ranks.
+        repeats_kv: whether attention over packed documents repeats the heads of k and v; None for
+            what the installed torch does.
     """
     stages = range(len(config.all_stages()))
     return max(
-        (stage_memory(config, number, spec, layout) for number in stages),
+        (stage_memory(config, number, spec, layout, repeats_kv) for number in stages),
         key=lambda memory: memory.total,
     )
 
 
-def stage_memory(config: Config, number: int, spec: ModelSpec, layout: RankLayout) -> Memory:
-    """Return the peak of a stage, counted from 0."""
+def stage_memory(
+    config: Config,
+    number: int,
+    spec: ModelSpec,
+    layout: RankLayout,
+    repeats_kv: bool | None = None,
+) -> Memory:
+    """Return the peak of a stage, counted from 0; the arguments are those of ``memory_of``."""
+    repeats_kv = repeats_kv_heads() if repeats_kv is None else repeats_kv
     name, stage = list(config.all_stages().items())[number]
     element = getattr(torch, config.model.compute_dtype).itemsize
     parameters = parameters_of(config, number, spec, layout)
@@ -83,7 +95,8 @@ def stage_memory(config: Config, number: int, spec: ModelSpec, layout: RankLayou
         parameters.trained.elements, element, data_ranks_sharing_state(config, layout)
     )
     sizes = {
-        name: Sizes(spec, stream, layout, element) for name, stream in stage.all_streams().items()
+        name: Sizes(spec, stream, layout, element, repeats_kv and stream.data.packing)
+        for name, stream in stage.all_streams().items()
     }
     kinds = Counter(
         {

@@ -67,6 +67,12 @@ class Passes:
             key=lambda pair: sum(pair[1].values()),
         )
 
+    def kept(self) -> Moment:
+        """Return what all layers keep between the forward and the backward pass."""
+        moment = self._saved_before(self._reach.layer + 1)
+        del moment[WORKING]
+        return moment
+
     @cached_property
     def _objective(self):
         return self.sizes.stream.objective

@@ -2,7 +2,8 @@
 
 Everything that a rank does is added up, because the kernels of one CUDA stream run one after the
 other: products with weights, attention, relations, pointwise kernels, exchanges that nothing hides,
-and the update. Waiting for the host, for text, for evaluation and for saves is not part of the estimate.
+and the update. Waiting for the host, for text, for evaluation and for saves is not part of the
+estimate.
 """
 
 from __future__ import annotations

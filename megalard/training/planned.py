@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,17 +12,29 @@ import torch
 from megalard.config.schema import Config
 from megalard.errors import UserError
 from megalard.estimate.gpus import GIB, Machines, gpu_of
-from megalard.estimate.layouts import Candidate, Check, candidate, candidates, more_nodes, remedies
-from megalard.estimate.memory import MEMORY_ERROR, memory_of
+from megalard.estimate.layouts import Candidate, Check, candidates, more_nodes, remedies
+from megalard.estimate.memory import (
+    GRADIENTS,
+    MASTERS,
+    MEMORY_ERROR,
+    MOMENTS,
+    STUDENT,
+    TEACHER,
+    Memory,
+    memory_of,
+    stage_memory,
+)
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.report import PlanResult
+from megalard.estimate.time import run_times
 from megalard.files.reading import read_json
 from megalard.model.rope import scaled_config, window_of
 from megalard.model.spec import ModelSpec, read_spec, spec_from_config
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import Mesh
 from megalard.parallel.tensor.layout import check_divisible
-from megalard.training.plan import Plan, check_stream, naming_stream
+from megalard.training.plan import check_stream, naming_stream
+from megalard.training.step import Distiller
 
 
 def read_shape(path: Path) -> ModelSpec:
@@ -123,78 +135,99 @@ def machines_of(mesh: Mesh) -> Machines | None:
     return Machines(gpu, per_node, -(-mesh.world.size // per_node), 50e9)
 
 
-def check_fits(config: Config, plan: Plan, mesh: Mesh) -> None:
+def check_fits(config: Config, spec: ModelSpec, mesh: Mesh) -> None:
     """Refuse a run that cannot fit into the memory of its GPUs, before weights are read.
 
-    The run is refused if the estimate exceeds the GPU's memory by more than the estimate's error.
+    On a CPU nothing is refused.
 
     Raises:
-        UserError: on every rank, if the run cannot fit.
+        UserError: on every rank, if the run cannot fit on one of them.
     """
     with checked_on_all_ranks(mesh.world):
-        if mesh.device.type != "cuda":
-            return
-        capacity = torch.cuda.get_device_properties(mesh.device).total_memory
-        refuse_if_too_large(config, plan.student, layout_of(mesh), capacity)
+        if mesh.device.type == "cuda":
+            capacity = torch.cuda.get_device_properties(mesh.device).total_memory
+            refuse_if_too_large(memory_of(config, spec, layout_of(mesh)), capacity)
 
 
-def refuse_if_too_large(
-    config: Config, spec: ModelSpec, layout: RankLayout, capacity: float
-) -> None:
-    """Refuse a run whose estimate exceeds a GPU's memory by more than the estimate's error.
+def refuse_if_too_large(memory: Memory, capacity: float) -> None:
+    """Refuse an estimate that exceeds a GPU's memory by more than the estimate's error.
 
     Args:
+        memory: the estimate.
         capacity: bytes of the GPU.
 
     Raises:
         UserError: the run cannot fit.
     """
-    memory = memory_of(config, spec, layout)
     if memory.total * (1 - MEMORY_ERROR) <= capacity:
         return
     largest = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.kinds.most_common(3))
     raise UserError(
-        f"the run needs {memory.total / GIB:.1f} GiB per GPU (± {MEMORY_ERROR:.0%}; {largest}) and "
+        f"the run needs {memory.total / GIB:.1f} GiB per GPU (± {MEMORY_ERROR:.0%}; {largest}) but "
         f"the GPU has {capacity / GIB:.1f} GiB: megalard plan lists the layouts that fit and what "
         "each change saves"
     )
 
 
-def comparison_lines(
-    config: Config,
-    plan: Plan,
-    mesh: Mesh,
-    measured: dict[str, int],
-    peak: int | None,
-    seconds: dict[str, float],
-) -> Iterator[str]:
-    """Yield the estimate and the measurement side by side.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What preflight measured.
 
-    Args:
-        measured: bytes of tensors of the last stage on one rank, by kind.
-        peak: the largest allocation of a GPU; None on a CPU.
-        seconds: stage to the measured time of a step.
+    Attributes:
+        state: bytes of the tensors between steps of the last stage on rank 0, by kind.
+        peak: the largest allocation on any GPU in bytes; None on a CPU.
+        step_seconds: stage to the seconds of a step.
     """
-    layout = layout_of(mesh)
-    machines = machines_of(mesh)
-    memory = memory_of(config, plan.student, layout)
-    yield f"{'estimate and measurement':<42}{'estimate':>12}{'measured':>12}"
-    rows: list[tuple[str, str, str]] = []
-    for kind, size in measured.items():
-        rows.append((kind, _gib(memory.kinds[kind]), _gib(size)))
-    if peak is not None:
-        rows.append(("peak memory of a GPU", _gib(memory.total), _gib(peak)))
+
+    state: dict[str, int]
+    peak: int | None
+    step_seconds: dict[str, float]
+
+
+def state_bytes(distiller: Distiller) -> dict[str, int]:
+    """Return the bytes of weights, masters, moments and gradients that a rank has."""
+    teacher = [] if distiller.teacher is None else list(distiller.teacher.parameters())
+    trained = list(distiller.student.trained.values())
+    others = {id(parameter) for parameter in (*teacher, *trained)}
+    alone = [x for x in distiller.student.decoder.parameters() if id(x) not in others]
+    moments = [
+        value
+        for state in distiller.optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and value.ndim
+    ]
+    return {
+        TEACHER: _bytes(teacher),
+        STUDENT: _bytes(alone),
+        MASTERS: _bytes(trained),
+        MOMENTS: _bytes(moments),
+        GRADIENTS: _bytes([distiller.gradients.flat]),
+    }
+
+
+def comparison_lines(
+    config: Config, spec: ModelSpec, mesh: Mesh, measured: Measured
+) -> Iterator[str]:
+    """Yield the estimate and the measurement side by side."""
+    layout, machines = layout_of(mesh), machines_of(mesh)
+    last = stage_memory(config, len(config.all_stages()) - 1, spec, layout)
+    rows = [(kind, size_text(last.kinds[kind]), size_text(x)) for kind, x in measured.state.items()]
+    if measured.peak is not None:
+        peak = memory_of(config, spec, layout).total
+        rows.append(("peak memory of a GPU", size_text(peak), size_text(measured.peak)))
     if machines is not None:
-        times = candidate(config, plan.student, layout, machines).times
-        for name, time in times.items():
-            rows.append(
-                (f"step of stage {name}", f"{time.seconds:.3f} s", f"{seconds[name]:.3f} s")
-            )
+        for name, time in run_times(config, spec, layout, machines).items():
+            seconds = measured.step_seconds[name]
+            rows.append((f"a step of {name}", f"{time.seconds:.3f} s", f"{seconds:.3f} s"))
+    yield f"{'':<32}{'estimate':>14}{'measured':>14}"
     for name, estimate, value in rows:
-        yield f"  {name:<40}{estimate:>12}{value:>12}"
-    if peak is None:
-        yield "  on a CPU there is no GPU memory and no rate to compare"
+        yield f"{name:<32}{estimate:>14}{value:>14}"
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.3f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+def size_text(size: float) -> str:
+    """Return a number of bytes in GiB or, if it is small, in KiB."""
+    return f"{size / GIB:.3f} GiB" if size >= GIB / 100 else f"{size / 2**10:.1f} KiB"
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)

@@ -131,7 +131,11 @@ def run(options: argparse.Namespace) -> None:
             report.add(result)
             if options.json:
                 # After every setting, in case that the next one does not fit into memory.
-                facts = {"product_flops": product.flops, "product_size": product.size}
+                facts = {
+                    "product_flops": product.flops,
+                    "product_size": product.size,
+                    "ranks": mesh.world.size,
+                }
                 write_json(options.json, environment, options, results, **facts)
 
 
