@@ -11,10 +11,10 @@ import torch
 from megalard.config.schema import Config
 from megalard.parallel.mesh import build_mesh
 from megalard.training.banner import report_end, report_finished, report_start
+from megalard.training.estimated import check_fits
 from megalard.training.evaluator import Evaluator
 from megalard.training.output import find_output, open_output, scratch_folder
 from megalard.training.plan import make_plan
-from megalard.training.planned import check_fits
 from megalard.training.preflight import run_preflight
 from megalard.training.run import Run
 from megalard.training.stop_signals import StopSignals

@@ -1,6 +1,6 @@
 """Estimate a run before it is paid for: memory by kind, layouts that fit, time, and what to change.
 
-  megalard plan MODEL --config FILE --gpus '8 x H100 80GB' [--nodes 2] [--section.key value ...]
+  megalard plan --model MODEL --config FILE --gpus '8 x H100 80GB' [--section.key value ...]
 
 MODEL is a model directory, or a config.json alone; without it, model.teacher is read. No weights,
 no text and no GPU are needed, and nothing is downloaded. --gpus are the GPUs of one node. The
@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.epilog = "configuration keys:\n\n" + describe_keys()
     parser.add_argument(
-        "model",
-        nargs="?",
+        "--model",
         metavar="MODEL",
         help="a Hugging Face model directory or its config.json (default: model.teacher)",
     )
@@ -74,16 +73,12 @@ def run(options: argparse.Namespace) -> int:
     from megalard.estimate.report import plan_json, plan_lines
     from megalard.training.planned import check_of, plan_run, read_shape
 
-    words = list(options.rest)
-    model = options.model
-    if model is not None and model.startswith("--"):
-        words, model = [model, *words], None
     count, gpu = parse_gpus(options.gpus, options.gpu_memory, options.gpu_tflops)
     machines = Machines(gpu, count, options.nodes, options.network * 1e9)
-    config = load_config(options.config, words, has_files=False)
-    if model is None and not config.model.teacher:
-        raise UserError("there is no model: give a model directory, or model.teacher")
-    spec = read_shape(Path(model or config.model.teacher))
+    config = load_config(options.config, options.rest, has_files=False)
+    if options.model is None and not config.model.teacher:
+        raise UserError("there is no model: give --model MODEL, a directory or its config.json")
+    spec = read_shape(Path(options.model or config.model.teacher))
     result = plan_run(config, spec, machines, check_of(config, spec))
     if options.json:
         print(json.dumps(plan_json(result), indent=2))

@@ -17,6 +17,8 @@ import torch
 from megalard.errors import UserError, shown
 
 GIB = 2**30
+NETWORK = 50e9
+"""Bytes per second that a GPU sends to other nodes: a 400 Gb/s card per GPU."""
 TIME_ERROR = 0.15
 """The largest relative difference between an estimated and a measured time on measured GPUs."""
 UNMEASURED_TIME_ERROR = 0.4

@@ -1,8 +1,7 @@
-"""Which layouts of ranks fit, which of them is fastest, and what to change if none fits."""
+"""Which layouts of ranks fit, and which of them is fastest."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -105,165 +104,9 @@ def candidate(config: Config, spec: ModelSpec, layout: RankLayout, machines: Mac
     )
 
 
-@dataclass(frozen=True)
-class Change:
-    """A change of the configuration that needs less memory.
-
-    Attributes:
-        words: what is changed, as the subject of a sentence.
-        config: the configuration with the change.
-        setting: the setting to give.
-    """
-
-    words: str
-    setting: str
-    config: Config
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """What a change saves.
-
-    Attributes:
-        change: the change.
-        saved: bytes per GPU, on the layout that needs least without the change.
-        best: the fastest layout that fits with the change; None if none does.
-    """
-
-    change: Change
-    saved: int
-    best: Candidate | None
-
-
-def changes(config: Config) -> Iterator[Change]:
-    """Yield the changes that may save memory."""
-    parallel = config.parallel
-    if not parallel.activation_checkpointing:
-        yield Change(
-            "activation checkpointing",
-            "parallel.activation_checkpointing true",
-            _with_parallel(config, activation_checkpointing=True),
-        )
-    if not parallel.offload:
-        yield Change(
-            "keeping saved tensors in host memory",
-            "parallel.offload true",
-            _with_parallel(config, activation_checkpointing=True, offload=True),
-        )
-    if any(
-        s.micro_batch > 1 for c in config.all_stages().values() for s in c.all_streams().values()
-    ):
-        yield Change("one block per micro-batch", "micro_batch 1", _with_stages(config, _one_block))
-    if any(c.trainable.mode == "all" for c in config.all_stages().values()):
-        yield Change(
-            "training the projections q, k and v alone",
-            "trainable.mode weights",
-            _with_stages(config, lambda c: _with_trainable(c, mode="weights")),
-        )
-    ranks = [
-        c.trainable.lora.rank for c in config.all_stages().values() if c.trainable.mode == "lora"
-    ]
-    if ranks and max(ranks) > 64:
-        yield Change("LoRA of rank 64", "trainable.lora.rank 64", _with_stages(config, _small_lora))
-    longest = max(
-        s.data.context_length
-        for c in config.all_stages().values()
-        for s in c.all_streams().values()
-    )
-    if longest > 2048:
-        yield Change(
-            "blocks of half the length",
-            f"data.context_length {longest // 2}",
-            _with_stages(config, lambda c: _half_length(c, longest)),
-        )
-
-
-def remedies(
-    config: Config, spec: ModelSpec, machines: Machines, check: Check, least: Candidate
-) -> list[Remedy]:
-    """Return what each change saves, those that make a layout fit first.
-
-    Args:
-        least: the layout that needs least memory without a change.
-    """
-    found = []
-    for change in changes(config):
-        saved = least.needed - candidate(change.config, spec, least.layout, machines).needed
-        if saved <= 0:
-            continue
-        possible, _ = candidates(change.config, spec, machines, check)
-        best = next((one for one in possible if one.fits), None)
-        found.append(Remedy(change, saved, best))
-    return sorted(found, key=lambda remedy: (remedy.best is None, -remedy.saved))
-
-
-def more_nodes(
+def fastest_that_fits(
     config: Config, spec: ModelSpec, machines: Machines, check: Check
 ) -> Candidate | None:
-    """Return the fastest layout that fits on as few nodes as possible, at most 64 times as many."""
-    for power in range(1, 7):
-        larger = dataclasses.replace(machines, nodes=machines.nodes * 2**power)
-        possible, _ = candidates(config, spec, larger, check)
-        best = next((one for one in possible if one.fits), None)
-        if best is not None:
-            return best
-    return None
-
-
-def _with_parallel(config: Config, **values: bool) -> Config:
-    parallel = dataclasses.replace(config.parallel, **values)
-    return dataclasses.replace(config, parallel=parallel)
-
-
-def _with_trainable(config: Config, **values) -> Config:
-    trainable = dataclasses.replace(config.trainable, **values)
-    return dataclasses.replace(config, trainable=trainable)
-
-
-def _with_stages(config: Config, change: Callable[[Config], Config]) -> Config:
-    """Apply a change to a run, or to each of its stages."""
-    if not config.stages:
-        return change(config)
-    stages = {}
-    for name, stage_config in config.all_stages().items():
-        changed = change(stage_config)
-        stages[name] = dataclasses.replace(
-            config.stages[name],
-            trainable=changed.trainable,
-            data=changed.data,
-            streams=changed.streams,
-            optimizer=changed.optimizer,
-        )
-    return dataclasses.replace(config, stages=stages)
-
-
-def _one_block(config: Config) -> Config:
-    return dataclasses.replace(
-        config,
-        streams={
-            name: dataclasses.replace(stream, micro_batch=1)
-            for name, stream in config.streams.items()
-        },
-        optimizer=dataclasses.replace(config.optimizer, micro_batch=1),
-    )
-
-
-def _small_lora(config: Config) -> Config:
-    lora = dataclasses.replace(config.trainable.lora, rank=min(64, config.trainable.lora.rank))
-    return _with_trainable(config, lora=lora)
-
-
-def _half_length(config: Config, longest: int) -> Config:
-    def shorter(data):
-        if data.context_length < longest:
-            return data
-        return dataclasses.replace(data, context_length=longest // 2)
-
-    return dataclasses.replace(
-        config,
-        data=shorter(config.data),
-        streams={
-            name: dataclasses.replace(stream, data=shorter(stream.data))
-            for name, stream in config.streams.items()
-        },
-    )
+    """Return the fastest layout that fits; None if none does."""
+    possible, _ = candidates(config, spec, machines, check)
+    return next((one for one in possible if one.fits), None)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from megalard.config.schema import Config
 from megalard.estimate.gpus import GIB, TIME_ERROR, UNMEASURED_TIME_ERROR, Machines
-from megalard.estimate.layouts import Candidate, Remedy
+from megalard.estimate.layouts import Candidate
 from megalard.estimate.memory import MEMORY_ERROR
+from megalard.estimate.remedies import Remedy
 from megalard.model.spec import ModelSpec
 
 ALLOCATOR = "CUDA context and allocator (assumed)"
@@ -26,10 +27,9 @@ class PlanResult:
         config, spec, machines: what was planned.
         fitting: the layouts that fit, the fastest first.
         least: of all layouts that can run, the one that needs least memory.
-        refused: the number of layouts that cannot run, and the reason of one of them.
         faster: the fastest layout without activation checkpointing, if it fits and is faster.
         remedies: what to change if none fits.
-        more_nodes: the fastest layout on more nodes if none fits.
+        more_gpus: more GPUs and their fastest layout, if none fits on these.
     """
 
     config: Config
@@ -39,7 +39,7 @@ class PlanResult:
     least: Candidate
     faster: Candidate | None
     remedies: list[Remedy]
-    more_nodes: Candidate | None
+    more_gpus: tuple[Machines, Candidate] | None
 
     @property
     def shown(self) -> Candidate:
@@ -171,12 +171,11 @@ def _remedy_lines(result: PlanResult) -> Iterator[str]:
             f"  {remedy.change.words} ({remedy.change.setting}) saves "
             f"{remedy.saved / GIB:.1f} GiB per GPU, {end}"
         )
-    if result.more_nodes is not None:
-        best = result.more_nodes
-        nodes = best.layout.ranks // result.machines.per_node
+    if result.more_gpus is not None:
+        machines, best = result.more_gpus
         yield (
-            f"  {nodes} nodes fit it as it is, with {best.layout}, {best.needed / GIB:.1f} GiB per "
-            f"GPU and {duration(best.seconds)} for the run"
+            f"  {machines} fit it without a change, with {best.layout}, "
+            f"{best.needed / GIB:.1f} GiB per GPU and {duration(best.seconds)} for the run"
         )
 
 
@@ -192,12 +191,7 @@ def duration(seconds: float) -> str:
 def plan_json(result: PlanResult) -> dict:
     """Return the report as JSON takes it; sizes are bytes and times are seconds."""
     return {
-        "gpus": {
-            "name": result.machines.gpu.name,
-            "memory": round(result.machines.gpu.memory),
-            "per_node": result.machines.per_node,
-            "nodes": result.machines.nodes,
-        },
+        "gpus": _gpus_json(result.machines),
         "memory_error": MEMORY_ERROR,
         "time_error": result.time_error,
         "fits": bool(result.fitting),
@@ -212,8 +206,21 @@ def plan_json(result: PlanResult) -> dict:
             }
             for remedy in result.remedies
         ],
-        "on_more_nodes": _optional(result.more_nodes),
+        "on_more_gpus": None if result.more_gpus is None else _on(*result.more_gpus),
     }
+
+
+def _gpus_json(machines: Machines) -> dict:
+    return {
+        "name": machines.gpu.name,
+        "memory": round(machines.gpu.memory),
+        "per_node": machines.per_node,
+        "nodes": machines.nodes,
+    }
+
+
+def _on(machines: Machines, best: Candidate) -> dict:
+    return {"gpus": _gpus_json(machines), **candidate_json(best)}
 
 
 def _optional(candidate: Candidate | None) -> dict | None:

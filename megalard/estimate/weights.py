@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property
 from math import prod
 
 from megalard.checkpoint.build import empty_decoder
 from megalard.config.schema import Config, TrainableConfig
-from megalard.distill.objective import is_reached
+from megalard.distill.objective import reaches_of
 from megalard.distill.student import changed_weights
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.sizes import FP32_BYTES
@@ -31,7 +31,7 @@ class Trained:
     sizes: Mapping[str, int]
     rank: int
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """The number of elements of all tensors."""
         return sum(self.sizes.values())
@@ -41,24 +41,29 @@ class Trained:
         """Whether the embedding is trained."""
         return "embed_tokens" in self.outside_layers()
 
-    def in_layer(self, layer: int) -> dict[str, int]:
+    def in_layer(self, layer: int) -> Mapping[str, int]:
         """Return the trained weights of a layer: module to number of elements."""
-        return {
-            parsed.module: size
-            for parsed, size in self._parsed()
-            if parsed.layer == layer and parsed.kind == "weight"
-        }
+        return self._weights.get(layer, {})
 
     def lora_in_layer(self, layer: int) -> list[str]:
         """Return the modules of a layer that have a LoRA pair."""
-        return [p.module for p, _ in self._parsed() if p.layer == layer and p.kind == "lora_A"]
+        return [p.module for p, _ in self._parsed if p.layer == layer and p.kind == "lora_A"]
 
-    def outside_layers(self) -> dict[str, int]:
+    def outside_layers(self) -> Mapping[str, int]:
         """Return the trained weights of the embedding, the final norm and the head."""
-        return {p.module: size for p, size in self._parsed() if p.layer is None}
+        return self._weights.get(None, {})
 
+    @cached_property
     def _parsed(self) -> list[tuple[ParameterName, int]]:
         return [(ParameterName.parse(name), size) for name, size in self.sizes.items()]
+
+    @cached_property
+    def _weights(self) -> dict[int | None, dict[str, int]]:
+        weights: dict[int | None, dict[str, int]] = {}
+        for parsed, size in self._parsed:
+            if parsed.kind == "weight":
+                weights.setdefault(parsed.layer, {})[parsed.module] = size
+        return weights
 
 
 @dataclass(frozen=True)
@@ -113,16 +118,30 @@ def _rope(spec: ModelSpec) -> RopeTable:
     return rope_table(spec)
 
 
-@cache
 def weights_of(spec: ModelSpec, layout: RankLayout) -> Mapping[str, int]:
     """Return the number of elements of each weight on one rank, by name."""
-    layouts = empty_decoder(spec, _rope(spec), layout.tp_axis).layouts
+    return _weights_over(spec, layout.tp)
+
+
+@cache
+def _weights_over(spec: ModelSpec, tp: int) -> Mapping[str, int]:
+    layouts = empty_decoder(spec, _rope(spec), RankLayout(tp=tp).tp_axis).layouts
     return {name: prod(layout.local_shape) for name, layout in layouts.items()}
+
+
+def _reached(stage: Config, spec: ModelSpec) -> Callable[[str], bool]:
+    """Return whether the loss of any stream of a stage depends on a parameter."""
+    reaches = [
+        reach
+        for stream in stage.all_streams().values()
+        for reach in reaches_of(stream.objective, spec.num_layers)
+    ]
+    return lambda name: any(reach.includes(name) for reach in reaches)
 
 
 def trained_of(stage: Config, spec: ModelSpec, layout: RankLayout) -> Trained:
     """Return the trained tensors of a stage on one rank."""
-    reached = partial(is_reached, streams=stage.all_streams(), num_layers=spec.num_layers)
+    reached = _reached(stage, spec)
     weights = weights_of(spec, layout)
     if stage.trainable.mode != "lora":
         names = changed_weights(weights, stage.trainable, reached)
@@ -158,8 +177,7 @@ def _changed(earlier: list[Config], names: Mapping[str, int], spec: ModelSpec) -
     """Return the weights that earlier stages changed."""
     changed: set[str] = set()
     for stage in earlier:
-        reached = partial(is_reached, streams=stage.all_streams(), num_layers=spec.num_layers)
-        changed |= changed_weights(names, stage.trainable, reached)
+        changed |= changed_weights(names, stage.trainable, _reached(stage, spec))
     return changed
 
 

@@ -18,10 +18,10 @@ from megalard.model.decoder import Decoder
 from megalard.model.rope import RopeTable
 from megalard.parallel.agreement import gather_objects
 from megalard.parallel.mesh import Mesh
+from megalard.training.estimated import Measured, comparison_lines, state_bytes
 from megalard.training.models import load_models, next_student
 from megalard.training.monitor import peak_memory_bytes
 from megalard.training.plan import Plan
-from megalard.training.planned import Measured, comparison_lines, state_bytes
 from megalard.training.stages import needs_teacher, stages_of
 from megalard.training.step import Distiller
 from megalard.training.streams import make_loaders, open_streams
