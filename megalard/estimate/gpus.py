@@ -203,7 +203,7 @@ def parse_gpus(text: str, memory: float | None, tflops: float | None) -> tuple[i
         UserError: the text has no number or no name, or the table does not have the GPU and memory
             or rate are missing.
     """
-    match = re.fullmatch(r"\s*(?:(\d+)\s*[x\u00d7*]?\s*)?(\S.*?)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(?:(\d+)\s*[x\u00d7*]?\s*)?([A-Za-z].*?)\s*", text, re.IGNORECASE)
     if match is None or not 1 <= (count := int(match[1] or 1)) <= 2**16:
         raise UserError(
             f"--gpus {shown(text)} is not a number and a type of GPUs: give for example "
