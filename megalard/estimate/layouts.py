@@ -12,6 +12,7 @@ from megalard.estimate.memory import MEMORY_ERROR, Memory, memory_of
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.time import StepTime, run_times
 from megalard.model.spec import ModelSpec
+from megalard.parallel.context.schedule import COVERS
 from megalard.parallel.tensor.layout import tensor_parallel_sizes
 
 Check = Callable[[Config, RankLayout], None]
@@ -66,13 +67,17 @@ class Candidate:
 
 
 def layouts(spec: ModelSpec, machines: Machines) -> Iterator[RankLayout]:
-    """Yield the layouts of all ranks whose tp axis stays within a node."""
+    """Yield the layouts of all ranks whose tp axis stays within a node.
+
+    The search is over cp axes for which a smallest difference cover is known.
+    """
     for tp in tensor_parallel_sizes(spec):
         if machines.per_node % tp:
             continue
         data = machines.ranks // tp
-        for cp in (size for size in range(1, data + 1) if data % size == 0):
-            yield RankLayout(data // cp, cp, tp)
+        for cp in COVERS:
+            if data % cp == 0:
+                yield RankLayout(data // cp, cp, tp)
 
 
 def candidates(
