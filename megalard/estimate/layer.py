@@ -106,6 +106,7 @@ def _rest(sizes: Sizes, trained: Trained, weights, pairs: list[str], dropout: bo
 def _casts(sizes: Sizes, trained: Trained, weights, pairs, depth: LayerDepth) -> int:
     """Return the bytes of casts of trained fp32 tensors, which matrix products keep."""
     spec, rank = sizes.spec, trained.rank
+    is_cast = sizes.element < FP32_BYTES and not trained.is_gathered
     total = 0
     for module in pairs:
         is_column = module in _QKV
@@ -116,11 +117,11 @@ def _casts(sizes: Sizes, trained: Trained, weights, pairs, depth: LayerDepth) ->
         a_features = spec.hidden_size if is_column else wide
         b_features = wide if is_column else spec.hidden_size
         # The A's of q, k and v are stacked, also where nothing is cast.
-        if sizes.element < FP32_BYTES or is_column:
+        if is_cast or is_column:
             total += rank * a_features * sizes.element
-        if sizes.element < FP32_BYTES:
+        if is_cast:
             total += rank * b_features * sizes.element
-    if sizes.element < FP32_BYTES:
+    if is_cast:
         late = () if depth == LayerDepth.WHOLE else ("o_proj", "gate_proj", "up_proj", "down_proj")
         total += sum(size * sizes.element for name, size in weights.items() if name not in late)
     return total

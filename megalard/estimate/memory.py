@@ -7,7 +7,7 @@ all shapes that were measured, the estimate is within ``MEMORY_ERROR`` (docs/pla
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,14 +45,14 @@ class Memory:
         between_steps: bytes in use between steps.
         stage: the stage of the peak.
         stream: the stream of the peak.
-        moment: what is computed at the peak.
+        instant: what is computed at the peak.
     """
 
     kinds: Counter
     between_steps: int
     stage: str
     stream: str
-    moment: str
+    instant: str
 
     @property
     def total(self) -> int:
@@ -109,14 +109,15 @@ def stage_memory(
             WORKSPACES: _WORKSPACE_BYTES,
         }
     )
+    trained = replace(parameters.trained, is_gathered=state.gathered > 0)
     dropout = stage.trainable.mode == "lora" and stage.trainable.lora.dropout > 0
     peaks = {
-        stream: Passes(size, parameters.trained, config.parallel, dropout).peak()
+        stream: Passes(size, trained, config.parallel, dropout).peak()
         for stream, size in sizes.items()
     }
     stream = max(peaks, key=lambda name: sum(peaks[name][1].values()))
-    moment, tensors = peaks[stream]
-    return Memory(kinds + tensors, sum(kinds.values()), name, stream, moment)
+    instant, tensors = peaks[stream]
+    return Memory(kinds + tensors, sum(kinds.values()), name, stream, instant)
 
 
 def data_ranks_sharing_state(config: Config, layout: RankLayout) -> int:

@@ -80,7 +80,7 @@ def _what_is_planned(result: PlanResult) -> Iterator[str]:
 def memory_lines(candidate: Candidate, machines: Machines) -> Iterator[str]:
     """Yield the memory of one GPU by kind."""
     memory = candidate.memory
-    place = memory.moment
+    place = memory.instant
     if memory.stage != "main":
         place += f", stage {memory.stage}"
     if memory.stream != "main":
@@ -237,7 +237,7 @@ def candidate_json(candidate: Candidate) -> dict:
         "bytes": candidate.needed,
         "kinds": {**candidate.memory.kinds, ALLOCATOR: candidate.allocator},
         "stage": candidate.memory.stage,
-        "moment": candidate.memory.moment,
+        "instant": candidate.memory.instant,
         "seconds_per_step": {name: time.seconds for name, time in candidate.times.items()},
         "seconds": candidate.seconds,
     }

@@ -26,10 +26,13 @@ class Trained:
     Attributes:
         sizes: name to number of elements.
         rank: the rank of LoRA pairs; 0 if there are none.
+        is_gathered: whether the tensors exist in the compute dtype between steps, so that nothing
+            is cast where it is used.
     """
 
     sizes: Mapping[str, int]
     rank: int
+    is_gathered: bool = False
 
     @cached_property
     def elements(self) -> int:

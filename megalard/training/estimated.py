@@ -55,7 +55,9 @@ def check_fits(config: Config, spec: ModelSpec, mesh: Mesh) -> None:
     with checked_on_all_ranks(mesh.world):
         if _is_gpu(mesh):
             capacity = torch.cuda.get_device_properties(mesh.device).total_memory
-            refuse_if_too_large(memory_of(config, spec, layout_of(mesh)), capacity)
+            # Whether heads are repeated depends on the text, so this is the smaller estimate.
+            memory = memory_of(config, spec, layout_of(mesh), repeats_kv=False)
+            refuse_if_too_large(memory, capacity)
 
 
 def refuse_if_too_large(memory: Memory, capacity: float) -> None:

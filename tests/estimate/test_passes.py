@@ -55,7 +55,7 @@ CASES = {
         {"cp": 2, "tp": 4, "shape": "llama3-8b"},
     ),
 }
-# What the formulae leave out: masks, scalars, and tensors that Python drops a moment later.
+# What the formulae leave out: masks, scalars, and tensors that Python drops a instant later.
 TOLERANCE = 0.025
 
 
@@ -88,7 +88,7 @@ def test_memory_is_what_the_step_allocates(case, monkeypatch):
     freed = 0 if has_teacher else step.weights  # the run drops a teacher that no stage needs
     assert between - moments == pytest.approx(step.weights + step.state - freed, rel=1e-3)
     assert memory.kinds[BATCH] == pytest.approx(step.batch, rel=0.01)
-    assert peak(memory) == pytest.approx(step.peak, rel=TOLERANCE), memory.moment
+    assert peak(memory) == pytest.approx(step.peak, rel=TOLERANCE), memory.instant
 
 
 def peak(memory: Memory) -> int:

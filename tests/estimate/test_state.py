@@ -12,11 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megalard.config.schema import Config
 from megalard.distill.student import Student
+from megalard.estimate import memory
 from megalard.estimate.memory import GRADIENTS, MASTERS, MOMENTS, STUDENT, TEACHER, stage_memory
-from megalard.estimate.passes import ACTIVATIONS, RELATIONS_KIND, Passes
+from megalard.estimate.passes import ACTIVATIONS, RELATIONS_KIND, WORKING, Passes
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.sizes import Sizes
-from megalard.estimate.weights import trained_of, trained_state
+from megalard.estimate.weights import trained_of, trained_state, weights_of
 from megalard.parallel.mesh import build_mesh
 from megalard.training.step import Distiller
 from tools.bench.random_model import random_spec
@@ -100,8 +101,8 @@ def test_saved_tensors_are_what_autograd_keeps(case, shape):
     element = 2 if config.model.compute_dtype == "bfloat16" else 4
     sizes = Sizes(spec, config.all_streams()[name], RankLayout(), element)
     passes = Passes(sizes, trained_of(config, spec, RankLayout()), config.parallel, False)
-    moment = passes.kept()
-    assert moment[ACTIVATIONS] + moment[RELATIONS_KIND] == size(saved.values())
+    instant = passes.kept()
+    assert instant[ACTIVATIONS] + instant[RELATIONS_KIND] == size(saved.values())
 
 
 def test_the_state_is_divided_over_data_ranks():
@@ -110,3 +111,20 @@ def test_the_state_is_divided_over_data_ranks():
     assert (whole.gathered, whole.masters, whole.moments, whole.gradients) == (0, 4004, 8008, 4004)
     assert (shared.gathered, shared.masters) == (2002, 4 * 251)
     assert (shared.moments, shared.gradients) == (8 * 251, 4 * 251)
+
+
+def test_division_is_one_function(monkeypatch):
+    """With it, memory falls by the divided state, and rises by the weights that are gathered."""
+    config = make_config({"trainable.mode": "all", "data.context_length": 4096})
+    spec, layout = random_spec("llama2-7b", 4096), RankLayout(dp=8)
+    before = stage_memory(config, 0, spec, layout)
+    monkeypatch.setattr(memory, "data_ranks_sharing_state", lambda config, layout: layout.data)
+    after = stage_memory(config, 0, spec, layout)
+    for kind in (MASTERS, MOMENTS, GRADIENTS):
+        assert after.kinds[kind] == pytest.approx(before.kinds[kind] / 8, rel=1e-6)
+    assert after.kinds[STUDENT] == before.kinds[MASTERS] / 2
+    # The weights of the last layer that is computed again are no longer cast. At the peak, the cast
+    # of the last projection is released already.
+    names = [name for name in weights_of(spec, layout) if ".layers.30." in name]
+    casts = 2 * sum(weights_of(spec, layout)[n] for n in names if "down_proj" not in n)
+    assert before.kinds[WORKING] - after.kinds[WORKING] == pytest.approx(casts, rel=1e-3)
