@@ -11,12 +11,12 @@ import torch
 from megalard.config.schema import Config
 from megalard.parallel.mesh import build_mesh
 from megalard.training.banner import report_end, report_finished, report_start
+from megalard.training.estimated import check_fits
 from megalard.training.evaluator import Evaluator
 from megalard.training.output import find_output, open_output, scratch_folder
 from megalard.training.plan import make_plan
 from megalard.training.preflight import run_preflight
 from megalard.training.run import Run
-from megalard.training.stages import stages_of
 from megalard.training.stop_signals import StopSignals
 
 
@@ -29,6 +29,7 @@ def train(config: Config, stop: StopSignals) -> None:
         if output.is_finished:
             report_finished(output, mesh)
             return
+        check_fits(config, plan.student, mesh)
         with closing(Run(config, plan, output, mesh)) as run:
             report_start(run)
             run.evaluate_before()
@@ -56,7 +57,7 @@ def preflight(config: Config) -> None:
     find_output(config, mesh)
     with scratch_folder(mesh) as scratch:
         Evaluator(config, plan, scratch, mesh)
-        run_preflight(stages_of(config), plan, scratch, mesh)
+        run_preflight(config, plan, scratch, mesh)
 
 
 def use_deterministic_kernels(deterministic: bool) -> None:

@@ -29,6 +29,7 @@ ORDER = (
     "megalard.data",
     "megalard.checkpoint",
     "megalard.distill",
+    "megalard.estimate",
     "megalard.evaluation",
     "megalard.training",
     "megalard.cli",

@@ -200,7 +200,7 @@ def parse_megalard(words: list[str], monkeypatch) -> int:
     monkeypatch.setattr(module, "run", parsed.append)
     status = cli.main(words)
     if getattr(module, "TAKES_OVERRIDES", False) and "FILE" not in words:
-        load_config(parsed[0].config, parsed[0].rest)
+        load_config(parsed[0].config, parsed[0].rest, has_files=words[0] != "plan")
     return status
 
 

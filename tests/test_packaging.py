@@ -127,7 +127,16 @@ def test_the_commands_work_from_the_wheel(unpacked, tmp_path):
     version = run("-m", "megalard", "--version", path=unpacked, folder=tmp_path)
     assert version == f"megalard {megalard.__version__}"
     usage = run("-m", "megalard", "--help", path=unpacked, folder=tmp_path)
-    for name in ("train", "preflight", "evaluate", "prepare", "convert", "inspect", "verify"):
+    for name in (
+        "train",
+        "plan",
+        "preflight",
+        "evaluate",
+        "prepare",
+        "convert",
+        "inspect",
+        "verify",
+    ):
         assert re.search(rf"^ +{name}\b", usage, re.MULTILINE), name
     printed = run("-c", COMMANDS, path=unpacked, folder=tmp_path)
     assert printed.startswith("linear, abf")

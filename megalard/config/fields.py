@@ -142,14 +142,18 @@ def without_none(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def check_fields(section: Any, prefix: str = "") -> None:
+def check_fields(section: Any, prefix: str = "", has_files: bool = True) -> None:
     """Check every field of a section, and of the sections in it, against its own range.
+
+    Args:
+        has_files: whether the fields that a run requires, which name its files, must be set.
 
     Raises:
         UserError: a value is not allowed; the message names the key, the value and the range.
     """
     for key, value, hint, allowed in _walk(section, prefix):
-        _check_value(key, value, hint, allowed)
+        if has_files or not allowed.required or value:
+            _check_value(key, value, hint, allowed)
 
 
 def _walk(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any, Allowed]]:

@@ -30,12 +30,15 @@ STREAM_BATCHES = ("global_batch", "micro_batch")
 STAGE_SECTIONS = ("trainable", "data", "optimizer")
 
 
-def load_config(path: str | None, overrides: list[str]) -> Config:
+def load_config(path: str | None, overrides: list[str], has_files: bool = True) -> Config:
     """Read a YAML file, given by its path or as a recipe's name, and apply overrides.
 
     Overrides are words such as ``--section.key value`` and ``--section.key=value``. A key that
     holds a list takes several values. The value ``null`` removes a key of the file, so that its
     default holds again.
+
+    Args:
+        has_files: whether model, text and output directory must be named, as for a run.
 
     Raises:
         UserError: the file cannot be read, a key is unknown (the nearest known key is named), or a
@@ -57,7 +60,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
     _complete_stages(tree)
     _complete_streams(tree)
     config = _build(Config, tree, "")
-    validate(config)
+    validate(config, has_files)
     return config
 
 

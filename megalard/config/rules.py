@@ -17,8 +17,11 @@ from megalard.config.schema import (
 from megalard.errors import UserError
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, has_files: bool = True) -> None:
     """Check every setting against its range and against the other settings.
+
+    Args:
+        has_files: whether model, text and output directory must be named, as for a run.
 
     Raises:
         UserError: a value is not allowed; the message names the key, the value and the fix.
@@ -28,12 +31,12 @@ def validate(config: Config) -> None:
         "rope.type 'dynamic' equals the teacher's RoPE at up to M tokens, so there is nothing to "
         "restore; use linear, abf, yarn, llama3, longrope or table",
     )
-    check_fields(config)
+    check_fields(config, has_files=has_files)
     _check_rope(config.rope, config.model)
     for stage, stage_config in config.all_stages().items():
         prefix = f"stages.{stage}." if config.stages else ""
         for name, stream in stage_config.all_streams().items():
-            _check_stream(prefix, name if stage_config.streams else None, stream)
+            _check_stream(prefix, name if stage_config.streams else None, stream, has_files)
     _check_stages(config)
     _check_checkpoint(config.checkpoint)
 
@@ -89,11 +92,12 @@ def _check_stages(config: Config) -> None:
         before = stage.trainable
 
 
-def _check_stream(prefix: str, name: str | None, stream: StreamConfig) -> None:
+def _check_stream(prefix: str, name: str | None, stream: StreamConfig, has_files: bool) -> None:
     """Check one stream; ``name`` is None for the stream of the sections objective and data."""
     prefix += "" if name is None else f"streams.{name}."
     _require(
-        bool(stream.data.paths), f"{prefix}data.paths is not set: give text files or directories"
+        bool(stream.data.paths) or not has_files,
+        f"{prefix}data.paths is not set: give text files or directories",
     )
     _check_data(prefix, stream.data)
     _require(

@@ -248,6 +248,11 @@ def _varlen_options() -> set[str]:
     return set(inspect.signature(varlen_attn).parameters)
 
 
+def repeats_kv_heads() -> bool:
+    """Whether packed documents repeat the heads of k and v for groups of query heads on a GPU."""
+    return flash_attn_varlen_func is None and "enable_gqa" not in _varlen_options()
+
+
 def _varlen(q, k, v, pack: _Packing, sides: tuple[int, int]):
     from torch.nn.attention.varlen import varlen_attn
 

@@ -83,7 +83,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         for stage, stage_config in config.all_stages().items():
             for name, stream in stage_config.all_streams().items():
                 with naming_stream(name, stage_config, stage):
-                    _check_stream(stream, native_window, student, mesh)
+                    check_stream(stream, native_window, student, mesh)
         directory = config.model.tokenizer
         tokenizer = load_tokenizer(directory) if directory else teacher.tokenizer
     return Plan(teacher, source, student, student_config, native_window, tokenizer)
@@ -128,8 +128,12 @@ def _tokens_of_ranks(config: Config, mesh: Mesh) -> list[int]:
     ]
 
 
-def _check_stream(stream: StreamConfig, native_window: int, student: ModelSpec, mesh: Mesh) -> None:
-    """Refuse a stream that the models cannot read or the ranks cannot share."""
+def check_stream(stream: StreamConfig, native_window: int, student: ModelSpec, mesh: Mesh) -> None:
+    """Refuse a stream that the models cannot read or the ranks cannot share.
+
+    Raises:
+        UserError: the stream does not fit.
+    """
     length, student_window = stream.data.context_length, student.max_positions
     if stream.objective.needs_teacher and length > native_window:
         raise UserError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from megalard.config.schema import Config
 from megalard.data.loader import StreamLoaders
 from megalard.errors import UserError
 from megalard.kernels.relation_kl import describe_kernels
@@ -18,10 +18,11 @@ from megalard.model.decoder import Decoder
 from megalard.model.rope import RopeTable
 from megalard.parallel.agreement import gather_objects
 from megalard.parallel.mesh import Mesh
+from megalard.training.estimated import Measured, comparison_lines, state_bytes
 from megalard.training.models import load_models, next_student
 from megalard.training.monitor import peak_memory_bytes
 from megalard.training.plan import Plan
-from megalard.training.stages import Stage, needs_teacher
+from megalard.training.stages import needs_teacher, stages_of
 from megalard.training.step import Distiller
 from megalard.training.streams import make_loaders, open_streams
 
@@ -29,8 +30,10 @@ _STEPS = 2
 _ROPE_ROWS = 8
 
 
-def run_preflight(stages: Sequence[Stage], plan: Plan, scratch: Path, mesh: Mesh) -> None:
+def run_preflight(config: Config, plan: Plan, scratch: Path, mesh: Mesh) -> None:
     """Take two real steps of each stage, check the losses and gradients, and report.
+
+    The report has the estimate of memory and time next to what was measured.
 
     Args:
         scratch: a directory for the tokens, which the caller removes.
@@ -40,18 +43,21 @@ def run_preflight(stages: Sequence[Stage], plan: Plan, scratch: Path, mesh: Mesh
             on every rank after the second step of its stage. In the first step the gradient of
             LoRA's A is zero, because B is zero.
     """
+    stages = stages_of(config)
     stores = open_streams(stages, scratch, plan, mesh, read_only=True)
     first_teacher, student = load_models(stages[0], plan, mesh)
     teacher: Decoder | None = first_teacher
     rope, console = first_teacher.rope, Console(width=120)
     del first_teacher
     total_minutes, memory = 0.0, 0
+    step_seconds: dict[str, float] = {}
     for number, stage in enumerate(stages):
         teacher = teacher if needs_teacher(stages[number:]) else None
         student = next_student(student, stage, plan, mesh) if number else student
         with make_loaders(stage, stores, plan, mesh) as loaders:
             distiller = Distiller(teacher, student, stage.config, mesh)
             seconds, losses = _two_steps(distiller, loaders)
+        step_seconds[stage.name] = seconds[-1]
         memory = max(memory, *gather_objects(peak_memory_bytes(mesh.device), mesh.world))
         if mesh.is_rank_0:
             if len(stages) > 1:
@@ -65,9 +71,13 @@ def run_preflight(stages: Sequence[Stage], plan: Plan, scratch: Path, mesh: Mesh
             f"relation kernels: {describe_kernels(mesh.device)}\n"
             f"ranks: dp {mesh.dp.size} x cp {mesh.cp.size} x tp {mesh.tp.size} on "
             f"{mesh.device.type}\n"
-            f"peak memory: {memory / 2**30:.2f} GiB on the rank that uses most\n"
-            "preflight passed; nothing was written"
+            f"peak memory: {memory / 2**30:.2f} GiB on the rank that uses most"
         )
+        is_gpu = mesh.device.type == "cuda"
+        measured = Measured(state_bytes(distiller), memory if is_gpu else None, step_seconds)
+        for line in comparison_lines(config, plan.student, mesh, measured):
+            console.print(line, highlight=False)
+        console.print("preflight passed; nothing was written")
 
 
 def _two_steps(distiller: Distiller, loaders: StreamLoaders) -> tuple[list[float], list[float]]:

@@ -11,13 +11,14 @@ from megalard.checkpoint.sharded.save_load import checkpoint_axis
 from megalard.config.schema import Config
 from megalard.distill.student import Student
 from megalard.errors import UserError
+from megalard.estimate.flops import step_flops
+from megalard.estimate.gpus import peak_flops
 from megalard.model.decoder import Decoder
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import Mesh
 from megalard.reporter import Reporter
 from megalard.training.evaluator import Evaluator
 from megalard.training.export import save_student
-from megalard.training.flops import peak_flops, step_flops
 from megalard.training.holdout import split_holdout
 from megalard.training.models import load_models, load_teacher, next_student, student_to_restore
 from megalard.training.monitor import Monitor, Pace

@@ -77,7 +77,7 @@ def test_recipes_are_listed_with_their_title():
     assert line.endswith(" LinearARD for LLaMA2-7B from 4K to 32K: both stages as published")
 
 
-@pytest.mark.parametrize("command", ["train", "preflight"])
+@pytest.mark.parametrize("command", ["train", "plan", "preflight"])
 def test_the_help_of_a_command_contains_the_keys(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -10,7 +10,7 @@ complete step, and the peak memory. All numbers were measured on rank 0.
 
 The reference is a product of two square matrices of the same dtype, measured in the same run: 8192
 rows on a GPU, 512 on a CPU. The column "of product" is the rate of the forward and backward pass
-relative to the rate of that product. It counts the operations that ``megalard.training.flops``
+relative to the rate of that product. It counts the operations that ``megalard.estimate.flops``
 counts: the linear layers, causal attention, the relations and LoRA's products, each as often as the
 loss and the trained weights need them. Weights that are not trained have no weight gradients.
 Activation checkpointing computes some products twice, and they count once. Everything else, such as
@@ -163,7 +163,11 @@ def run(options: argparse.Namespace) -> None:
             report.add(result)
             if options.json:
                 # After every setting, in case that the next one does not fit into memory.
-                facts = {"product_flops": product.flops, "product_size": product.size}
+                facts = {
+                    "product_flops": product.flops,
+                    "product_size": product.size,
+                    "ranks": mesh.world.size,
+                }
                 write_json(options.json, environment, options, results, **facts)
 
 

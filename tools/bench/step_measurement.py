@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 import torch
 
 from megalard.data.batch import Batch
+from megalard.estimate.flops import step_flops
 from megalard.parallel.mesh import Mesh
-from megalard.training.flops import step_flops
 from megalard.training.step import Distiller
 from tools.bench.random_model import random_spec
 from tools.bench.random_run import make_config, make_distiller, random_batches

@@ -113,6 +113,11 @@ def _command_lines(material: Material, scratch: Path) -> dict[str, list[list[str
             *[["--tp", "1"], ["--cp", "1"], ["--dtype", "float32"], ["--device", "cpu"]],
             *[["--teacher", model], ["--filler", "sentences"], ["--tokenizer", model]],
         ],
+        "plan": [
+            *[["--model", model], ["--gpus", "2 x H100 80GB"], ["--nodes", "2"], ["--json"]],
+            *[["--gpu-memory", "80"], ["--gpu-tflops", "900"], ["--network", "40"]],
+            *[["--optimizer.steps", "3"], ["--data.context_length", "32"]],
+        ],
         "preflight": [[word] for word in material.command(out)[1:]],
     }
     return {

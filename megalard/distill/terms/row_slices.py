@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-_ROWS = 1024
+ROWS = 1024
 
 
 def sum_of_row_slices(
@@ -34,7 +34,7 @@ class _SumOfRowSlices(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         row_tensors, weights = tensors[:num_row_tensors], tensors[num_row_tensors:]
         total = row_tensors[0].new_zeros((), dtype=torch.float32)
-        for rows in zip(*(x.split(_ROWS) for x in row_tensors), strict=True):
+        for rows in zip(*(x.split(ROWS) for x in row_tensors), strict=True):
             total = total + slice_sum(*rows, *weights)
         return total
 
@@ -46,8 +46,8 @@ class _SumOfRowSlices(torch.autograd.Function):
             torch.zeros_like(x, dtype=x.dtype if i < count else torch.float32) if needed else None
             for i, (x, needed) in enumerate(zip(tensors, needs, strict=True))
         ]
-        for start in reversed(range(0, tensors[0].shape[0], _ROWS)):
-            rows = slice(start, start + _ROWS)
+        for start in reversed(range(0, tensors[0].shape[0], ROWS)):
+            rows = slice(start, start + ROWS)
             inputs = [
                 (x[rows] if i < count else x).detach().requires_grad_(needed)
                 for i, (x, needed) in enumerate(zip(tensors, needs, strict=True))

@@ -113,9 +113,14 @@ class Masters:
         """The parameters of the optimizer."""
         return [*self._plain.parameters, *(bucket.master for bucket in self._sharded.buckets)]
 
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """The flat tensors of this rank's gradients."""
+        return [self._plain.gradient, *(bucket.gradient for bucket in self._sharded.buckets)]
+
     def zero_gradients(self) -> None:
         """Set every gradient to zero."""
-        for gradient in self._gradients():
+        for gradient in self.gradients:
             gradient.zero_()
 
     def end_backward(self) -> None:
@@ -147,7 +152,7 @@ class Masters:
     def clip(self, norm: torch.Tensor, largest: float) -> None:
         """Scale the gradient down to the norm ``largest`` if its norm is larger and finite."""
         factor = (largest / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)
-        for gradient in self._gradients():
+        for gradient in self.gradients:
             gradient.mul_(factor)
 
     def give_gradients(self) -> None:
@@ -180,6 +185,3 @@ class Masters:
                 yield name, part.parameter.grad
             else:
                 yield name, part.of(part.bucket.gradient)
-
-    def _gradients(self) -> list[torch.Tensor]:
-        return [self._plain.gradient, *(bucket.gradient for bucket in self._sharded.buckets)]

@@ -25,7 +25,7 @@ def decoder(tmp_path_factory):
 
 
 def test_a_sum_of_row_slices_is_the_sum_over_all_rows(monkeypatch):
-    monkeypatch.setattr(row_slices, "_ROWS", 4)
+    monkeypatch.setattr(row_slices, "ROWS", 4)
     torch.manual_seed(0)
     x, target, weight = torch.randn(11, 3), torch.randn(11), torch.randn(3)
     sizes = []
@@ -61,7 +61,7 @@ def test_no_more_rows_of_logits_than_a_slice_exist_at_once(loss, decoder, monkey
     monkeypatch.setattr(F, "linear", noting_linear)
     results = []
     for rows in (1024, ROWS):
-        monkeypatch.setattr(row_slices, "_ROWS", rows)
+        monkeypatch.setattr(row_slices, "ROWS", rows)
         rows_of_products.clear()
         leaf = hidden.clone().requires_grad_()
         decoder.head_weight.grad = None

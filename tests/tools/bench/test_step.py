@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from megalard.estimate.flops import step_flops
 from megalard.parallel.mesh import Mesh, build_mesh
-from megalard.training.flops import step_flops
 from tests.command_line import one_error, tool
 from tests.ranks import run_ranks
 from tools.bench.random_model import random_spec

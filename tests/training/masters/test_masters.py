@@ -92,7 +92,7 @@ def _memory_and_bits(folder: str) -> None:
         masters = distiller.masters
         bytes_of = {
             "masters": sum(p.numel() for p in masters.parameters),
-            "gradients": sum(gradient.numel() for gradient in masters._gradients()),
+            "gradients": sum(gradient.numel() for gradient in masters.gradients),
             "moments": sum(
                 state[key].numel()
                 for state in distiller.optimizer.state.values()

@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from megalard.estimate.flops import step_flops, stream_flops
+from megalard.estimate.gpus import peak_flops
 from megalard.model.spec import read_spec
-from megalard.training.flops import peak_flops, step_flops, stream_flops
 from tests.config.loading import load
 from tests.models import make_model
 

@@ -1,4 +1,4 @@
-"""The floating-point operations that a step needs, and the peak rate of known GPUs.
+"""The floating-point operations that a step needs, by kind.
 
 What is computed twice, as under activation checkpointing, counts once. The ratio of the needed
 operations to the peak of the GPUs is the model FLOP utilization (MFU).
@@ -6,7 +6,7 @@ operations to the peak of the GPUs is the model FLOP utilization (MFU).
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
 from megalard.config.objective import RELATIONS
 from megalard.config.schema import Config, StreamConfig, TrainableConfig
@@ -14,24 +14,28 @@ from megalard.distill.objective import reaches_of
 from megalard.distill.reach import LayerDepth, deepest
 from megalard.model.spec import ModelSpec
 
-# Dense bf16 FLOP/s from the vendors' data sheets, by a part of the name of the GPU.
-_PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
 
+@dataclass(frozen=True)
+class Flops:
+    """Operations, by the kernel that computes them.
 
-def peak_flops(device: torch.device) -> float | None:
-    """Return the peak bf16 FLOP/s of a GPU; None for GPUs that the table does not have."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
+    Attributes:
+        products: products of activations with weights, and of weight gradients.
+        attention_forward, attention_backward: attention.
+        relation_forward, relation_backward: the relations.
+    """
+
+    products: float
+    attention_forward: float
+    attention_backward: float
+    relation_forward: float
+    relation_backward: float
+
+    @property
+    def total(self) -> float:
+        """All operations."""
+        attention = self.attention_forward + self.attention_backward
+        return self.products + attention + self.relation_forward + self.relation_backward
 
 
 def step_flops(config: Config, spec: ModelSpec) -> float:
@@ -44,6 +48,11 @@ def step_flops(config: Config, spec: ModelSpec) -> float:
 
 def stream_flops(stream: StreamConfig, trainable: TrainableConfig, spec: ModelSpec) -> float:
     """Return the operations for one block of a stream, as if it held a single document."""
+    return flops_by_kind(stream, trainable, spec).total
+
+
+def flops_by_kind(stream: StreamConfig, trainable: TrainableConfig, spec: ModelSpec) -> Flops:
+    """Return the operations of ``stream_flops`` by kind."""
     objective, tokens = stream.objective, stream.data.context_length
     reach = deepest(reaches_of(objective, spec.num_layers))
     qkv_layers = reach.layer + 1
@@ -59,19 +68,24 @@ def stream_flops(stream: StreamConfig, trainable: TrainableConfig, spec: ModelSp
     pairs = tokens**2 / 2
     attention = 4 * pairs * q_features * attention_layers
 
-    forward = 2 * tokens * weights + attention
     # The input of the first layer needs no gradient unless the embedding is trained.
     untrained_input = 0 if trainable.mode == "all" else qkv
-    backward = 2 * tokens * (weights - untrained_input) + 2.5 * attention
     models = 2 if objective.needs_teacher else 1
-    total = models * forward + backward
-    total += _trained_products(trainable, spec, qkv_layers, whole_layers, weights) * tokens
+    products = 2.0 * tokens * (models * weights + weights - untrained_input)
+    products += _trained_products(trainable, spec, qkv_layers, whole_layers, weights) * tokens
+    relation_products = 0.0
     for name in objective.active_relations():
         heads = spec.num_heads if RELATIONS[name].rows == "q" else spec.num_kv_heads
         layers = len(objective.layers or range(spec.num_layers))
-        # Over the causal pairs, two products forward and four backward.
-        total += 6 * 2 * pairs * spec.head_dim * heads * layers
-    return total
+        relation_products += 2 * pairs * spec.head_dim * heads * layers
+    # Over the causal pairs, a relation has two products forward and four backward.
+    return Flops(
+        products,
+        models * attention,
+        2.5 * attention,
+        2 * relation_products,
+        4 * relation_products,
+    )
 
 
 def _trained_products(

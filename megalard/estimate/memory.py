@@ -1,0 +1,125 @@
+"""The memory that one GPU needs, by kind: the largest allocation of torch during a run.
+
+The sums are exact arithmetic on shapes, except for the workspaces of cuBLAS, which are measured. On
+all shapes that were measured, the estimate is within ``MEMORY_ERROR`` (docs/planning.md).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+
+from megalard.config.schema import Config
+from megalard.estimate.passes import Passes
+from megalard.estimate.rank_layout import RankLayout
+from megalard.estimate.sizes import Sizes
+from megalard.estimate.weights import parameters_of, trained_state
+from megalard.model.attention import repeats_kv_heads
+from megalard.model.spec import ModelSpec
+
+MEMORY_ERROR = 0.05
+"""The largest relative difference between an estimate and a measurement."""
+
+TEACHER = "weights of the teacher"
+STUDENT = "weights of the student alone"
+MASTERS = "fp32 weights that are trained"
+MOMENTS = "moments of AdamW"
+GRADIENTS = "gradients"
+BATCH = "tokens and positions"
+WORKSPACES = "workspaces of cuBLAS"
+
+# cuBLAS takes 32 MiB per stream and thread on Hopper, through torch's allocator: once for the
+# forward pass, and once for autograd's thread. Between steps, 64 MiB are in use in addition to the
+# tensors (docs/figures/step.json).
+_WORKSPACE_BYTES = 2 * 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The peak of a run on one rank.
+
+    Attributes:
+        kinds: bytes by kind of tensor at the peak.
+        between_steps: bytes in use between steps.
+        stage: the stage of the peak.
+        stream: the stream of the peak.
+        instant: what is computed at the peak.
+    """
+
+    kinds: Counter
+    between_steps: int
+    stage: str
+    stream: str
+    instant: str
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.kinds.values())
+
+
+def memory_of(
+    config: Config, spec: ModelSpec, layout: RankLayout, repeats_kv: bool | None = None
+) -> Memory:
+    """Return the peak of a run: that of its largest stage.
+
+    Args:
+        config: the configuration of the run. Its sizes of tp and cp are not read.
+        spec: the shape of teacher and student.
+        layout: the layout of ranks.
+        repeats_kv: whether attention over packed documents repeats the heads of k and v; None for
+            what the installed torch does.
+    """
+    stages = range(len(config.all_stages()))
+    return max(
+        (stage_memory(config, number, spec, layout, repeats_kv) for number in stages),
+        key=lambda memory: memory.total,
+    )
+
+
+def stage_memory(
+    config: Config,
+    number: int,
+    spec: ModelSpec,
+    layout: RankLayout,
+    repeats_kv: bool | None = None,
+) -> Memory:
+    """Return the peak of a stage, counted from 0; the arguments are those of ``memory_of``."""
+    repeats_kv = repeats_kv_heads() if repeats_kv is None else repeats_kv
+    name, stage = list(config.all_stages().items())[number]
+    element = getattr(torch, config.model.compute_dtype).itemsize
+    parameters = parameters_of(config, number, spec, layout)
+    state = trained_state(
+        parameters.trained.elements, element, data_ranks_sharing_state(config, layout)
+    )
+    sizes = {
+        name: Sizes(spec, stream, layout, element, repeats_kv and stream.data.packing)
+        for name, stream in stage.all_streams().items()
+    }
+    kinds = Counter(
+        {
+            TEACHER: parameters.teacher * element,
+            STUDENT: parameters.student_frozen * element + state.gathered,
+            MASTERS: state.masters,
+            MOMENTS: state.moments,
+            GRADIENTS: state.gradients,
+            BATCH: sum(size.batch * size.micro_batches for size in sizes.values()),
+            WORKSPACES: _WORKSPACE_BYTES,
+        }
+    )
+    trained = replace(parameters.trained, is_gathered=state.gathered > 0)
+    dropout = stage.trainable.mode == "lora" and stage.trainable.lora.dropout > 0
+    peaks = {
+        stream: Passes(size, trained, config.parallel, dropout).peak()
+        for stream, size in sizes.items()
+    }
+    stream = max(peaks, key=lambda name: sum(peaks[name][1].values()))
+    instant, tensors = peaks[stream]
+    return Memory(kinds + tensors, sum(kinds.values()), name, stream, instant)
+
+
+def data_ranks_sharing_state(config: Config, layout: RankLayout) -> int:
+    """Return over how many ranks masters, moments and reduced gradients are divided."""
+    return 1

@@ -1,0 +1,101 @@
+"""``megalard plan``: what it reports, and when it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.command_line import megalard, refusal
+from tools.bench.random_model import random_config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The config.json of LLaMA2-7B."""
+    path = tmp_path_factory.mktemp("plan") / "llama2-7b.json"
+    path.write_text(json.dumps(random_config("llama2-7b", 4096)))
+    return path
+
+
+def plan(model, *words: object) -> int:
+    return megalard("plan", "--model", model, *words)
+
+
+def test_layouts_that_fit_are_ranked_by_time(model, capsys):
+    assert plan(model, "--config", "llama2-7b-x8", "--gpus", "8 x H100 80GB") == 0
+    printed = capsys.readouterr().out
+    assert "GPUs      8 x H100 (79.1 GiB)" in printed
+    # 6.74B weights of two bytes, and 805M LoRA elements of 4 + 8 + 4 bytes.
+    for line in (
+        r"weights of the teacher +12\.55 GiB",
+        r"fp32 weights that are trained +3\.00 GiB",
+        r"moments of AdamW +6\.00 GiB",
+        r"gradients +3\.00 GiB",
+    ):
+        assert re.search(line, printed), line
+    rows = re.findall(r"^ +(\d+) +(\d+) +(\d+) +([\d.]+) +([\d.]+) +[\d,]+ ", printed, re.MULTILINE)
+    assert len(rows) == 10 and all(int(dp) * int(cp) * int(tp) == 8 for dp, cp, tp, *_ in rows)
+    times = [float(seconds) for *_, seconds in rows]
+    assert times == sorted(times)
+    assert "faster: parallel.activation_checkpointing false takes" in printed
+
+
+def test_what_to_change_is_named_with_what_it_saves(model, capsys):
+    words = ("--config", "longred-llama2-7b-x8", "--gpus", "1 x H100 80GB")
+    assert plan(model, *words, "--parallel.activation_checkpointing", "false") == 1
+    printed = capsys.readouterr().out
+    assert "no layout fits: dp 1 x cp 1 x tp 1 needs least, and lacks " in printed
+    saved = re.search(
+        r"activation checkpointing \(parallel.activation_checkpointing true\) saves ([\d.]+) GiB "
+        r"per GPU, which is not enough alone",
+        printed,
+    )
+    # The layers' activations at 32768 tokens: some 130 kB per token and layer.
+    assert saved and 100 < float(saved[1]) < 160
+    assert re.search(r"all of these together .* and then dp 1 x cp 1 x tp 1 fits", printed)
+    assert re.search(r"\d x H100 .* fit it without a change, with dp \d x cp \d x tp \d", printed)
+
+
+def test_the_largest_stage_decides_the_memory(model, capsys):
+    words = ("--config", "linearard-llama2-7b-x8", "--gpus", "8 x H100 80GB", "--json")
+    assert plan(model, *words) == 0
+    report = json.loads(capsys.readouterr().out)
+    first = report["layouts"][0]
+    assert first["stage"] == "long" and set(first["seconds_per_step"]) == {"ard", "long"}
+    steps = {"ard": 144, "long": 29}
+    total = sum(first["seconds_per_step"][name] * count for name, count in steps.items())
+    assert first["seconds"] == pytest.approx(total)
+
+
+def test_no_text_and_no_output_are_needed(model, capsys):
+    assert plan(model, "--gpus", "H200", "--streams={a: {objective: {logits_kl: 1}}}") == 0
+    assert "1 x H200" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--gpus", "8 x Z1"], "the GPU 'Z1' is not in the table (B200, H200, H100 PCIe, H100"),
+        (["--gpus", "0 x H100"], "--gpus '0 x H100' is not a number and a type of GPUs"),
+        (["--gpus", "2 x H100 94GB"], "give --gpu-memory GIB if yours has another size"),
+        (
+            ["--gpus", "3 x H100"],
+            "a global batch of 8 does not divide into micro-batches of 1 on 3",
+        ),
+        (["--gpus", "H100", "--data.context_length", "8K"], "longer than the teacher's native"),
+        (["--gpus", "H100", "--optimizer.step", "3"], "the nearest known one is 'optimizer.steps'"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_sentence(words, sentence, model, capsys):
+    assert sentence in refusal(capsys, "plan", "--model", model, *words)
+
+
+def test_a_file_that_is_no_config_is_refused(tmp_path, capsys):
+    words = ("plan", "--gpus", "H100", "--model")
+    (tmp_path / "a.json").write_text("{")
+    assert "is not JSON" in refusal(capsys, *words, tmp_path / "a.json")
+    (tmp_path / "b.json").write_text("[]")
+    assert "does not hold a JSON object" in refusal(capsys, *words, tmp_path / "b.json")
+    assert "there is no file" in refusal(capsys, *words, tmp_path / "c.json")

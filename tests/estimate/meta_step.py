@@ -1,0 +1,120 @@
+"""The bytes of a micro-batch: the trainer's code on the meta device, as wide as real models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from megalard.checkpoint.build import empty_decoder, set_parameter
+from megalard.config.schema import Config
+from megalard.data.batch import collate
+from megalard.distill.objective import is_reached
+from megalard.distill.student import build_student
+from megalard.estimate.rank_layout import RankLayout
+from megalard.model.decoder import Decoder
+from megalard.model.rope import rope_table, scaled_config
+from megalard.model.spec import ModelSpec, spec_from_config
+from megalard.parallel.mesh import SINGLE, Axis, Mesh
+from megalard.training.step import Distiller
+from tests.estimate.live_bytes import LiveBytes
+from tools.bench.shapes import SHAPES
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class MetaStep:
+    """Bytes of a step of the first stream.
+
+    Attributes:
+        weights: the weights of the teacher.
+        state: the masters and gradients of the trained tensors, and weights of the student alone.
+        batch: the micro-batch.
+        peak: what the forward and backward pass need in addition.
+    """
+
+    weights: int
+    state: int
+    batch: int
+    peak: int
+
+
+def shape(name: str, layers: int, window: int, **changes) -> ModelSpec:
+    """Return a model of a known width with few layers."""
+    content = {
+        "model_type": "llama",
+        **SHAPES[name],
+        "num_hidden_layers": layers,
+        "max_position_embeddings": window,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    }
+    return spec_from_config(content | changes, name)
+
+
+def mesh_of(layout: RankLayout) -> Mesh:
+    """Return rank 0 of a mesh whose collectives are stand-ins."""
+    world, dp, cp, data, tp = (
+        SINGLE if size == 1 else Axis(None, 0, size)
+        for size in (layout.ranks, layout.dp, layout.cp, layout.data, layout.tp)
+    )
+    return Mesh(world, dp, cp, data, tp, META)
+
+
+def run_step(config: Config, spec: ModelSpec, layout: RankLayout) -> MetaStep:
+    """Run the forward and backward pass of one micro-batch; a block is one document."""
+    mesh, live = mesh_of(layout), LiveBytes("meta")
+    dtype = getattr(torch, config.model.compute_dtype)
+    ((_, stream),) = config.all_streams().items()
+    with live:
+        teacher = _decoder(spec, mesh, dtype)
+        weights = live.now
+        student_spec = spec_from_config(scaled_config(spec, config.rope, spec.max_positions), "s")
+        student = build_student(
+            teacher,
+            student_spec,
+            rope_table(student_spec),
+            mesh.tp,
+            config.trainable,
+            partial(is_reached, streams=config.all_streams(), num_layers=spec.num_layers),
+            0,
+        )
+        distiller = Distiller(teacher, student, config, mesh)
+        state = live.now - weights
+        length = stream.data.context_length
+        tokens = np.zeros(length, dtype=np.int64)
+        blocks = [(tokens, [(0, length)]) for _ in range(stream.micro_batch)]
+        batch = collate(blocks).cut(mesh.cp).to(META)
+        before = live.peak = live.now
+        objective = distiller.objectives["main"]
+        scale = torch.empty(len(objective.terms), device=META)
+        reads = teacher if stream.objective.needs_teacher else None
+        with _on_host() if config.parallel.offload else torch.enable_grad():
+            loss, _ = objective(reads, student.decoder, batch, scale)
+        loss.backward()
+    return MetaStep(weights, state, before - weights - state, live.peak - before)
+
+
+def _decoder(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Decoder:
+    decoder = empty_decoder(spec, rope_table(spec), mesh.tp)
+    for name, layout in decoder.layouts.items():
+        value = torch.empty(layout.local_shape, dtype=dtype, device=META)
+        set_parameter(decoder, name, torch.nn.Parameter(value, requires_grad=False))
+    return decoder
+
+
+def _on_host() -> saved_tensors_hooks:
+    """Keep no bytes of saved tensors on the device, as ``save_on_cpu`` does on a GPU."""
+    return saved_tensors_hooks(
+        lambda x: (x.shape, x.stride(), x.dtype) if x.device == META else x,
+        lambda saved: (
+            torch.empty_strided(saved[0], saved[1], dtype=saved[2], device=META)
+            if isinstance(saved, tuple)
+            else saved
+        ),
+    )

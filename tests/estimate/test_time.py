@@ -1,0 +1,74 @@
+"""Time of a step: what each setting and each axis adds or takes away."""
+
+from __future__ import annotations
+
+import pytest
+
+from megalard.estimate.flops import flops_by_kind, stream_flops
+from megalard.estimate.gpus import Machines, parse_gpus
+from megalard.estimate.rank_layout import RankLayout
+from megalard.estimate.time import (
+    ATTENTION,
+    EXCHANGE,
+    OFFLOAD,
+    POINTWISE,
+    PRODUCTS,
+    RELATIONS_KIND,
+    UPDATE,
+    step_time,
+)
+from tools.bench.random_model import random_spec
+from tools.bench.random_run import make_config
+
+SPEC = random_spec("llama2-7b", 32768)
+
+
+def times(layout: RankLayout, nodes: int = 1, **settings) -> dict[str, float]:
+    count, gpu = parse_gpus("8 x H100", None, None)
+    given = {"data.context_length": 32768, "trainable.lora.dropout": 0}
+    given |= {key.replace("__", "."): value for key, value in settings.items()}
+    return step_time(make_config(given), SPEC, layout, Machines(gpu, count, nodes, 50e9))
+
+
+def test_the_kinds_of_operations_are_all_of_them():
+    config = make_config({"data.context_length": 32768})
+    (stream,) = config.all_streams().values()
+    flops = flops_by_kind(stream, config.trainable, SPEC)
+    assert flops.total == stream_flops(stream, config.trainable, SPEC)
+    # Causal pairs times heads times head_dim: 2 products forward and 4 backward, of 2 operations.
+    pairs = 32768**2 / 2 * 32 * 128
+    assert flops.relation_forward == 3 * 32 * 2 * 2 * pairs
+    assert flops.relation_backward == 2 * flops.relation_forward
+    assert flops.attention_forward == 2 * 31 * 4 * pairs
+
+
+@pytest.mark.parametrize("axis", ["dp", "cp", "tp"])
+def test_two_ranks_halve_products_and_relations(axis):
+    one, two = times(RankLayout()), times(RankLayout(**{axis: 2}))
+    assert two[PRODUCTS] == pytest.approx(one[PRODUCTS] / 2)
+    assert two[RELATIONS_KIND] == pytest.approx(one[RELATIONS_KIND] / 2, rel=0.08)
+    assert two[EXCHANGE] > 0 == one[EXCHANGE]
+    assert two[UPDATE] == one[UPDATE] if axis != "tp" else two[UPDATE] < one[UPDATE]
+
+
+def test_layers_that_are_computed_again_take_time():
+    layout = RankLayout()
+    again, once = times(layout), times(layout, parallel__activation_checkpointing=False)
+    # Of the products, the student's forward pass once more, without the last projection.
+    assert 1.2 < again[PRODUCTS] / once[PRODUCTS] < 1.35
+    assert again[ATTENTION] > once[ATTENTION] and again[POINTWISE] > once[POINTWISE]
+    assert again[RELATIONS_KIND] == once[RELATIONS_KIND]
+
+
+def test_offloading_moves_what_is_saved_out_and_back():
+    seconds = times(RankLayout(), parallel__offload=True)[OFFLOAD]
+    # 31 inputs and 96 gradients of 4096 bf16 features per token, in 8 micro-batches, at 60 GB/s.
+    assert seconds == pytest.approx(2 * 8 * 32768 * (31 + 96) * 4096 * 2 / 60e9)
+    assert times(RankLayout())[OFFLOAD] == 0
+
+
+def test_gradients_cross_nodes_at_the_rate_of_the_network():
+    inside, across = times(RankLayout(dp=8)), times(RankLayout(dp=8, tp=2), nodes=2)
+    elements = 805_306_368
+    assert inside[EXCHANGE] == pytest.approx(2 * 7 / 8 * elements * 4 / 240e9)
+    assert across[EXCHANGE] > 2 * inside[EXCHANGE]

@@ -1,0 +1,103 @@
+"""plan: the effect of every flag."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import megalard, refusal
+from tools.bench.random_model import random_config
+
+H100 = "8 x H100 80GB"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """The config.json of LLaMA2-7B, alone in a directory."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "config.json").write_text(json.dumps(random_config("llama2-7b", 4096)))
+    return folder
+
+
+@pytest.fixture
+def plan(model, capsys):
+    """A function that plans LoRA of LLaMA2-7B with some more words; returns the JSON."""
+
+    def run(*words: object, gpus: str = H100) -> dict:
+        given = ("--model", model, "--gpus", gpus, "--json")
+        megalard("plan", *given, *words)
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_plan_model(model, capsys):
+    """A directory, its config.json, and model.teacher are the same model."""
+    words = ("plan", "--gpus", H100)
+    assert megalard(*words, "--model", model) == 0
+    directory = capsys.readouterr().out
+    for other in (("--model", model / "config.json"), ("--model.teacher", model)):
+        assert megalard(*words, *other) == 0
+        assert capsys.readouterr().out == directory
+    assert "give --model MODEL" in refusal(capsys, *words)
+    assert "no model directory at /none" in refusal(capsys, *words, "--model", "/none")
+
+
+def test_plan_config(plan, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("optimizer: {steps: 50}\nparallel: {activation_checkpointing: false}\n")
+    again = plan()["layouts"][0]
+    first = plan("--config", config)["layouts"][0]
+    assert first["bytes"] > 1.3 * again["bytes"]
+    assert first["seconds"] == pytest.approx(50 * first["seconds_per_step"]["main"])
+    assert plan("--config", "qwen3-8b-yarn-x4")["fits"] is True
+
+
+def test_plan_gpus(plan):
+    assert plan()["gpus"]["per_node"] == 8
+    one = plan(gpus="1 x A100 40GB")
+    assert one["gpus"]["memory"] == pytest.approx(39.4 * 2**30, rel=0.01)
+    assert [layout["dp"] for layout in one["layouts"]] == [1]
+
+
+def test_plan_nodes(plan):
+    layouts = plan("--nodes", 2, "--optimizer.global_batch", 16)["layouts"]
+    assert {layout["dp"] * layout["cp"] * layout["tp"] for layout in layouts} == {16}
+    assert max(layout["tp"] for layout in layouts) == 8, "tp stays within a node"
+
+
+def test_plan_gpu_memory(plan):
+    assert plan(gpus="1 x H100")["fits"] and not plan("--gpu-memory", 20, gpus="1 x H100")["fits"]
+
+
+def test_plan_gpu_tflops(plan, model, capsys):
+    """An unknown GPU needs its memory and its rate; half of the rate takes twice as long."""
+    words = ("plan", "--model", model, "--gpus", "2 x Z1")
+    assert "give --gpu-memory GIB and --gpu-tflops N" in refusal(capsys, *words)
+    assert "give --gpu-memory GIB" in refusal(capsys, *words, "--gpu-tflops", 989)
+    times = [
+        plan("--gpu-memory", 80, "--gpu-tflops", rate, gpus="1 x Z1")["layouts"][0]["seconds"]
+        for rate in (989, 494.5)
+    ]
+    assert times[1] == pytest.approx(2 * times[0], rel=0.01)
+
+
+def test_plan_network(plan):
+    """Only exchanges between nodes depend on it."""
+    words = ("--nodes", 2, "--optimizer.global_batch", 16)
+    slow = plan(*words, "--network", 1)["layouts"]
+    fast = plan(*words, "--network", 1000)["layouts"]
+    assert min(x["seconds"] for x in slow) > 1.5 * min(x["seconds"] for x in fast)
+    assert plan("--network", 1)["layouts"] == plan()["layouts"]
+
+
+def test_plan_json(plan, model, capsys):
+    report = plan()
+    assert megalard("plan", "--model", model, "--gpus", H100) == 0
+    printed = capsys.readouterr().out
+    first = report["layouts"][0]
+    assert f"the fastest: --parallel.tp {first['tp']} --parallel.cp {first['cp']}" in printed
+    assert sum(first["kinds"].values()) == first["bytes"]
+    assert f"{first['bytes'] / 2**30:8.2f} GiB of 79.1 GiB" in printed

@@ -1,0 +1,62 @@
+"""A run that cannot fit is refused at its start; preflight compares estimate and measurement."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from megalard.estimate.memory import Memory
+from megalard.training import estimated
+from tests.command_line import megalard, refusal, user_error
+from tests.jobs import arguments
+
+GIB = 2**30
+
+
+def memory(gib: float) -> Memory:
+    return Memory(Counter({"gradients": gib * GIB}), 0, "main", "main", "the logits")
+
+
+def test_a_run_is_refused_only_beyond_the_error_of_the_estimate():
+    sentence = user_error(estimated.refuse_if_too_large, memory(85), 80 * GIB)
+    assert "the run needs 85.0 GiB per GPU (± 5%; gradients 85.0) but the GPU has 80.0" in sentence
+    assert "megalard plan lists the layouts that fit" in sentence
+    for fits in (84, 80, 10):
+        estimated.refuse_if_too_large(memory(fits), 80 * GIB)
+
+
+def test_training_stops_before_weights_are_read(small_job, tmp_path, capsys, monkeypatch):
+    """As on a GPU of 1 MiB; the weights of the model would be missed if they were read."""
+
+    class SmallGpu:
+        total_memory = 2**20
+
+    monkeypatch.setattr(estimated, "_is_gpu", lambda mesh: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SmallGpu)
+    monkeypatch.setattr("megalard.train.Run", None)
+    line = refusal(capsys, "train", *arguments(small_job, tmp_path / "output"))
+    assert re.search(r"the run needs 0\.\d GiB per GPU .* but the GPU has 0\.0 GiB", line)
+
+
+def test_a_cpu_refuses_nothing(small_job, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimated, "refuse_if_too_large", None)
+    words = arguments(small_job, tmp_path / "output", "optimizer.steps=1")
+    assert megalard("train", *words) == 0
+
+
+@pytest.mark.parametrize("mode", ["lora", "all"])
+def test_preflight_prints_estimate_and_measurement(mode, small_job, tmp_path, capsys):
+    """On a CPU these are the tensors between steps, which agree exactly."""
+    options = (f"trainable.mode={mode}",)
+    assert megalard("preflight", *arguments(small_job, tmp_path / "output", *options)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.split() == ["estimate", "measured"])
+    rows = {}
+    for line in lines[start + 1 : start + 6]:
+        kind, estimate, value = re.split(r"\s{2,}", line)
+        rows[kind] = (estimate, value)
+    assert all(estimate == value for estimate, value in rows.values()), rows
+    assert rows["gradients"][0] != "0.0 KiB" and "moments of AdamW" in rows
+    assert lines[-1] == "preflight passed; nothing was written"
