@@ -1,7 +1,7 @@
 """Start ranks: the one helper that every distributed test uses.
 
-Ranks are forked from a server that has imported what they need. Importing it takes a process of its
-own some eight seconds.
+Ranks are forked from a server that has imported what they need. A process that imports the same
+modules itself takes some eight seconds.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ _SERVER.set_forkserver_preload(
         "megalard.evaluation.comparison",
         "tests.models",
         "torch.utils.tensorboard",
+        # A rank imports these when it first needs them, which takes two seconds.
+        "torch._inductor",
+        "transformers.models.llama.modeling_llama",
+        "megalard.training.board",
     ]
 )
 
