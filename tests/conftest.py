@@ -17,7 +17,7 @@ else:
 # Files and folders that take a minute or more. They begin first, so that no process is left with
 # one of them when the others have nothing to do any more.
 SLOW = (
-    "tests/launch/test_launch.py",
+    "tests/launch/",
     "tests/parity/",
     "tests/training/test_resume.py",
     "tests/settings/",
