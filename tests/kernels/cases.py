@@ -49,7 +49,8 @@ CASES = [
     Case(37, 80, 16, m=45, heads=4, cols_heads=2, row_offset=9, dtype=bf16),
     Case(37, 80, 16, m=45, heads=4, cols_heads=2, row_offset=9, dtype=fp16),
 ]
-SELF, PAIR = Case(50, 16, 16, layout="packed_pad"), Case(40, 16, 16, m=60, b=1, heads=4, cols_heads=2)
+SELF = Case(50, 16, 16, layout="packed_pad")
+PAIR = Case(40, 16, 16, m=60, b=1, heads=4, cols_heads=2)
 SMALL = [SELF, PAIR]
 MANY_BLOCKS = [
     Case(70, 16, 32, b=1, layout="single"),
