@@ -20,8 +20,8 @@ import torch.multiprocessing as multiprocessing
 # The limit is for ranks that hang: on busy cores a job of a few seconds has taken a minute.
 LIMIT_S = 300
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
     [
         "pytest",
         "megalard.train",
@@ -62,7 +62,7 @@ def started_ranks(world: int, function: Callable, *args) -> Iterator[list[BasePr
     """Start the same ranks without waiting for them; kill at the end those that still run."""
     arguments = (world, free_port(), function, args)
     ranks = [
-        _SERVER.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(world)
+        SERVER.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(world)
     ]
     try:
         for rank in ranks:
