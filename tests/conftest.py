@@ -17,16 +17,17 @@ else:
 # Files and folders that take a minute or more. They begin first, so that no process is left with
 # one of them when the others have nothing to do any more.
 SLOW = (
-    "tests/launch/test_launch.py",
     "tests/parity/",
+    "tests/launch/test_nodes.py",
     "tests/training/test_resume.py",
+    "tests/launch/",
+    "tests/kernels/test_op.py",
+    "tests/checkpoint/sharded/test_save_load.py",
+    "tests/training/test_killed_runs.py",
     "tests/settings/",
     "tests/tools/campaigns/",
-    "tests/training/test_killed_runs.py",
-    "tests/training/test_stages.py",
     "tests/tools/study/",
-    "tests/kernels/test_op.py",
-    "tests/test_train.py",
+    "tests/test_launcher.py",
 )
 
 

@@ -1,7 +1,7 @@
 """Start ranks: the one helper that every distributed test uses.
 
-Ranks are forked from a server that has imported what they need. Importing it takes a process of its
-own some eight seconds.
+Ranks are forked from a server that has imported what they need. A process that imports the same
+modules itself takes some eight seconds.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch.multiprocessing as multiprocessing
 # The limit is for ranks that hang: on busy cores a job of a few seconds has taken a minute.
 LIMIT_S = 300
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
     [
         "pytest",
         "megalard.train",
@@ -30,6 +30,10 @@ _SERVER.set_forkserver_preload(
         "megalard.evaluation.comparison",
         "tests.models",
         "torch.utils.tensorboard",
+        # A rank imports these when it first needs them, which takes two seconds.
+        "torch._inductor",
+        "transformers.models.llama.modeling_llama",
+        "megalard.training.board",
     ]
 )
 
@@ -58,7 +62,7 @@ def started_ranks(world: int, function: Callable, *args) -> Iterator[list[BasePr
     """Start the same ranks without waiting for them; kill at the end those that still run."""
     arguments = (world, free_port(), function, args)
     ranks = [
-        _SERVER.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(world)
+        SERVER.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(world)
     ]
     try:
         for rank in ranks:

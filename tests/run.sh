@@ -30,6 +30,8 @@ install_apart tests/.transformers-4.57 "transformers 4.57" \
 # lm-evaluation-harness needs three dozen packages that nothing else here needs.
 install_apart tests/.lm-eval lm-evaluation-harness --requirement tests/lm_eval.txt
 
+# Without compiled files pytest would rewrite the asserts of all tests in each of its processes.
+unset PYTHONDONTWRITEBYTECODE
 # Each rank has one thread, because distributed tests start several ranks on few cores.
 export OMP_NUM_THREADS=1
 # One process per core runs whole test files (-n 0: one process). On a GPU, tests/conftest.py makes

@@ -1,10 +1,10 @@
-"""A job from start to end, by one process and by two ranks of torchrun."""
+"""A job from start to end, by one process and by two ranks."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from megalard.training.step import Distiller
 from tests.command_line import refusal
 from tests.jobs import BATCH, CONTEXT, NATIVE, STEPS, arguments, make_job, metrics, train
 from tests.models import scale_rope
-from tests.processes import CHECKOUT, finished, torchrun
+from tests.ranks import run_ranks
 
 FIGURES = ("loss", "loss_q", "loss_k", "loss_v", "gradient_norm", "learning_rate")
 
@@ -35,10 +35,8 @@ def one(job):
     """The output directory of a run by one process, whose output is in ``printed``."""
     output = job / "runs" / "one"
     options = ["checkpoint.export_every=3", f"evaluation.paths={job / 'heldout.txt'}"]
-    command = [sys.executable, "-m", "megalard.train", *arguments(job, output, *options)]
-    done = finished(command, cwd=CHECKOUT)
-    assert done.returncode == 0, done.stderr
-    (job / "printed").write_text(done.stdout)
+    with open(job / "printed", "w") as file, redirect_stdout(file):
+        train(arguments(job, output, *options))
     return output
 
 
@@ -47,7 +45,7 @@ def two(job):
     """The same run by two tensor-parallel ranks."""
     output = job / "runs" / "two"
     options = ["parallel.tp=2", f"evaluation.paths={job / 'heldout.txt'}"]
-    torchrun(2, "-m", "megalard.train", *arguments(job, output, *options))
+    run_ranks(2, train, arguments(job, output, *options))
     return output
 
 

@@ -33,13 +33,13 @@ CASES = [
     Case(16, 16, 16, causal=False),
     Case(17, 80, 64, layout="right_pad", scale_s=0.3, scale_t=0.05),
     Case(63, 64, 64, layout="packed_pad", causal=False),
-    Case(65, 64, 128, layout="left_pad"),
+    Case(65, 64, 128, b=1, layout="left_pad"),
     Case(65, 256, 16, b=1, heads=1),
     Case(130, 96, 112, b=1, layout="packed_pad"),
     Case(130, 32, 32, b=1, layout="left_pad"),
     Case(40, 16, 16, layout="all_pad"),
     Case(33, 16, 32, heads=4, cols_heads=2),
-    Case(33, 16, 16, m=50, heads=6, cols_heads=2, row_offset=17, layout="packed"),
+    Case(33, 16, 16, m=50, b=1, heads=6, cols_heads=2, row_offset=17, layout="packed"),
     Case(50, 16, 16, m=20, heads=2, cols_heads=1, row_offset=5, layout="both_pad", causal=False),
     Case(20, 32, 16, m=61, cols_heads=2, causal=False),
     Case(32, 16, 16, m=32, cols_heads=2, col_offset=32),  # every column is in the future
@@ -49,11 +49,12 @@ CASES = [
     Case(37, 80, 16, m=45, heads=4, cols_heads=2, row_offset=9, dtype=bf16),
     Case(37, 80, 16, m=45, heads=4, cols_heads=2, row_offset=9, dtype=fp16),
 ]
-SELF, PAIR = Case(50, 16, 16, layout="packed_pad"), Case(40, 16, 16, m=60, heads=4, cols_heads=2)
+SELF = Case(50, 16, 16, layout="packed_pad")
+PAIR = Case(40, 16, 16, m=60, b=1, heads=4, cols_heads=2)
 SMALL = [SELF, PAIR]
 MANY_BLOCKS = [
-    Case(90, 16, 32, b=1, layout="single"),
-    Case(90, 16, 16, causal=False, layout="packed"),
+    Case(70, 16, 32, b=1, layout="single"),
+    Case(70, 16, 16, b=1, causal=False, layout="packed"),
 ]
 
 

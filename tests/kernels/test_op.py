@@ -89,7 +89,13 @@ def test_the_gradient_reaches_the_student_only(backend):
 
 
 @both_backends
-@case_params([SELF, Case(50, 16, 16, b=1, layout="single"), Case(50, 16, 16, b=1, causal=False)])
+@case_params(
+    [
+        replace(SELF, b=1),
+        Case(34, 16, 16, heads=1, layout="single"),
+        Case(34, 16, 16, b=1, causal=False),
+    ]
+)
 def test_partials_over_column_splits_merge_to_the_entire_row(case, backend, tiny_tiles):
     """The columns of a self relation are cut in four; the gradients of the parts are summed."""
     problem = make_problem(case)
@@ -139,7 +145,7 @@ def test_every_output_element_is_written(case, backend, monkeypatch):
 
 
 @both_backends
-@case_params(SMALL)
+@case_params([replace(SELF, b=1), replace(PAIR, heads=2, cols_heads=1)])
 def test_two_runs_are_bit_identical(case, backend, tiny_tiles):
     problem = make_problem(case)
     leaves = [x.requires_grad_() for x in problem.student]

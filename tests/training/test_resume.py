@@ -58,8 +58,6 @@ RESUMED = {
     "tp2 on one": ("tp2", 1, ()),
     "one on tp4": ("one", 4, ("parallel.tp=4",)),
     "dp2 on one": ("dp2", 1, ()),
-    "one on cp2": ("one", 2, ("parallel.cp=2",)),
-    "one on dp2 tp2": ("one", 4, ("parallel.tp=2",)),
     "all on all": ("all", 1, ALL),
     "all-tp2 on tp4": ("all-tp2", 4, ("parallel.tp=4", *ALL)),
     "streams on streams": ("streams", 1, STREAMS),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from functools import partial
 
 import pytest
+import torch
 
 from megalard.checkpoint.open import open_model
 from tests.command_line import one_error, tool
+from tests.ranks import SERVER
 from tools.study import pool, pretraining, run
 from tools.study.description import Run
 from tools.study.folder import Study
@@ -118,8 +121,10 @@ def test_runs_are_ordered_by_seed_and_length():
     assert order[:2] == [(1, "cpt"), (1, "logits")] and order[3] == (2, "cpt")
 
 
-def test_two_workers_give_the_results_of_one(finished, tmp_path):
+def test_two_workers_give_the_results_of_one(finished, tmp_path, monkeypatch):
     """In processes of their own, on a search of two of the rates."""
+    if not torch.cuda.is_available():  # CUDA has not been tried in forked workers.
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: SERVER)
     runs = [Run("search", "linearard", "linear", rate) for rate in (3e-4, 1e-3)]
     other = tmp_path / "study"
     other.mkdir()
