@@ -21,8 +21,11 @@ from megalard.parallel.mesh import SINGLE, Axis
 
 
 @contextmanager
-def byte_bar(title: str, total: int, axis: Axis = SINGLE) -> Iterator[Callable[[int], None]]:
-    """Draw a bar of ``total`` bytes, rank 0's share; yield a function that advances it."""
+def byte_bar(title: str, total: int | None, axis: Axis = SINGLE) -> Iterator[Callable[[int], None]]:
+    """Draw a bar of ``total`` bytes, rank 0's share; yield a function that advances it.
+
+    A total of None is not known.
+    """
     columns = (DownloadColumn(binary_units=True), TransferSpeedColumn())
     with _bar(title, total, columns, axis) as (bar, task):
         yield lambda count: bar.advance(task, count)
@@ -37,7 +40,7 @@ def token_bar(total: int, axis: Axis = SINGLE) -> Iterator[Callable[[str, int], 
 
 
 @contextmanager
-def _bar(title: str, total: int, columns: tuple[ProgressColumn, ...], axis: Axis):
+def _bar(title: str, total: int | None, columns: tuple[ProgressColumn, ...], axis: Axis):
     console = Console(stderr=True)
     is_hidden = axis.rank != 0 or not console.is_terminal
     text = TextColumn("{task.description}")

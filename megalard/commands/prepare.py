@@ -2,10 +2,15 @@
 
   megalard prepare --model MODEL_DIR --output runs/tokens text/ more.jsonl
 
-The paths are .txt, .md and .py files (one document each), .jsonl files (one document per line,
-under --text-key) and directories of them. Training tokenizes text by itself. Do it ahead if the
-text is large or if many runs share it. An output directory that already is this store is left as it
-is; one that holds anything else is refused.
+  megalard prepare --model MODEL_DIR --output runs/tokens --dataset owner/name --split train
+
+The paths are .txt, .md and .py files (one document each), .jsonl, .parquet and .arrow files (one
+document per line or row, under --text-key) and directories of them. --dataset takes a data set of
+the Hugging Face hub, or a directory of one, in place of paths, with the package datasets; the
+commit that was read is noted in the store. Training tokenizes files by itself. Do it ahead if the
+text is large or if many runs share it. All cores tokenize; TOKENIZERS_PARALLELISM=false takes one.
+An output directory that already is this store is left as it is; one that holds anything else is
+refused.
 """
 
 from __future__ import annotations
@@ -20,7 +25,19 @@ NAME, HELP = "prepare", "tokenize text ahead of training"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="text files or directories"
+        "paths", nargs="*", type=Path, metavar="PATH", help="text files or directories"
+    )
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="a data set of the hub, or a directory of one"
+    )
+    parser.add_argument("--subset", metavar="NAME", help="configuration of the data set")
+    parser.add_argument(
+        "--split", default="train", metavar="NAME", help="split of the data set (default: train)"
+    )
+    parser.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="branch, tag or commit of the data set (default: its newest commit)",
     )
     parser.add_argument(
         "--model",
@@ -62,25 +79,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Tokenize and report."""
     from megalard.data.chat import boundaries_of_format, column_of
-    from megalard.data.token_store_writer import build_store
+    from megalard.data.hub import HubText
+    from megalard.data.token_store_writer import build_store, open_or_write
     from megalard.data.tokenizer import load_tokenizer
+    from megalard.errors import UserError
     from megalard.reporter import Reporter
 
-    start = time.perf_counter()
+    if bool(options.paths) == (options.dataset is not None):
+        raise UserError("give either text files or directories, or --dataset")
+    reporter, start = Reporter(True), time.perf_counter()
     tokenizer = load_tokenizer(options.model)
     boundaries = boundaries_of_format(
         options.format, tokenizer, options.bos, options.eos, options.end_token
     )
-    store = build_store(
-        options.paths,
-        tokenizer,
-        options.output,
-        column=column_of(options.format, options.text_key, tokenizer),
-        boundaries=boundaries,
-        warn=Reporter(True).warning,
-    )
-    Reporter(True).line(
+    column = column_of(options.format, options.text_key, tokenizer)
+    was_there = options.output.exists()
+    if options.dataset is None:
+        store = build_store(
+            options.paths,
+            tokenizer,
+            options.output,
+            column=column,
+            boundaries=boundaries,
+            warn=reporter.warning,
+        )
+    else:
+        text = HubText(options.dataset, column, options.subset, options.split, options.revision)
+        revision = text.origin["revision"]
+        at = f" at {revision}" if revision else ""
+        reporter.line(f"data set {options.dataset}{at}, column {text.column.key}")
+        store = open_or_write(text, tokenizer, options.output, boundaries)
+    seconds = time.perf_counter() - start
+    rate = "" if was_there else f" ({len(store.tokens) / seconds:,.0f} tokens/s)"
+    reporter.line(
         f"{store.path}: {len(store.tokens)} tokens in {len(store.documents) - 1} documents, "
-        f"{store.tokens.dtype}, ready after {time.perf_counter() - start:.1f} s"
+        f"{store.tokens.dtype}, ready after {seconds:.1f} s{rate}"
     )
     return 0

@@ -64,6 +64,7 @@ class TokenStore:
             version 1, its files.
         source_files: identifies the files by path, size and modification time.
         version: the version of the format.
+        origin: the data set that the text is from, with its revision; None for files.
         checksums: uint32, the CRC-32 of every ``TOKENS_PER_SUM`` tokens; None in version 1.
     """
 
@@ -78,6 +79,7 @@ class TokenStore:
     sources_fingerprint: str
     source_files: str
     version: int
+    origin: dict | None
     checksums: np.ndarray | None
     _is_compared: np.ndarray | None = field(repr=False, default=None)
 
@@ -124,6 +126,7 @@ class TokenStore:
             sources_fingerprint=meta["sources"],
             source_files=meta["source_files"],
             version=meta["version"],
+            origin=origin if isinstance(origin := meta.get("origin"), dict) else None,
             checksums=checksums,
             _is_compared=None if checksums is None else np.zeros(len(checksums), bool),
         )

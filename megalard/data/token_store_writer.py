@@ -15,12 +15,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from megalard.data import sources
 from megalard.data.boundaries import Boundaries, boundaries_of
 from megalard.data.formats import Column, text_column
+from megalard.data.hub import HubText
 from megalard.data.token_store import (
     CHECKSUMS,
     DOCUMENTS,
@@ -36,6 +38,20 @@ from megalard.data.tokenizer import Tokenizer
 from megalard.errors import UserError
 from megalard.files.temporary_folders import remove_abandoned, temporary_folder
 from megalard.progress import byte_bar
+
+
+class DocumentSource(Protocol):
+    """The documents of a store, and what identifies them; see ``sources.Text``."""
+
+    files: str
+
+    @property
+    def content(self) -> str: ...
+
+    def documents(self, advance: Callable[[int], object] | None = None) -> Iterator[str]: ...
+
+    def has_fingerprint(self, content: str, files: str) -> bool: ...
+
 
 # Enough text at a time to occupy every core, and little enough to hold in memory.
 BATCH_DOCUMENTS = 512
@@ -70,22 +86,42 @@ def build_store(
         UserError: as ``sources.read_documents``; ``output`` contains something else or cannot be
             written.
     """
-    paths, output = list(paths), Path(output)
+    paths = list(paths)
+    text = sources.Text(paths, column or text_column("text"))
+
+    def total_bytes() -> int:
+        passed_over = sources.survey(paths)[1]
+        if passed_over is not None:
+            warn(f"{passed_over.describe()} are not text that is read, and are passed over")
+        return sources.total_bytes(paths)
+
+    return open_or_write(text, tokenizer, output, boundaries, total_bytes)
+
+
+def open_or_write(
+    text: DocumentSource,
+    tokenizer: Tokenizer,
+    output: str | Path,
+    boundaries: Boundaries | None = None,
+    total_bytes: Callable[[], int] | None = None,
+) -> TokenStore:
+    """Open ``output`` if it is the store of a text, or write it; see ``build_store``.
+
+    Args:
+        total_bytes: called before the text is tokenized; returns its size for the progress bar.
+    """
+    output = Path(output)
     boundaries = boundaries or boundaries_of(tokenizer)
     remove_abandoned(output.absolute())
-    text = sources.Text(paths, column or text_column("text"))
     existing = _open_same(output, tokenizer, boundaries, text)
     if existing is not None:
         return existing
-    passed_over = sources.survey(paths)[1]
-    if passed_over is not None:
-        warn(f"{passed_over.describe()} are not text that is read, and are passed over")
-    with byte_bar("tokenizing", sources.total_bytes(paths)) as advance:
+    with byte_bar("tokenizing", total_bytes() if total_bytes else None) as advance:
         return write_store(text, tokenizer, output, boundaries, advance)
 
 
 def write_store(
-    text: sources.Text,
+    text: DocumentSource,
     tokenizer: Tokenizer,
     output: str | Path,
     boundaries: Boundaries,
@@ -118,7 +154,7 @@ def write_store(
 
 
 def _write_files(
-    text: sources.Text,
+    text: DocumentSource,
     tokenizer: Tokenizer,
     folder: Path,
     boundaries: Boundaries,
@@ -159,6 +195,7 @@ def _write_files(
         "tokenizer": tokenizer.fingerprint,
         "sources": text.content,
         "source_files": text.files,
+        "origin": getattr(text, "origin", None),
         "documents_crc32": file_crc32(folder / DOCUMENTS),
         "checksums_crc32": file_crc32(folder / CHECKSUMS),
     }
@@ -205,6 +242,12 @@ def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
+def _difference(text: DocumentSource, store: TokenStore) -> str:
+    """Return in words how a text differs from the text of a store."""
+    known = text.difference(store.origin) if isinstance(text, HubText) else None
+    return known or "from other text, or the text has changed since"
+
+
 def _move_into_place(partial: Path, output: Path, same: Callable[[], TokenStore | None]) -> None:
     try:
         # POSIX renames a directory onto a missing or an empty directory, and onto no other.
@@ -215,7 +258,7 @@ def _move_into_place(partial: Path, output: Path, same: Callable[[], TokenStore 
 
 
 def _open_same(
-    output: Path, tokenizer: Tokenizer, boundaries: Boundaries, text: sources.Text
+    output: Path, tokenizer: Tokenizer, boundaries: Boundaries, text: DocumentSource
 ) -> TokenStore | None:
     """Return the store at ``output`` if it is the same store, or None if nothing is there.
 
@@ -238,7 +281,7 @@ def _open_same(
     if not is_same or store.eos_id != tokenizer.eos_id:
         difference = "with another tokenizer"
     elif not text.has_fingerprint(store.sources_fingerprint, store.source_files):
-        difference = "from other text, or the text has changed since"
+        difference = _difference(text, store)
     else:
         store.check_boundaries(boundaries)
         return store

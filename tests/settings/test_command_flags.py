@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +148,57 @@ def test_prepare_bos(prepare, job, tmp_path):
     put, none = (prepare("--bos", c, model=tmp_path / "bos") for c in ("yes", "no"))
     assert lengths(put) == [4, 4] and lengths(none) == [3, 3]
     assert put.tokens[0] == put.tokens[4] and put.tokens[1:4].tolist() == none.tokens[:3].tolist()
+
+
+@pytest.fixture
+def dataset(job, tmp_path, monkeypatch):
+    """A function that prepares a data set with some words, and returns how it was opened."""
+    asked = []
+
+    class HubDataset(list):
+        features = None
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        return HubDataset([{"text": "one"}])
+
+    class Api:
+        def dataset_info(self, name, revision):
+            return SimpleNamespace(sha=revision or "newest")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+
+    def run(*words: str) -> tuple[tuple, dict]:
+        given = ("--model", job / "teacher", "--output", tmp_path / f"store-{len(asked)}")
+        assert megalard("prepare", *given, "--dataset", "owner/name", *words) == 0
+        return asked[-1]
+
+    return run
+
+
+def test_prepare_dataset(dataset, tmp_path):
+    assert dataset()[0] == ("owner/name", None)
+    assert lengths(TokenStore.open(tmp_path / "store-0")) == [3]
+
+
+def test_prepare_subset(dataset):
+    assert dataset("--subset", "small")[0] == ("owner/name", "small")
+
+
+def test_prepare_split(dataset):
+    assert dataset("--split", "test")[1]["split"] == "test" and dataset()[1]["split"] == "train"
+
+
+def test_prepare_revision(dataset):
+    revisions = dataset("--revision", "v1")[1]["revision"], dataset()[1]["revision"]
+    assert revisions == ("v1", "newest")
+
+
+def test_prepare_takes_files_or_a_data_set(job, tmp_path, capsys):
+    words = ("--model", job / "teacher", "--output", tmp_path / "store")
+    for paths in ((), ("--dataset", "owner/name", job / "text.txt")):
+        assert "give either text files or" in refusal(capsys, "prepare", *words, *paths)
 
 
 def test_convert_file_size(job, tmp_path):

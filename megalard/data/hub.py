@@ -1,0 +1,142 @@
+"""Documents of a Hugging Face data set, by its name on the hub or from a directory, streamed.
+
+A directory that ``datasets`` has saved with ``save_to_disk`` has .arrow files, which
+``megalard.data.sources`` reads like other files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megalard.data.formats import Column
+from megalard.errors import UserError, printable
+
+
+class HubText:
+    """The documents of one split of a data set, as the text of a token store.
+
+    Args:
+        name: the name on the hub, such as ``owner/name``, or a local directory.
+        column: where a row has its document. If the data set has no such column but a single one
+            that can be meant, that one is read.
+        subset: the configuration of the data set; None for its default.
+        split: the split.
+        revision: a branch, a tag or a commit; None for the newest commit.
+
+    Attributes:
+        column: the column that is read.
+        origin: the name, the subset, the split and the commit, as JSON takes them.
+        files: a sha256 of ``origin`` and the column.
+        content: a sha256 of the documents in their order.
+
+    Raises:
+        UserError: the package is missing, or the data set cannot be found or has no such column.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        column: Column,
+        subset: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+    ):
+        self.name = name
+        commit = None if Path(name).is_dir() else self._commit(revision)
+        self._rows = self._open(subset, split, commit)
+        self.column = self._choose(column)
+        self.origin = {"dataset": name, "subset": subset, "split": split, "revision": commit}
+        key = [self.origin, self.column.key, self.column.identity]
+        self.files = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        self._content: str | None = None
+
+    def documents(self, advance: Callable[[int], object] | None = None) -> Iterator[str]:
+        """Yield the documents, without those of white space, and compute ``content`` meanwhile."""
+        digest, is_empty = hashlib.sha256(), True
+        rows, number = iter(self._rows), 0
+        while (row := self._try(lambda: next(rows, None))) is not None:
+            number += 1
+            where = f"data set {self.name} row {number} under {self.column.key!r}"
+            document = self.column.document(row[self.column.key], where)
+            if not document.strip():
+                continue
+            data, is_empty = document.encode(), False
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+            yield document
+            if advance is not None:
+                advance(len(data))
+        if is_empty:
+            raise UserError(f"there is no text in the data set {self.name}: choose another split")
+        self._content = digest.hexdigest()
+
+    @property
+    def content(self) -> str:
+        """The identity of the documents; they are read if they have not been."""
+        if self._content is None:
+            for _ in self.documents():
+                pass
+        assert self._content is not None
+        return self._content
+
+    def has_fingerprint(self, content: str, files: str) -> bool:
+        """Whether recorded identities are of this text."""
+        return files == self.files or (self._content is not None and content == self._content)
+
+    def difference(self, origin: dict[str, Any] | None) -> str | None:
+        """Return in words how the data set differs from a recorded origin; None if unknown."""
+        if origin is None or {**origin, "revision": None} != {**self.origin, "revision": None}:
+            return None
+        return (
+            f"from the revision {origin['revision']} of the data set {self.name}, which is now at "
+            f"{self.origin['revision']} (--revision {origin['revision']} opens it again)"
+        )
+
+    def _commit(self, revision: str | None) -> str | None:
+        from huggingface_hub import HfApi
+
+        return self._try(lambda: HfApi().dataset_info(self.name, revision=revision).sha)
+
+    def _open(self, subset: str | None, split: str, commit: str | None):
+        try:
+            import datasets
+        except ImportError as error:
+            raise UserError(
+                f"the data set {self.name} needs the package datasets: install it with "
+                "pip install 'megalard[datasets]'"
+            ) from error
+        options: dict[str, Any] = {"split": split, "revision": commit, "streaming": True}
+        return self._try(lambda: datasets.load_dataset(self.name, subset, **options))
+
+    def _choose(self, column: Column) -> Column:
+        features = self._rows.features
+        if features is None:
+            first = self._try(lambda: next(iter(self._rows)))
+            kinds = {key: isinstance(value, str) for key, value in first.items()}
+        else:
+            kinds = {key: getattr(kind, "dtype", "") == "string" for key, kind in features.items()}
+        if column.key in kinds:
+            return column
+        is_text = column.identity is None
+        possible = [key for key, is_string in kinds.items() if is_string == is_text]
+        if len(possible) != 1:
+            raise column.missing(f"the data set {self.name}", "column", list(kinds))
+        return replace(column, key=possible[0])
+
+    def _try(self, function: Callable[[], Any]) -> Any:
+        """Call into the packages, whose errors are of many types."""
+        try:
+            return function()
+        except UserError:
+            raise
+        except Exception as error:
+            reason = printable(" ".join(str(error).split()), 200) or type(error).__name__
+            raise UserError(
+                f"the data set {self.name} cannot be read ({reason}): check its name, --subset, "
+                "--split, --revision, and the network or HF_HUB_OFFLINE"
+            ) from error
