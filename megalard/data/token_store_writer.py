@@ -9,11 +9,10 @@ meta.json        counts, dtype, special tokens, checksums of the two files above
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -23,13 +22,12 @@ from megalard.data import sources
 from megalard.data.boundaries import Boundaries, boundaries_of
 from megalard.data.formats import Column, text_column
 from megalard.data.hub import HubText
+from megalard.data.token_files import NOTE, TextHasChanged, TokenFiles
 from megalard.data.token_store import (
     CHECKSUMS,
     DOCUMENTS,
     FORMAT,
     META,
-    TOKENS,
-    TOKENS_PER_SUM,
     VERSION,
     TokenStore,
     file_crc32,
@@ -112,7 +110,7 @@ def open_or_write(
     """
     output = Path(output)
     boundaries = boundaries or boundaries_of(tokenizer)
-    remove_abandoned(output.absolute())
+    remove_abandoned(output.absolute(), NOTE)
     existing = _open_same(output, tokenizer, boundaries, text)
     if existing is not None:
         return existing
@@ -129,9 +127,9 @@ def write_store(
 ) -> TokenStore:
     """Write the store of a text and open it.
 
-    The store is written under a hidden name next to ``output`` and then renamed, so that a run that
-    stops meanwhile leaves no ``output``. A killed process may leave the hidden directory
-    (``.NAME.partial-XXXXXXXX``), which the next start removes.
+    The store is written under a hidden name next to ``output``, ``.NAME.partial-XXXXXXXX``, and
+    then renamed, so that a run that stops meanwhile leaves no ``output``. What a writer that was
+    stopped has tokenized is not tokenized again.
 
     Raises:
         UserError: ``output`` contains something else or cannot be written; there is no document.
@@ -142,9 +140,14 @@ def write_store(
         return _open_same(output, tokenizer, boundaries, text)
 
     try:
-        with temporary_folder(output) as partial:
-            _write_files(text, tokenizer, partial, boundaries, advance)
+        with temporary_folder(output, NOTE) as partial:
+            try:
+                _write_files(text, tokenizer, partial, boundaries, advance)
+            except TextHasChanged:
+                (partial / NOTE).unlink()
+                _write_files(text, tokenizer, partial, boundaries, advance)
             _move_into_place(partial, output, same)
+        remove_abandoned(output)
     except OSError as error:
         raise UserError(
             f"token store {output} cannot be written ({error.strerror or error}): "
@@ -160,27 +163,27 @@ def _write_files(
     boundaries: Boundaries,
     advance: Callable[[int], object] | None,
 ) -> None:
+    """Write the files of a store, after those that a stopped writer left in the folder.
+
+    Raises:
+        TextHasChanged: the folder has other documents.
+    """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    lengths = []
-    largest, sums = tokenizer.eos_id, _Checksums()
-    with open(folder / TOKENS, "wb") as file:
-        for texts in _batched(text.documents(advance)):
-            encoded = tokenizer.encode_batch(texts)
-            rows = [row for ids in encoded if (row := boundaries.around(ids))]
-            if not rows:
+    identity = [tokenizer.fingerprint, repr(boundaries), dtype.name]
+    files = TokenFiles(folder, dtype, identity)
+    with contextlib.closing(files):
+        for batch in _batched(text.documents(advance)):
+            documents = files.skip(batch)
+            if not documents:
                 continue
-            lengths.append(np.fromiter(map(len, rows), np.int64, len(rows)))
-            ids = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths[-1].sum()))
-            largest = max(largest, int(ids.max()))
-            assert largest < tokenizer.vocab_size, "the tokenizer gave an id outside its vocabulary"
-            tokens = ids.astype(dtype)
-            sums.add(tokens)
-            file.write(tokens.data)
-    if not lengths:
-        raise UserError("there is no document to tokenize: give files that contain text")
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype("<i8")
-    np.save(folder / DOCUMENTS, offsets)
-    np.save(folder / CHECKSUMS, sums.finish())
+            encoded = tokenizer.encode_batch(documents)
+            files.add(documents, [row for ids in encoded if (row := boundaries.around(ids))])
+            assert files.progress.largest_id < tokenizer.vocab_size, (
+                "an id is outside the vocabulary"
+            )
+        if not files.progress.documents:
+            raise UserError("there is no document to tokenize: give files that contain text")
+        offsets = files.finish()
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -188,7 +191,7 @@ def _write_files(
         "tokens": int(offsets[-1]),
         "documents": len(offsets) - 1,
         "vocab_size": tokenizer.vocab_size,
-        "largest_id": largest,
+        "largest_id": max(files.progress.largest_id, tokenizer.eos_id),
         "eos_id": tokenizer.eos_id,
         "before": list(boundaries.before),
         "after": list(boundaries.after),
@@ -200,34 +203,6 @@ def _write_files(
         "checksums_crc32": file_crc32(folder / CHECKSUMS),
     }
     (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-
-
-class _Checksums:
-    """CRC-32 of every ``TOKENS_PER_SUM`` tokens of a stream of arrays."""
-
-    def __init__(self) -> None:
-        self._sums: list[int] = []
-        self._crc = self._count = 0
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Add the next tokens of the stream."""
-        while len(tokens):
-            part = tokens[: TOKENS_PER_SUM - self._count]
-            self._crc = zlib.crc32(part.data, self._crc)
-            self._count += len(part)
-            tokens = tokens[len(part) :]
-            if self._count == TOKENS_PER_SUM:
-                self._close()
-
-    def finish(self) -> np.ndarray:
-        """Return the sums: uint32 [parts]."""
-        if self._count:
-            self._close()
-        return np.array(self._sums, np.uint32)
-
-    def _close(self) -> None:
-        self._sums.append(self._crc)
-        self._crc, self._count = 0, 0
 
 
 def _batched(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -18,27 +18,67 @@ _DIGITS = 4  # bytes, which are twice as many hexadecimal digits
 
 
 @contextmanager
-def temporary_folder(target: Path) -> Iterator[Path]:
+def temporary_folder(target: Path, note: str | None = None) -> Iterator[Path]:
     """Make ``.NAME.partial-XXXXXXXX`` next to ``target``, and remove it at the end if it is there.
+
+    Args:
+        note: the name of a file in which a writer notes how far it got. A folder that has it is
+            kept if Ctrl-C ends the block, and a folder with it whose writer has ended is yielded
+            again in place of a new one.
 
     Raises:
         OSError: the directory cannot be made.
     """
-    folder, descriptor = _make(target)
+    folder, descriptor = (_adopt(target, note) if note else None) or _make(target)
+    is_kept = False
     try:
         yield folder
+    except KeyboardInterrupt:
+        is_kept = note is not None and (folder / note).is_file()
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not is_kept:
+            shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
 
 
-def remove_abandoned(target: Path) -> None:
-    """Remove the temporary folders of ``target`` whose writers have ended."""
+def remove_abandoned(target: Path, note: str | None = None) -> None:
+    """Remove the temporary folders of ``target`` whose writers have ended.
+
+    Args:
+        note: a folder that has this file is kept.
+    """
+    for folder in _folders_of(target):
+        if note is not None and (folder / note).is_file():
+            continue
+        with contextlib.suppress(OSError):
+            _remove_if_abandoned(folder)
+
+
+def _folders_of(target: Path) -> list[Path]:
     pattern = f".{target.name}.partial-" + "[0-9a-f]" * (2 * _DIGITS)
-    with contextlib.suppress(OSError):
-        for folder in [path for path in target.parent.iterdir() if path.match(pattern)]:
-            with contextlib.suppress(OSError):
-                _remove_if_abandoned(folder)
+    try:
+        return sorted(path for path in target.parent.iterdir() if path.match(pattern))
+    except OSError:
+        return []
+
+
+def _adopt(target: Path, note: str) -> tuple[Path, int] | None:
+    """Return a folder with a note whose writer has ended, locked; None if there is none."""
+    for folder in _folders_of(target):
+        if not (folder / note).is_file():
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(descriptor)
+                continue
+            if os.fstat(descriptor).st_nlink:
+                return folder, descriptor
+            os.close(descriptor)
+    return None
 
 
 def _make(target: Path) -> tuple[Path, int]:
