@@ -28,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths", nargs="*", type=Path, metavar="PATH", help="text files or directories"
     )
     parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="share of each path in characters; the mixture ends with the path that is used up "
+        "first (default: everything is read)",
+    )
+    parser.add_argument(
         "--dataset", metavar="NAME", help="a data set of the hub, or a directory of one"
     )
     parser.add_argument("--subset", metavar="NAME", help="configuration of the data set")
@@ -87,6 +95,10 @@ def run(options: argparse.Namespace) -> int:
 
     if bool(options.paths) == (options.dataset is not None):
         raise UserError("give either text files or directories, or --dataset")
+    if options.weights is not None and (
+        len(options.weights) != len(options.paths) or min(options.weights) <= 0
+    ):
+        raise UserError("--weights needs one number above 0 for each path")
     reporter, start = Reporter(True), time.perf_counter()
     tokenizer = load_tokenizer(options.model)
     boundaries = boundaries_of_format(
@@ -101,6 +113,7 @@ def run(options: argparse.Namespace) -> int:
             options.output,
             column=column,
             boundaries=boundaries,
+            weights=options.weights,
             warn=reporter.warning,
         )
     else:

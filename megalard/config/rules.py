@@ -65,6 +65,11 @@ def _check_rope(rope: RopeConfig, model: ModelConfig) -> None:
 
 def _check_data(prefix: str, data: DataConfig) -> None:
     _require(
+        data.weights is None or len(data.weights) == len(data.paths) or not data.paths,
+        f"{prefix}data.weights has {len(data.weights or ())} numbers, but {prefix}data.paths names "
+        f"{len(data.paths)}: give one weight for each path",
+    )
+    _require(
         data.end_token is None or data.eos == "yes",
         f"{prefix}data.end_token is given, so {prefix}data.eos must be yes, not {data.eos}",
     )

@@ -85,6 +85,9 @@ class DataConfig:
     paths: list[str] = setting([], path=True, may_be_empty=True)
     """Required: .txt, .md, .py, .jsonl, .parquet and .arrow files (text also as .gz and .zst),
     directories of them, or one prepared token directory."""
+    weights: list[float] | None = setting(None, above=0)
+    """Share of the text that each of ``paths`` gets, in characters; only ratios count. The mixture
+    ends with the path that is used up first. Without weights everything is read."""
     text_key: str = setting("text")
     """Key of the text in .jsonl files, or its column in .parquet and .arrow files."""
     format: Literal["text", "chat"] = setting("text")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from megalard.data import sources
 from megalard.data.boundaries import Boundaries, boundaries_of
 from megalard.data.formats import Column, text_column
 from megalard.data.hub import HubText
+from megalard.data.mixture import MixedText
 from megalard.data.token_files import NOTE, TextHasChanged, TokenFiles
 from megalard.data.token_store import (
     CHECKSUMS,
@@ -63,6 +64,7 @@ def build_store(
     *,
     column: Column | None = None,
     boundaries: Boundaries | None = None,
+    weights: Sequence[float] | None = None,
     warn: Callable[[str], object] = print,
 ) -> TokenStore:
     """Tokenize ``paths`` into ``output``, or open ``output`` if it already is this store.
@@ -78,6 +80,7 @@ def build_store(
         column: where lines and rows have their document; None takes the key or column ``text``.
         boundaries: the special tokens around each document; None takes those that the tokenizer
             puts around a text.
+        weights: the share of each path, as in ``mixture.MixedText``; None reads everything.
         warn: called with a sentence about files that are passed over.
 
     Raises:
@@ -85,7 +88,10 @@ def build_store(
             written.
     """
     paths = list(paths)
-    text = sources.Text(paths, column or text_column("text"))
+    column = column or text_column("text")
+    text: DocumentSource = sources.Text(paths, column)
+    if weights is not None:
+        text = MixedText([sources.Text([path], column) for path in paths], weights)
 
     def total_bytes() -> int:
         passed_over = sources.survey(paths)[1]

@@ -68,7 +68,8 @@ def open_streams(
 
 def _text_of(data: DataConfig) -> tuple:
     """Return what determines the tokens of a stream."""
-    return (*data.paths, data.format, data.text_key, data.bos, data.eos, data.end_token)
+    weights, marks = tuple(data.weights or ()), (data.bos, data.eos, data.end_token)
+    return (*data.paths, weights, data.format, data.text_key, *marks)
 
 
 def open_tokens(
@@ -112,6 +113,7 @@ def open_tokens(
                     directory,
                     column=column,
                     boundaries=boundaries,
+                    weights=data.weights,
                     warn=Reporter(mesh.is_rank_0).warning,
                 )
     with checked_on_all_ranks(mesh.world):

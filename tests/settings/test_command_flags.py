@@ -112,6 +112,19 @@ def test_prepare_output(prepare, tmp_path):
     assert prepare().path == tmp_path / "store-0"
 
 
+def test_prepare_weights(job, tmp_path, capsys):
+    """The other text gets four times as many characters, until the first is used up."""
+    (tmp_path / "one.jsonl").write_text('{"text": "one"}\n{"text": "two"}')
+    (tmp_path / "other.jsonl").write_text("\n".join(['{"text": "four"}'] * 9))
+    paths = (tmp_path / "one.jsonl", tmp_path / "other.jsonl")
+    words = ("--model", job / "teacher", "--output", tmp_path / "store")
+    assert megalard("prepare", *words, *paths, "--weights", "1", "4") == 0
+    assert lengths(TokenStore.open(tmp_path / "store")) == [3, 4, 4, 4, 3, 4, 4, 4]
+    for weights in (("1",), ("1", "0")):
+        message = refusal(capsys, "prepare", *words, *paths, "--weights", *weights)
+        assert "--weights needs one number above 0 for each path" in message
+
+
 def test_prepare_text_key(prepare):
     assert lengths(prepare()) == [3, 3] and lengths(prepare("--text-key", "body")) == [5, 9]
 

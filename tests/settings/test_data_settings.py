@@ -54,6 +54,18 @@ def test_data_paths(run, job, documents):
     assert lengths(run().store) == [len((job / "text.txt").read_text())]
 
 
+def test_data_weights(run, documents):
+    """The short documents and twice as many characters of the others, until one is used up."""
+    folder = documents.parent
+    for name, texts in (("short", ["ab"] * 60), ("long", ["c" * 9] * 1000)):
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    paths = f"data.paths=[{folder / 'short.jsonl'}, {folder / 'long.jsonl'}]"
+    found = lengths(run(paths, "data.weights=[1, 2]").store)
+    assert found.count(2) == 60 and abs(found.count(9) * 9 - 2 * 60 * 2) <= 9
+    assert len(lengths(run(paths).store)) == 1060
+
+
 def test_data_text_key(run, documents):
     other = run(f"data.paths={documents}", "data.text_key=body")
     assert lengths(other.store) == [length + 1 for length in DOCUMENTS]
