@@ -165,7 +165,8 @@ def changed_weights(
 def merged_weights(student: Student, masters: Weights) -> dict[str, torch.Tensor]:
     """Return what a finished stage leaves: fp32 weights by name, this rank's slices.
 
-    LoRA pairs are merged. This is a collective call of all ranks.
+    LoRA pairs are merged. The weights are in host memory, because the GPU may not have room for the
+    finished stage and the next one. This is a collective call of all ranks.
 
     Args:
         student: the student of the stage.
@@ -176,7 +177,7 @@ def merged_weights(student: Student, masters: Weights) -> dict[str, torch.Tensor
     for name in student.trained:
         stem, _, kind = name.rpartition(".")
         if kind not in ("lora_A", "lora_B"):
-            merged[name] = student.value(name)
+            merged[name] = student.value(name).cpu()
         elif kind == "lora_A":
             weight = f"{stem}.weight"
             value = merged.get(weight)
@@ -185,7 +186,7 @@ def merged_weights(student: Student, masters: Weights) -> dict[str, torch.Tensor
             lora_a, lora_b = student.value(name), student.value(f"{stem}.lora_B")
             scale = cast(Projection, decoder.get_submodule(stem)).lora_scale
             value = value.to(lora_a.device, torch.float32, copy=True)
-            merged[weight] = merge_lora(weight, value, lora_a, lora_b, scale)
+            merged[weight] = merge_lora(weight, value, lora_a, lora_b, scale).cpu()
     return merged
 
 
