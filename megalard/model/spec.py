@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from transformers import PretrainedConfig
 
@@ -120,8 +120,9 @@ def spec_from_config(config: dict, where: str) -> ModelSpec:
     Raises:
         UserError: transformers refuses the file, or the decoder would compute the model wrongly.
     """
-    if config.get("model_type") not in FAMILIES:
-        _refuse_family(config, where)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        _refuse_family(model_type, where)
     _check_numbers(config, where)
     _check_rope_spellings(config, where)
     read = as_transformers_reads(config, where)
@@ -184,17 +185,17 @@ def _check_value(family: Family, key: str, value: Any, required: Any, where: str
     _refuse(where, family.model_type, reason)
 
 
-def _refuse_family(config: dict, where: str) -> None:
-    family = config.get("model_type")
-    if family is None:
+def _refuse_family(family: object, where: str) -> NoReturn:
+    if not isinstance(family, str):
+        has = "has no model_type" if family is None else f"has the model_type {shown(family)}"
         raise UserError(
-            f"{where}/config.json has no model_type: add it (one of {', '.join(SUPPORTED)}), or "
-            "download the file again"
+            f"{where}/config.json {has}: add it (one of {', '.join(SUPPORTED)}), or download the "
+            "file again"
         )
-    _refuse(where, family, reason_to_refuse(str(family)))
+    _refuse(where, family, reason_to_refuse(family))
 
 
-def _refuse(where: str, family: Any, reason: str) -> None:
+def _refuse(where: str, family: str, reason: str) -> NoReturn:
     raise UserError(
         f"{where}: model family {shown(family)} is not supported because {reason}; supported are "
         f"{', '.join(SUPPORTED)}"

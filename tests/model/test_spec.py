@@ -71,6 +71,12 @@ def test_a_config_without_a_family_is_refused():
     )
 
 
+@pytest.mark.parametrize("family", [{}, [], ["llama"], 7, True, 1.5])
+def test_a_family_that_is_no_name_is_refused(family):
+    sentence = user_error(spec_from_config, LLAMA | {"model_type": family}, "the/model")
+    assert sentence.startswith(f"the/model/config.json has the model_type {family!r}: add it (one")
+
+
 def test_heads_that_do_not_divide_are_refused():
     sentence = user_error(spec_from_config, LLAMA | {"num_key_value_heads": 3}, "the/model")
     assert "4 attention heads, which is not a multiple of its 3 key/value heads" in sentence
