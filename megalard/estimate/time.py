@@ -28,10 +28,11 @@ PRODUCTS, ATTENTION, RELATIONS_KIND = "products", "attention", "relations"
 POINTWISE, EXCHANGE, OFFLOAD, UPDATE = "pointwise", "exchanges", "offloading", "update"
 HOST = "launches of the host"
 
-# AdamW reads a gradient, a weight and two moments and writes three of them; the gradient is also
-# set to zero, summed, measured and clipped.
+# AdamW reads a gradient, a weight and two moments and writes three of them. The gradient is also
+# set to zero, measured and clipped, and a whole one is summed.
 _ADAMW_BYTES = 28
-_UPDATE_BYTES = _ADAMW_BYTES + 4 + 4 + 4 + 8
+_DIVIDED_UPDATE_BYTES = _ADAMW_BYTES + 4 + 4 + 8
+_UPDATE_BYTES = _DIVIDED_UPDATE_BYTES + 4
 
 HOST_UPDATE = 25e9
 """Bytes per second of AdamW on the CPU, per rank. This is assumed and was not measured."""
@@ -101,7 +102,7 @@ def update_time(
             seconds[UPDATE] += tensor.share * _ADAMW_BYTES / HOST_UPDATE
             seconds[OFFLOAD] += 2 * tensor.share * FP32_BYTES / gpu.host
         else:
-            seconds[UPDATE] += tensor.share * _UPDATE_BYTES / gpu.update
+            seconds[UPDATE] += tensor.share * _DIVIDED_UPDATE_BYTES / gpu.update
     return seconds
 
 
