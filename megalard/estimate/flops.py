@@ -21,11 +21,13 @@ class Flops:
 
     Attributes:
         products: products of activations with weights, and of weight gradients.
+        products_forward: those of them that the forward passes of teacher and student need.
         attention_forward, attention_backward: attention.
         relation_forward, relation_backward: the relations.
     """
 
     products: float
+    products_forward: float
     attention_forward: float
     attention_backward: float
     relation_forward: float
@@ -71,8 +73,11 @@ def flops_by_kind(stream: StreamConfig, trainable: TrainableConfig, spec: ModelS
     # The input of the first layer needs no gradient unless the embedding is trained.
     untrained_input = 0 if trainable.mode == "all" else qkv
     models = 2 if objective.needs_teacher else 1
-    products = 2.0 * tokens * (models * weights + weights - untrained_input)
-    products += _trained_products(trainable, spec, qkv_layers, whole_layers, weights) * tokens
+    trained = _trained_products(trainable, spec, qkv_layers, whole_layers, weights) * tokens
+    forward = 2.0 * tokens * models * weights
+    if trainable.mode == "lora":
+        forward += trained / 3
+    products = 2.0 * tokens * (models * weights + weights - untrained_input) + trained
     relation_products = 0.0
     for name in objective.active_relations():
         heads = spec.num_heads if RELATIONS[name].rows == "q" else spec.num_kv_heads
@@ -81,6 +86,7 @@ def flops_by_kind(stream: StreamConfig, trainable: TrainableConfig, spec: ModelS
     # Over the causal pairs, a relation has two products forward and four backward.
     return Flops(
         products,
+        forward,
         models * attention,
         2.5 * attention,
         2 * relation_products,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megalard.distill.reach import LayerDepth
 from megalard.estimate.sizes import FP32_BYTES, Sizes
-from megalard.estimate.weights import Trained
+from megalard.estimate.trained import Trained
 from megalard.model.names import OPERAND_MODULES
 
 _QKV = frozenset(modules[0] for modules in OPERAND_MODULES.values())
@@ -53,7 +53,7 @@ def saved_layer(
     """
     weights, pairs = trained.in_layer(layer), trained.lora_in_layer(layer)
     qkv_pairs = [module for module in pairs if module in _QKV]
-    casts = _casts(sizes, trained, weights, pairs, depth)
+    casts = _casts(sizes, trained, layer, depth)
     if layer == 0 and not trained.has_embedding:
         # The input needs no gradient, so that the A's of q, k and v are not kept for it.
         casts -= trained.rank * len(qkv_pairs) * sizes.spec.hidden_size * sizes.element
@@ -103,12 +103,15 @@ def _rest(sizes: Sizes, trained: Trained, weights, pairs: list[str], dropout: bo
     return total
 
 
-def _casts(sizes: Sizes, trained: Trained, weights, pairs, depth: LayerDepth) -> int:
+def _casts(sizes: Sizes, trained: Trained, layer: int, depth: LayerDepth) -> int:
     """Return the bytes of casts of trained fp32 tensors, which matrix products keep."""
     spec, rank = sizes.spec, trained.rank
-    is_cast = sizes.element < FP32_BYTES and not trained.is_gathered
+
+    def is_cast(module: str, kind: str = "weight") -> bool:
+        return sizes.element < FP32_BYTES and not trained.is_divided(layer, module, kind)
+
     total = 0
-    for module in pairs:
+    for module in trained.lora_in_layer(layer):
         is_column = module in _QKV
         if module == "o_proj" and depth != LayerDepth.WHOLE:
             continue
@@ -117,11 +120,12 @@ def _casts(sizes: Sizes, trained: Trained, weights, pairs, depth: LayerDepth) ->
         a_features = spec.hidden_size if is_column else wide
         b_features = wide if is_column else spec.hidden_size
         # The A's of q, k and v are stacked, also where nothing is cast.
-        if is_cast or is_column:
+        if is_column or is_cast(module, "lora_A"):
             total += rank * a_features * sizes.element
-        if is_cast:
+        if is_cast(module, "lora_B"):
             total += rank * b_features * sizes.element
-    if is_cast:
-        late = () if depth == LayerDepth.WHOLE else ("o_proj", "gate_proj", "up_proj", "down_proj")
-        total += sum(size * sizes.element for name, size in weights.items() if name not in late)
+    late = () if depth == LayerDepth.WHOLE else ("o_proj", "gate_proj", "up_proj", "down_proj")
+    for module, size in trained.in_layer(layer).items():
+        if module not in late and is_cast(module):
+            total += size * sizes.element
     return total

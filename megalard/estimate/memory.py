@@ -7,15 +7,17 @@ all shapes that were measured, the estimate is within ``MEMORY_ERROR`` (docs/pla
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from megalard.config.schema import Config
-from megalard.estimate.passes import Passes
+from megalard.estimate.buckets import Buckets
+from megalard.estimate.passes import peak_of_passes
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.sizes import Sizes
-from megalard.estimate.weights import parameters_of, trained_state
+from megalard.estimate.trained import trained_state
+from megalard.estimate.weights import parameters_of
 from megalard.model.attention import repeats_kv_heads
 from megalard.model.spec import ModelSpec
 
@@ -27,7 +29,10 @@ STUDENT = "weights of the student alone"
 MASTERS = "fp32 weights that are trained"
 MOMENTS = "moments of AdamW"
 GRADIENTS = "gradients"
+HOST = "optimizer's state in host memory"
 BATCH = "tokens and positions"
+COPIES = "fp32 copies of gradients"
+GATHERING = "weights that are being gathered"
 WORKSPACES = "workspaces of cuBLAS"
 
 # cuBLAS takes 32 MiB per stream and thread on Hopper, through torch's allocator: once for the
@@ -43,6 +48,7 @@ class Memory:
     Attributes:
         kinds: bytes by kind of tensor at the peak.
         between_steps: bytes in use between steps.
+        host: bytes of the optimizer's state in host memory.
         stage: the stage of the peak.
         stream: the stream of the peak.
         instant: what is computed at the peak.
@@ -50,6 +56,7 @@ class Memory:
 
     kinds: Counter
     between_steps: int
+    host: int
     stage: str
     stream: str
     instant: str
@@ -91,9 +98,8 @@ def stage_memory(
     name, stage = list(config.all_stages().items())[number]
     element = getattr(torch, config.model.compute_dtype).itemsize
     parameters = parameters_of(config, number, spec, layout)
-    state = trained_state(
-        parameters.trained.elements, element, data_ranks_sharing_state(config, layout)
-    )
+    trained, parallel = parameters.trained, config.parallel
+    state = trained_state(trained, parallel, element)
     sizes = {
         name: Sizes(spec, stream, layout, element, repeats_kv and stream.data.packing)
         for name, stream in stage.all_streams().items()
@@ -101,7 +107,7 @@ def stage_memory(
     kinds = Counter(
         {
             TEACHER: parameters.teacher * element,
-            STUDENT: parameters.student_frozen * element + state.gathered,
+            STUDENT: parameters.student_frozen * element + state.weights,
             MASTERS: state.masters,
             MOMENTS: state.moments,
             GRADIENTS: state.gradients,
@@ -109,17 +115,15 @@ def stage_memory(
             WORKSPACES: _WORKSPACE_BYTES,
         }
     )
-    trained = replace(parameters.trained, is_gathered=state.gathered > 0)
+    micro_batches = sum(size.micro_batches for size in sizes.values())
+    buckets = Buckets(trained, parallel, element, is_repeated=micro_batches > 1)
     dropout = stage.trainable.mode == "lora" and stage.trainable.lora.dropout > 0
-    peaks = {
-        stream: Passes(size, trained, config.parallel, dropout).peak()
+    peaks = [
+        (stream, *peak_of_passes(size, trained, buckets, parallel, dropout))
         for stream, size in sizes.items()
-    }
-    stream = max(peaks, key=lambda name: sum(peaks[name][1].values()))
-    instant, tensors = peaks[stream]
-    return Memory(kinds + tensors, sum(kinds.values()), name, stream, instant)
-
-
-def data_ranks_sharing_state(config: Config, layout: RankLayout) -> int:
-    """Return over how many ranks masters, moments and reduced gradients are divided."""
-    return 1
+    ]
+    # Of all streams together:
+    peaks.append(("main", "the update", Counter({COPIES: buckets.updated()})))
+    peaks.append(("main", "the gathering of weights", Counter({GATHERING: buckets.published()})))
+    stream, instant, tensors = max(peaks, key=lambda peak: peak[2].total())
+    return Memory(kinds + tensors, sum(kinds.values()), state.host, name, stream, instant)

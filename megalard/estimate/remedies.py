@@ -65,6 +65,30 @@ def changes(config: Config) -> list[Change]:
                 lambda c: _with_parallel(c, activation_checkpointing=True, offload=True),
             )
         )
+    if not config.parallel.offload_optimizer:
+        result.append(
+            Change(
+                "keeping the optimizer's state in host memory",
+                "parallel.offload_optimizer true",
+                lambda c: _with_parallel(c, offload_optimizer=True),
+            )
+        )
+    if not (config.parallel.shard_optimizer or config.parallel.offload_optimizer):
+        result.append(
+            Change(
+                "dividing the optimizer's state over GPUs",
+                "parallel.shard_optimizer true",
+                lambda c: _with_parallel(c, shard_optimizer=True),
+            )
+        )
+    if config.parallel.gradient_dtype != "bfloat16":
+        result.append(
+            Change(
+                "divided gradients in bfloat16",
+                "parallel.gradient_dtype bfloat16",
+                lambda c: _with_parallel(c, gradient_dtype="bfloat16"),
+            )
+        )
     if any(stream.micro_batch > 1 for stream in streams):
         result.append(
             Change(

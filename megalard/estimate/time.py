@@ -11,23 +11,31 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from megalard.config.schema import Config, StreamConfig
+import torch
+
+from megalard.config.schema import Config, ParallelConfig, StreamConfig
 from megalard.distill.objective import reaches_of
 from megalard.distill.reach import LayerDepth, deepest
 from megalard.estimate.flops import flops_by_kind
 from megalard.estimate.gpus import Gpu, Machines
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.sizes import FP32_BYTES, Sizes
-from megalard.estimate.weights import Trained, trained_of
+from megalard.estimate.trained import Trained, TrainedTensor, gradient_bytes
+from megalard.estimate.weights import trained_of
 from megalard.model.spec import ModelSpec
 
 PRODUCTS, ATTENTION, RELATIONS_KIND = "products", "attention", "relations"
 POINTWISE, EXCHANGE, OFFLOAD, UPDATE = "pointwise", "exchanges", "offloading", "update"
 HOST = "launches of the host"
 
-# AdamW reads a gradient, a weight and two moments and writes three of them; the gradient is also
-# set to zero, summed, measured and clipped.
-_UPDATE_BYTES = 28 + 4 + 4 + 4 + 8
+# AdamW reads a gradient, a weight and two moments and writes three of them. The gradient is also
+# set to zero, measured and clipped, and a whole one is summed.
+_ADAMW_BYTES = 28
+_DIVIDED_UPDATE_BYTES = _ADAMW_BYTES + 4 + 4 + 8
+_UPDATE_BYTES = _DIVIDED_UPDATE_BYTES + 4
+
+HOST_UPDATE = 25e9
+"""Bytes per second of AdamW on the CPU, per rank. This is assumed and was not measured."""
 
 
 Seconds = defaultdict[str, float]
@@ -59,8 +67,8 @@ def run_times(
 
 def step_time(stage: Config, spec: ModelSpec, layout: RankLayout, machines: Machines) -> Seconds:
     """Return the seconds of one step of a stage by kind of work."""
-    trained = trained_of(stage, spec, layout)
-    total = update_time(trained, layout, machines)
+    trained, element = trained_of(stage, spec, layout), _element(stage)
+    total = update_time(trained, stage.parallel, element, layout, machines)
     for stream in stage.all_streams().values():
         micro_step = micro_step_time(stage, stream, spec, layout, machines)
         count = -(-stream.global_batch // (stream.micro_batch * layout.dp))
@@ -69,13 +77,52 @@ def step_time(stage: Config, spec: ModelSpec, layout: RankLayout, machines: Mach
     return total
 
 
-def update_time(trained: Trained, layout: RankLayout, machines: Machines) -> Seconds:
-    """Return the seconds of the update: the sum over data ranks, the norm, and the optimizer."""
-    elements, seconds = trained.elements, Seconds(float)
-    seconds[UPDATE] = elements * _UPDATE_BYTES / machines.gpu.update
-    if layout.data > 1:
-        rate = _rate(layout.tp * layout.data, machines)
-        seconds[EXCHANGE] = 2 * (layout.data - 1) / layout.data * elements * FP32_BYTES / rate
+def update_time(
+    trained: Trained, parallel: ParallelConfig, element: int, layout: RankLayout, machines: Machines
+) -> Seconds:
+    """Return the seconds of the update: sums over ranks that follow the passes, and AdamW.
+
+    Where masters are divided, the sums precede the update, and the weights are gathered after it.
+
+    Args:
+        element: bytes of an element in the compute dtype.
+    """
+    gpu, seconds = machines.gpu, Seconds(float)
+    for tensor in trained.tensors.values():
+        rate, others = _rate_over(tensor, layout, machines), 1 - 1 / tensor.holders
+        if not tensor.is_divided:
+            seconds[UPDATE] += tensor.elements * _UPDATE_BYTES / gpu.update
+            seconds[EXCHANGE] += 2 * others * tensor.elements * FP32_BYTES / rate
+            continue
+        seconds[EXCHANGE] += others * tensor.elements * element / rate
+        # Masters are rounded, and the gathered weights are copied.
+        copied = (FP32_BYTES + element) * tensor.share + 2 * element * tensor.elements
+        seconds[POINTWISE] += copied / gpu.pointwise
+        if parallel.offload_optimizer:
+            seconds[UPDATE] += tensor.share * _ADAMW_BYTES / HOST_UPDATE
+            seconds[OFFLOAD] += 2 * tensor.share * FP32_BYTES / gpu.host
+        else:
+            seconds[UPDATE] += tensor.share * _DIVIDED_UPDATE_BYTES / gpu.update
+    return seconds
+
+
+def reduction_time(
+    trained: Trained, parallel: ParallelConfig, element: int, layout: RankLayout, machines: Machines
+) -> Seconds:
+    """Return the seconds in which a micro-batch's divided gradients are packed and summed.
+
+    The exchanges overlap the backward pass.
+
+    Args:
+        element: bytes of an element in the compute dtype.
+    """
+    gradient, seconds = gradient_bytes(parallel), Seconds(float)
+    for tensor in trained.divided.values():
+        rate, others = _rate_over(tensor, layout, machines), 1 - 1 / tensor.holders
+        seconds[EXCHANGE] += others * tensor.elements * gradient / rate
+        # Gradients are packed and tested, and sums are added.
+        moved = (element + 2 * gradient) * tensor.elements + 3 * gradient * tensor.share
+        seconds[POINTWISE] += moved / machines.gpu.pointwise
     return seconds
 
 
@@ -83,10 +130,19 @@ def micro_step_time(
     stage: Config, stream: StreamConfig, spec: ModelSpec, layout: RankLayout, machines: Machines
 ) -> Seconds:
     """Return the seconds of the forward and backward pass of one micro-batch on one rank."""
-    element = 4 if stage.model.compute_dtype == "float32" else 2
-    sizes = Sizes(spec, stream, layout, element)
-    work = _Work(stage, sizes, machines)
-    return work.seconds()
+    element = _element(stage)
+    work = _Work(stage, Sizes(spec, stream, layout, element), machines)
+    seconds = work.seconds()
+    trained = trained_of(stage, spec, layout)
+    sums = reduction_time(trained, stage.parallel, element, layout, machines)
+    seconds[POINTWISE] += sums[POINTWISE]
+    seconds[EXCHANGE] += max(0.0, sums[EXCHANGE] - work.backward_seconds())
+    return seconds
+
+
+def _element(stage: Config) -> int:
+    """Return the bytes of an element in the compute dtype."""
+    return getattr(torch, stage.model.compute_dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -131,6 +187,16 @@ class _Work:
                 OFFLOAD: 2 * self._offloaded_bytes() / gpu.host,
             },
         )
+
+    def backward_seconds(self) -> float:
+        """Return the seconds of the backward pass that hide exchanges: products and attention."""
+        sizes, layout = self.sizes, self.sizes.layout
+        flops = flops_by_kind(sizes.stream, self.stage.trainable, sizes.spec)
+        share = sizes.blocks / (layout.cp * layout.tp) * (1.0 if sizes.element == 2 else 2.0)
+        rate = self._gpu.heads(sizes.spec.head_dim).attention_backward
+        local = sizes.stream.data.context_length / layout.cp
+        products = flops.products - flops.products_forward + self._computed_again()[0]
+        return share * (products / self._gpu.products + flops.attention_backward / rate.at(local))
 
     @property
     def _models(self) -> int:
@@ -246,6 +312,12 @@ class _Work:
             return sizes.residual * self._whole_layers + relations
         saved = 2 * sizes.residual + sizes.qkv + sizes.q + 2 * sizes.gate + sizes.row_statistics
         return saved * self._whole_layers + relations
+
+
+def _rate_over(tensor: TrainedTensor, layout: RankLayout, machines: Machines) -> float:
+    """Return the bytes per second that a rank sends to the other holders of a tensor."""
+    ranks = layout.tp * layout.data if layout.data > 1 else tensor.holders
+    return _rate(ranks, machines)
 
 
 def _rate(neighbors: int, machines: Machines) -> float:

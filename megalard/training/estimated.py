@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,6 +14,7 @@ from megalard.errors import UserError
 from megalard.estimate.gpus import GIB, NETWORK, Machines, gpu_of
 from megalard.estimate.memory import (
     GRADIENTS,
+    HOST,
     MASTERS,
     MEMORY_ERROR,
     MOMENTS,
@@ -96,10 +98,14 @@ class Measured:
 
 
 def state_bytes(distiller: Distiller) -> dict[str, int]:
-    """Return the bytes of weights, masters, moments and gradients that a rank has."""
+    """Return the bytes of weights, masters, moments and gradients that a rank has, by kind.
+
+    Masters and moments in host memory are one kind, with the gradients that are copied there.
+    """
     teacher = [] if distiller.teacher is None else list(distiller.teacher.parameters())
-    trained = list(distiller.student.trained.values())
-    others = {id(parameter) for parameter in (*teacher, *trained)}
+    masters = distiller.masters.parameters
+    # What is no master is a weight of the student: frozen, or rounded from a divided master.
+    others = {id(parameter) for parameter in (*teacher, *masters)}
     alone = [x for x in distiller.student.decoder.parameters() if id(x) not in others]
     moments = [
         value
@@ -107,13 +113,12 @@ def state_bytes(distiller: Distiller) -> dict[str, int]:
         for value in state.values()
         if torch.is_tensor(value) and value.ndim
     ]
-    return {
-        TEACHER: _bytes(teacher),
-        STUDENT: _bytes(alone),
-        MASTERS: _bytes(trained),
-        MOMENTS: _bytes(moments),
-        GRADIENTS: _bytes(distiller.masters.gradients),
-    }
+    weights = {TEACHER: _bytes(teacher), STUDENT: _bytes(alone)}
+    gradients = {GRADIENTS: _bytes(distiller.masters.gradients)}
+    if distiller.config.parallel.offload_optimizer:
+        copies = [master.grad for master in masters if master.grad is not None]
+        return weights | gradients | {HOST: _bytes([*masters, *moments, *copies])}
+    return weights | {MASTERS: _bytes(masters), MOMENTS: _bytes(moments)} | gradients
 
 
 def comparison_lines(
@@ -122,7 +127,8 @@ def comparison_lines(
     """Yield the estimate and the measurement side by side."""
     layout, machines = layout_of(mesh), machines_of(mesh)
     last = stage_memory(config, len(config.all_stages()) - 1, spec, layout)
-    rows = [(kind, size_text(last.kinds[kind]), size_text(x)) for kind, x in measured.state.items()]
+    estimated = last.kinds + Counter({HOST: last.host})
+    rows = [(kind, size_text(estimated[kind]), size_text(x)) for kind, x in measured.state.items()]
     if measured.peak is not None:
         peak = memory_of(config, spec, layout).total
         rows.append(("peak memory of a GPU", size_text(peak), size_text(measured.peak)))

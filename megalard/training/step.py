@@ -136,6 +136,7 @@ class Distiller:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             update_where(torch.isfinite(norm) & torch.isfinite(loss), self.optimizer)
+            self.masters.take_back_gradients()
             self.masters.publish()
 
         *values, norm_value, loss_value = numbers()

@@ -27,12 +27,14 @@ def test_layouts_that_fit_are_ranked_by_time(model, capsys):
     assert plan(model, "--config", "llama2-7b-x8", "--gpus", "8 x H100 80GB") == 0
     printed = capsys.readouterr().out
     assert "GPUs      8 x H100 (79.1 GiB)" in printed
-    # 6.74B weights of two bytes, and 805M LoRA elements of 4 + 8 + 4 bytes.
+    # 6.74B weights of two bytes, and 805M LoRA elements of two bytes on each of 8 GPUs and of
+    # 4 + 8 + 4 bytes over all of them.
     for line in (
         r"weights of the teacher +12\.55 GiB",
-        r"fp32 weights that are trained +3\.00 GiB",
-        r"moments of AdamW +6\.00 GiB",
-        r"gradients +3\.00 GiB",
+        r"weights of the student alone +1\.50 GiB",
+        r"fp32 weights that are trained +0\.38 GiB",
+        r"moments of AdamW +0\.75 GiB",
+        r"gradients +0\.38 GiB",
     ):
         assert re.search(line, printed), line
     rows = re.findall(r"^ +(\d+) +(\d+) +(\d+) +([\d.]+) +([\d.]+) +[\d,]+ ", printed, re.MULTILINE)
@@ -56,6 +58,49 @@ def test_what_to_change_is_named_with_what_it_saves(model, capsys):
     assert saved and 100 < float(saved[1]) < 160
     assert re.search(r"all of these together .* and then dp 1 x cp 1 x tp 1 fits", printed)
     assert re.search(r"\d x H100 .* fit it without a change, with dp \d x cp \d x tp \d", printed)
+
+
+ALL_WEIGHTS = (
+    *("--trainable.mode", "all", "--objective.language_modelling", 1, "--objective.relations.q", 0),
+    *("--objective.relations.k", 0, "--objective.relations.v", 0),
+)
+PARAMETERS = 6_738_415_616  # of LLaMA2-7B
+
+
+def test_all_weights_of_7b_fit_on_two_gpus_because_they_divide_the_state(model, capsys):
+    assert plan(model, *ALL_WEIGHTS, "--gpus", "2 x H100", "--json") == 0
+    layouts = json.loads(capsys.readouterr().out)["layouts"]
+    (dp2,) = (layout for layout in layouts if layout["dp"] == 2)
+    kinds = dp2["kinds"]
+    assert kinds["weights of the student alone"] == 2 * PARAMETERS
+    # Every tensor has an even number of rows, so that each share is a half.
+    assert kinds["fp32 weights that are trained"] == 4 * PARAMETERS // 2
+    assert (
+        plan(model, *ALL_WEIGHTS, "--gpus", "2 x H100", "--parallel.shard_optimizer", "false") == 0
+    )
+    printed = capsys.readouterr().out
+    assert not re.search(r"^ +2 +1 +1 ", printed, re.MULTILINE), "whole, only tp 2 fits"
+
+
+def test_on_one_gpu_state_in_host_memory_is_named_with_what_it_saves(model, capsys):
+    """Masters and moments leave; weights in bf16 come. AdamW's 16 bytes per parameter are there."""
+    assert plan(model, *ALL_WEIGHTS, "--gpus", "1 x H100") == 1
+    printed = capsys.readouterr().out
+    saved = re.search(r"\(parallel.offload_optimizer true\) saves ([\d.]+) GiB per GPU", printed)
+    assert saved and float(saved[1]) == pytest.approx((12 - 2) * PARAMETERS / 2**30, rel=0.04)
+    assert "parallel.gradient_dtype" not in printed, "gradients of one GPU are not divided"
+    words = ("--gpus", "1 x H100", "--parallel.offload_optimizer", "true")
+    assert plan(model, *ALL_WEIGHTS, *words) == 0
+    printed = capsys.readouterr().out
+    assert "optimizer's state in host memory: 100.41 GiB per GPU, 100.4 GiB per node" in printed
+
+
+def test_gradients_in_bf16_are_named_where_they_save(model, capsys):
+    words = ("--gpus", "1 x A100 40GB", "--parallel.offload_optimizer", "true")
+    assert plan(model, *ALL_WEIGHTS, *words) == 1
+    printed = capsys.readouterr().out
+    saved = re.search(r"\(parallel.gradient_dtype bfloat16\) saves ([\d.]+) GiB", printed)
+    assert saved and float(saved[1]) == pytest.approx(2 * PARAMETERS / 2**30, rel=0.04)
 
 
 def test_the_largest_stage_decides_the_memory(model, capsys):

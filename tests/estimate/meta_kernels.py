@@ -20,6 +20,7 @@ from megalard.parallel import collectives
 from megalard.parallel.context import attention as context_attention
 from megalard.parallel.context import exchange
 from megalard.training import step
+from megalard.training.masters.bucket import Bucket
 
 _TILE_COLUMNS = 128  # the column buffer of the Hopper kernels has whole tiles
 
@@ -56,7 +57,21 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         _reduce_scatter=lambda out, x, group=None, async_op=False: nothing,
     )
     put(dist, all_reduce=lambda *arguments, **options: None)
+    put(
+        Bucket,
+        _in_host_memory=lambda self, flat: torch.empty(flat.shape, dtype=flat.dtype),
+        give_gradient=_give_gradient,
+    )
     put(exchange.Exchange, __init__=_start_exchange)
+
+
+_real_give_gradient = Bucket.give_gradient
+
+
+def _give_gradient(bucket: Bucket) -> None:
+    """Copy nothing from the meta device to host memory."""
+    if bucket.master.device.type == "meta":
+        _real_give_gradient(bucket)
 
 
 class _Done:

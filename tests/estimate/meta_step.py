@@ -34,13 +34,20 @@ class MetaStep:
         weights: the weights of the teacher.
         state: the masters and gradients of the trained tensors, and weights of the student alone.
         batch: the micro-batch.
-        peak: what the forward and backward pass need in addition.
+        peak: what the forward and backward passes need in addition.
+        update: what the sums over ranks, the update without AdamW, and the gathering of weights
+            need in addition.
+        after: what is in use after the step in addition.
+        host: masters, moments and gradients in host memory.
     """
 
     weights: int
     state: int
     batch: int
     peak: int
+    update: int
+    after: int
+    host: int
 
 
 def shape(name: str, layers: int, window: int, **changes) -> ModelSpec:
@@ -94,10 +101,39 @@ def run_step(config: Config, spec: ModelSpec, layout: RankLayout) -> MetaStep:
         objective = distiller.objectives["main"]
         scale = torch.empty(len(objective.terms), device=META)
         reads = teacher if stream.objective.needs_teacher else None
-        with _on_host() if config.parallel.offload else torch.enable_grad():
-            loss, _ = objective(reads, student.decoder, batch, scale)
-        loss.backward()
-    return MetaStep(weights, state, before - weights - state, live.peak - before)
+        for _ in range(stream.global_batch // (stream.micro_batch * layout.dp)):
+            with _on_host() if config.parallel.offload else torch.enable_grad():
+                loss, _ = objective(reads, student.decoder, batch, scale)
+            loss.backward()
+            distiller.masters.end_backward()
+            del loss
+        peak, live.peak = live.peak - before, live.now
+        _update(distiller, config)
+    host_copies = sum(
+        bucket._host_gradient.nbytes
+        for bucket in distiller.masters._sharded.buckets
+        if bucket._host_gradient is not None
+    )
+    return MetaStep(
+        weights,
+        state,
+        before - weights - state,
+        peak,
+        live.peak - before,
+        live.now - before,
+        # The optimizer is a stand-in; its two moments are as large as the masters.
+        sum(3 * x.nbytes for x in distiller.masters.parameters if x.device != META) + host_copies,
+    )
+
+
+def _update(distiller: Distiller, config: Config) -> None:
+    """Do what ``Distiller.update`` does with masters and gradients."""
+    masters = distiller.masters
+    masters.reduce()
+    masters.clip(masters.norm(), config.optimizer.clip)
+    masters.give_gradients()
+    masters.take_back_gradients()
+    masters.publish()
 
 
 def _decoder(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Decoder:

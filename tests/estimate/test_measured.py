@@ -7,6 +7,7 @@ import pytest
 from megalard.estimate.gpus import TIME_ERROR
 from megalard.estimate.memory import MEMORY_ERROR
 from tools.bench import planned
+from tools.bench.planned_state import difference, state_rows
 from tools.bench.planned_steps import Row, bench_rows, study_rows
 
 
@@ -30,6 +31,24 @@ def test_time_is_within_the_stated_error(steps):
     assert TIME_ERROR == 0.15
     off = {(row.name, row.tokens): row.time_difference for row in steps}
     assert all(abs(difference) <= TIME_ERROR for difference in off.values()), off
+
+
+def test_divided_state_is_within_the_stated_errors():
+    rows = state_rows()
+    assert {(row.optimizer, row.gpus) for row in rows} >= {("whole", 1), ("divided", 4)}
+    off = {
+        (row.name, row.optimizer, kind): difference(pair)
+        for row in rows
+        for kind, pair in (("between", row.between), ("peak", row.peak))
+    }
+    assert len(off) >= 14 and all(abs(value) <= MEMORY_ERROR for value in off.values()), off
+    times = {
+        (row.name, row.optimizer, kind): difference(pair)
+        for row in rows
+        for kind, pair in (("update", row.update), ("passes", row.passes))
+        if pair is not None
+    }
+    assert len(times) >= 5 and all(abs(value) <= TIME_ERROR for value in times.values()), times
 
 
 def test_the_tables_of_the_page_are_new():

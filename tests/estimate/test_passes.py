@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from megalard.config.schema import Config
-from megalard.estimate.memory import BATCH, WORKSPACES, Memory, stage_memory
+from megalard.estimate.memory import BATCH, MOMENTS, WORKSPACES, stage_memory
 from megalard.estimate.rank_layout import RankLayout
 from tests.estimate import meta_kernels
 from tests.estimate.meta_step import run_step, shape
@@ -27,6 +27,8 @@ HIDDEN = {
 NOT_AGAIN = {"parallel.activation_checkpointing": False}
 OFFLOAD = {"parallel.offload": True}
 FOUR_BLOCKS = {"optimizer.micro_batch": 4}
+DIVIDED_BF16 = {"parallel.gradient_dtype": "bfloat16"}
+HOST_STATE = {"parallel.offload_optimizer": True}
 LORA_O = {"trainable.lora.targets": "[q, k, v, o]"}
 
 CASES = {
@@ -54,19 +56,40 @@ CASES = {
         {**CPT, "data.context_length": 131072},
         {"cp": 2, "tp": 4, "shape": "llama3-8b"},
     ),
+    "all-dp2": (CPT, {"dp": 2}),
+    "all-dp2-not-again": ({**CPT, **NOT_AGAIN}, {"dp": 2}),
+    "all-dp2-eight-layers": (CPT, {"dp": 2, "layers": 8}),
+    "all-dp2-fp32": ({**CPT, "model.compute_dtype": "float32"}, {"dp": 2}),
+    "all-dp2-whole": ({**CPT, "parallel.shard_optimizer": False}, {"dp": 2}),
+    "all-dp2-bf16-gradients": ({**CPT, **DIVIDED_BF16}, {"dp": 2}),
+    "all-dp8-bf16-gradients": ({**CPT, **DIVIDED_BF16}, {"dp": 8}),
+    "all-dp4-8b": (CPT, {"dp": 4, "shape": "llama3-8b"}),
+    "all-dp4-8b-two-micro-batches": (
+        {**CPT, "optimizer.global_batch": 8},
+        {"dp": 4, "shape": "llama3-8b"},
+    ),
+    "all-dp4-8b-tied": (CPT, {"dp": 4, "shape": "llama3-8b", "tie_word_embeddings": True}),
+    "all-cp2-tp2-8b": (
+        {**CPT, "data.context_length": 8192},
+        {"cp": 2, "tp": 2, "shape": "llama3-8b"},
+    ),
+    "all-host-state": ({**CPT, **HOST_STATE}, {}),
+    "all-host-state-dp2": ({**CPT, **HOST_STATE}, {"dp": 2}),
+    "lora-dp2-four-micro-batches": ({"optimizer.global_batch": 8}, {"dp": 2, "layers": 8}),
+    "weights-dp4": ({"trainable.mode": "weights"}, {"dp": 4}),
 }
-# What the formulae leave out: masks, scalars, and tensors that Python drops a instant later.
+# What the formulae leave out: masks, scalars, and tensors that Python drops an instant later.
 TOLERANCE = 0.025
 
 
-def configured(changes: dict) -> Config:
+def configured(changes: dict, dp: int = 1) -> Config:
     settings = {
         "trainable.lora.rank": 1024,
         "trainable.lora.dropout": 0.0,
         "parallel.activation_checkpointing": True,
     }
     settings |= changes
-    settings["optimizer.global_batch"] = settings.get("optimizer.micro_batch", 1)
+    settings.setdefault("optimizer.global_batch", settings.get("optimizer.micro_batch", 1) * dp)
     return make_config(settings)
 
 
@@ -75,21 +98,23 @@ def test_memory_is_what_the_step_allocates(case, monkeypatch):
     meta_kernels.install(monkeypatch)
     changes, model = CASES[case]
     model = dict(model)
-    layout = RankLayout(1, model.pop("cp", 1), model.pop("tp", 1))
+    layout = RankLayout(*(model.pop(axis, 1) for axis in ("dp", "cp", "tp")))
     config_layout = {"parallel.cp": layout.cp, "parallel.tp": layout.tp}
-    config = configured({**changes, **config_layout})
-    window = config.data.context_length
-    spec = shape(model.pop("shape", "llama2-7b"), 4, window, **model)
+    config = configured({**changes, **config_layout}, layout.dp)
+    window, layers = config.data.context_length, model.pop("layers", 4)
+    spec = shape(model.pop("shape", "llama2-7b"), layers, window, **model)
     step = run_step(config, spec, layout)
     memory = stage_memory(config, 0, spec, layout)
     between = memory.between_steps - memory.kinds[BATCH] - memory.kinds[WORKSPACES]
-    moments = memory.kinds["moments of AdamW"]
     has_teacher = config.all_streams()["main"].objective.needs_teacher
     freed = 0 if has_teacher else step.weights  # the run drops a teacher that no stage needs
-    assert between - moments == pytest.approx(step.weights + step.state - freed, rel=1e-3)
-    assert memory.kinds[BATCH] == pytest.approx(step.batch, rel=0.01)
-    assert peak(memory) == pytest.approx(step.peak, rel=TOLERANCE), memory.instant
-
-
-def peak(memory: Memory) -> int:
-    return memory.total - memory.between_steps
+    expected = step.weights + step.state - freed
+    assert between - memory.kinds[MOMENTS] == pytest.approx(expected, rel=1e-3)
+    micro_batches = config.optimizer.global_batch // (config.optimizer.micro_batch * layout.dp)
+    assert memory.kinds[BATCH] == pytest.approx(step.batch * micro_batches, rel=0.01)
+    largest = max(step.peak, step.update)
+    assert memory.total - memory.between_steps == pytest.approx(largest, rel=TOLERANCE), (
+        memory.instant
+    )
+    assert step.after < 2**20, "nothing but the state is left after a step"
+    assert memory.host == step.host

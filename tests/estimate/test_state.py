@@ -6,20 +6,34 @@ because a CPU has no fused kernels, and would save more of a layer than a GPU.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from megalard.config.schema import Config
+from megalard.config.schema import Config, ParallelConfig
 from megalard.distill.student import Student
-from megalard.estimate import memory
-from megalard.estimate.memory import GRADIENTS, MASTERS, MOMENTS, STUDENT, TEACHER, stage_memory
-from megalard.estimate.passes import ACTIVATIONS, RELATIONS_KIND, WORKING, Passes
+from megalard.estimate.buckets import Buckets
+from megalard.estimate.memory import (
+    GRADIENTS,
+    HOST,
+    MASTERS,
+    MOMENTS,
+    STUDENT,
+    TEACHER,
+    stage_memory,
+)
 from megalard.estimate.rank_layout import RankLayout
+from megalard.estimate.saved import ACTIVATIONS, RELATIONS_KIND, MicroBatch
 from megalard.estimate.sizes import Sizes
-from megalard.estimate.weights import trained_of, trained_state, weights_of
+from megalard.estimate.trained import Trained, TrainedState, TrainedTensor, trained_state
+from megalard.estimate.weights import trained_of
 from megalard.parallel.mesh import build_mesh
+from megalard.training.estimated import state_bytes
 from megalard.training.step import Distiller
+from tests.ranks import run_ranks
 from tools.bench.random_model import random_spec
 from tools.bench.random_run import make_config, make_distiller, random_batches
 
@@ -100,31 +114,79 @@ def test_saved_tensors_are_what_autograd_keeps(case, shape):
         objective(distiller.teacher, distiller.student.decoder, batches[0], scale)
     element = 2 if config.model.compute_dtype == "bfloat16" else 4
     sizes = Sizes(spec, config.all_streams()[name], RankLayout(), element)
-    passes = Passes(sizes, trained_of(config, spec, RankLayout()), config.parallel, False)
-    instant = passes.kept()
+    trained = trained_of(config, spec, RankLayout())
+    buckets = Buckets(trained, config.parallel, element, is_repeated=False)
+    instant = MicroBatch(sizes, trained, buckets, config.parallel, False).kept()
     assert instant[ACTIVATIONS] + instant[RELATIONS_KIND] == size(saved.values())
 
 
-def test_the_state_is_divided_over_data_ranks():
-    """Without division there is no copy in the compute dtype, and with it every rank has one."""
-    whole, shared = trained_state(1001, 2, 1), trained_state(1001, 2, 4)
-    assert (whole.gathered, whole.masters, whole.moments, whole.gradients) == (0, 4004, 8008, 4004)
-    assert (shared.gathered, shared.masters) == (2002, 4 * 251)
-    assert (shared.moments, shared.gradients) == (8 * 251, 4 * 251)
+WORLDS = {
+    2: ("tiny", [{"dp": 2}, {"cp": 2}, {"tp": 2}]),
+    # Two K/V heads, each on two tp ranks.
+    4: ("tiny-grouped", [{"tp": 4}]),
+}
+DIVIDED = {
+    "lora": {},
+    "lora-o": {"trainable.lora.targets": "[q, k, v, o]"},
+    "all-bf16-gradients": {"trainable.mode": "all", "parallel.gradient_dtype": "bfloat16"},
+    "weights-offloaded": {"trainable.mode": "weights", "parallel.offload_optimizer": True},
+    "whole": {"trainable.mode": "all", "parallel.shard_optimizer": False},
+}
 
 
-def test_division_is_one_function(monkeypatch):
-    """With it, memory falls by the divided state, and rises by the weights that are gathered."""
-    config = make_config({"trainable.mode": "all", "data.context_length": 4096})
-    spec, layout = random_spec("llama2-7b", 4096), RankLayout(dp=8)
-    before = stage_memory(config, 0, spec, layout)
-    monkeypatch.setattr(memory, "data_ranks_sharing_state", lambda config, layout: layout.data)
-    after = stage_memory(config, 0, spec, layout)
-    for kind in (MASTERS, MOMENTS, GRADIENTS):
-        assert after.kinds[kind] == pytest.approx(before.kinds[kind] / 8, rel=1e-6)
-    assert after.kinds[STUDENT] == before.kinds[MASTERS] / 2
-    # The weights of the last layer that is computed again are no longer cast. At the peak, the cast
-    # of the last projection is released already.
-    names = [name for name in weights_of(spec, layout) if ".layers.30." in name]
-    casts = 2 * sum(weights_of(spec, layout)[n] for n in names if "down_proj" not in n)
-    assert before.kinds[WORKING] - after.kinds[WORKING] == pytest.approx(casts, rel=1e-3)
+def check_divided_state(shape: str, layouts: list[dict[str, int]]) -> None:
+    """Compare rank 0 with the estimate; every rank of torchrun calls this."""
+    for sizes, case in itertools.product(layouts, DIVIDED):
+        cp, tp = sizes.get("cp", 1), sizes.get("tp", 1)
+        settings = {"model.compute_dtype": "bfloat16", "parallel.tp": tp, "parallel.cp": cp}
+        settings |= {"trainable.lora.rank": 6, "data.context_length": 32, "run.device": "cpu"}
+        settings |= {"optimizer.global_batch": 2, "optimizer.micro_batch": 1} | DIVIDED[case]
+        config = make_config(settings)
+        distiller = make_distiller(config, random_spec(shape, 32), build_mesh("cpu", tp, cp))
+        spec = distiller.student.decoder.spec
+        distiller.step(random_batches(config, spec, distiller.mesh), 0)
+        memory = stage_memory(config, 0, spec, RankLayout(**sizes))
+        if distiller.mesh.is_rank_0:
+            estimated = memory.kinds + Counter({HOST: memory.host})
+            measured = state_bytes(distiller)
+            assert measured == {kind: estimated[kind] for kind in measured}, (sizes, case)
+            assert (HOST in measured) == (case == "weights-offloaded")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_divided_state_is_what_rank_0_holds(world):
+    """Over dp and cp, and over tp where ranks hold the same norms, LoRA's A and K/V heads."""
+    run_ranks(world, check_divided_state, *WORLDS[world])
+
+
+def test_a_share_has_equally_many_rows_on_each_holder():
+    """Ten rows on four ranks are three rows of seven elements; a plain tensor has all of them."""
+    divided, plain = TrainedTensor((10, 7), 4, True), TrainedTensor((10, 7), 4, False)
+    assert (divided.elements, divided.share) == (70, 21)
+    assert (plain.elements, plain.share) == (70, 70)
+    trained = Trained({"model.norm.weight": divided, "lm_head.weight": plain}, 0)
+    bf16 = ParallelConfig(gradient_dtype="bfloat16")
+    assert trained_state(trained, bf16, 2) == TrainedState(
+        weights=2 * 70,
+        masters=4 * (21 + 70),
+        moments=8 * (21 + 70),
+        gradients=2 * 21 + 4 * 70,
+        host=0,
+    )
+    # On the host: master, two moments, and the gradient in fp32.
+    trained = Trained({"model.norm.weight": divided}, 0)
+    offloaded = ParallelConfig(offload_optimizer=True)
+    assert trained_state(trained, offloaded, 2) == TrainedState(2 * 70, 0, 0, 4 * 21, 16 * 21)
+
+
+def test_replicas_over_tp_are_holders():
+    """LoRA's A of q is on all four tp ranks, k's B on two of them, and q's B on one."""
+    spec = random_spec("tiny-grouped", 64)
+    config = make_config({"trainable.lora.rank": 8})
+    tensors = trained_of(config, spec, RankLayout(dp=3, tp=4)).tensors
+    prefix = "model.layers.0.self_attn."
+    for name, holders in (("q_proj.lora_A", 12), ("k_proj.lora_B", 6), ("q_proj.lora_B", 3)):
+        assert tensors[prefix + name].holders == holders
+    alone = trained_of(config, spec, RankLayout(tp=4)).tensors
+    assert alone[prefix + "q_proj.lora_A"].is_divided
+    assert not alone[prefix + "q_proj.lora_B"].is_divided

@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def memory(gib: float) -> Memory:
-    return Memory(Counter({"gradients": gib * GIB}), 0, "main", "main", "the logits")
+    return Memory(Counter({"gradients": gib * GIB}), 0, 0, "main", "main", "the logits")
 
 
 def test_a_run_is_refused_only_beyond_the_error_of_the_estimate():
@@ -46,17 +46,29 @@ def test_a_cpu_refuses_nothing(small_job, tmp_path, monkeypatch):
     assert megalard("train", *words) == 0
 
 
-@pytest.mark.parametrize("mode", ["lora", "all"])
-def test_preflight_prints_estimate_and_measurement(mode, small_job, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("mode", "is_offloaded", "kind"),
+    [
+        ("lora", False, "moments of AdamW"),
+        ("all", False, "moments of AdamW"),
+        ("all", True, "optimizer's state in host memory"),
+    ],
+)
+def test_preflight_prints_estimate_and_measurement(
+    mode, is_offloaded, kind, small_job, tmp_path, capsys
+):
     """On a CPU these are the tensors between steps, which agree exactly."""
-    options = (f"trainable.mode={mode}",)
+    options = (
+        f"trainable.mode={mode}",
+        f"parallel.offload_optimizer={str(is_offloaded).lower()}",
+    )
     assert megalard("preflight", *arguments(small_job, tmp_path / "output", *options)) == 0
     lines = capsys.readouterr().out.splitlines()
     start = next(n for n, line in enumerate(lines) if line.split() == ["estimate", "measured"])
     rows = {}
-    for line in lines[start + 1 : start + 6]:
-        kind, estimate, value = re.split(r"\s{2,}", line)
-        rows[kind] = (estimate, value)
+    for line in lines[start + 1 : -1]:
+        name, estimate, value = re.split(r"\s{2,}", line)
+        rows[name] = (estimate, value)
     assert all(estimate == value for estimate, value in rows.values()), rows
-    assert rows["gradients"][0] != "0.0 KiB" and "moments of AdamW" in rows
+    assert rows["gradients"][0] != "0.0 KiB" and rows[kind][0] != "0.0 KiB"
     assert lines[-1] == "preflight passed; nothing was written"

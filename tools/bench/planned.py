@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
 
 def tables() -> dict[str, str]:
     """Return the tables of the page, by name."""
+    from tools.bench.planned_state import state_rows
     from tools.bench.planned_steps import bench_rows, study_rows
 
     return {
@@ -51,6 +52,12 @@ def tables() -> dict[str, str]:
             ("measurement", "tokens", "layout", "again", "offload", "GiB", "estimate", "difference",
              "s", "estimate", "difference"),
             [row.cells() for row in bench_rows()],
+        ),
+        "state": _table(
+            ("measurement", "state", "GiB between steps", "estimate", "GiB", "estimate",
+             "difference", "update, s", "estimate", "difference", "passes, s", "estimate",
+             "difference"),
+            [row.cells() for row in state_rows()],
         ),
         "studies": _table(
             ("model, method", "tokens per micro-batch", "again", "GiB", "estimate", "difference"),

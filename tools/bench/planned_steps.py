@@ -20,6 +20,7 @@ from megalard.estimate.weights import weights_of
 from megalard.model.spec import ModelSpec, spec_from_config
 from tools.bench.random_model import random_spec
 from tools.bench.random_run import make_config
+from tools.bench.step import OPTIMIZERS
 from tools.study.pretraining import TEACHER as PROXY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +136,8 @@ def _bench_row(file: Path, content: dict, result: dict) -> Row:
             "optimizer.micro_batch": blocks,
             "parallel.activation_checkpointing": again,
             "parallel.offload": offload,
+            # These versions of the benchmark did not divide the optimizer's state.
+            **OPTIMIZERS[result.get("optimizer", "whole")],
         }
     )
     spec = random_spec(given["shape"], result["tokens"])

@@ -21,7 +21,7 @@ from tools.bench.timing import MatrixProduct, Seconds, Stopwatch
 _RECIPE_TOKENS, _RECIPE_SHAPE = 4_250_000, "llama2-7b"
 
 # The settings of --train all.
-_ALL_WEIGHTS = {
+ALL_WEIGHTS = {
     "trainable.mode": "all",
     "objective.relations": "{q: 0, k: 0, v: 0, qk: 0}",
     "objective.language_modelling": 1,
@@ -61,7 +61,7 @@ def measure(
             "parallel.offload": options.offload,
             "parallel.gradient_dtype": options.gradient_dtype,
             "run.device": options.device,
-            **(_ALL_WEIGHTS if options.train == "all" else {}),
+            **(ALL_WEIGHTS if options.train == "all" else {}),
             **settings,
         }
     )

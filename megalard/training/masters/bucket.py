@@ -162,6 +162,11 @@ class Bucket:
         else:
             self.master.grad = self._host_gradient.copy_(self.gradient)
 
+    def take_back_gradient(self) -> None:
+        """Free the fp32 copy that ``give_gradient`` made on the GPU, if it made one."""
+        if self._host_gradient is None:
+            self.master.grad = None
+
     def start_gather(self) -> PendingCollective | None:
         """Start to gather the masters, rounded to the dtype of the parameters."""
         if self.axis.size == 1:

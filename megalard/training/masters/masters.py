@@ -160,6 +160,11 @@ class Masters:
         for bucket in self._sharded.buckets:
             bucket.give_gradient()
 
+    def take_back_gradients(self) -> None:
+        """Free the copies that ``give_gradients`` made for the update."""
+        for bucket in self._sharded.buckets:
+            bucket.take_back_gradient()
+
     def publish(self) -> None:
         """Give the decoder's parameters the values of the masters; a collective call."""
         self._sharded.publish()

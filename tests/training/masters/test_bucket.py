@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,14 @@ def test_the_dtype_of_gradients_decides_what_sums_lose(gradient_dtype, expected)
     assert bucket.gradient.dtype == gradient_dtype and (bucket.gradient == expected).all()
     bucket.give_gradient()
     assert bucket.master.grad.dtype == torch.float32
+
+
+def test_the_fp32_copy_of_a_bf16_gradient_is_freed_after_the_update():
+    bucket = make(0, 1, torch.bfloat16, torch.bfloat16)
+    bucket.give_gradient()
+    copy = weakref.ref(bucket.master.grad)
+    bucket.take_back_gradient()
+    assert copy() is None and bucket.gradient.dtype == torch.bfloat16
 
 
 def test_a_parameter_without_a_gradient_contributes_zero():
