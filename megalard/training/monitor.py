@@ -8,7 +8,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from megalard.files.reading import check_regular
 from megalard.files.writing import cannot_write, replace_text
 from megalard.reporter import Reporter
 from megalard.training.step import StepResult
+from megalard.training.validator import Validation
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,12 @@ class Monitor:
         steps_done: the steps taken before this start. Reports of later steps are removed.
         peak_flops: the peak FLOP/s of a GPU, for the model FLOP utilization (MFU); None if that is
             not known.
+
+    Attributes:
+        validation: the newest validation, which the progress lines repeat; None without one.
     """
+
+    validation: Validation | None = None
 
     def __init__(
         self,
@@ -84,7 +90,7 @@ class Monitor:
 
     def report(self, number: int, result: StepResult) -> None:
         """Report step ``number``, counted from 1 over all stages, if a report is due."""
-        pace = next(pace for pace in self.paces if number <= pace.last_step)
+        pace = self._pace(number)
         is_last = number in (pace.last_step, self.steps)
         is_due = number % self.log_every == 0 or is_last or result.skipped is not None
         if not self.reporter.is_rank_0 or not is_due:
@@ -102,6 +108,25 @@ class Monitor:
         }
         if self.peak_flops is not None:
             values["mfu"] = pace.flops_per_step / (seconds * self.peak_flops * self.ranks)
+        self._write(number, values, skipped=result.skipped)
+        self.board.add(values, number)
+        self.reporter.line(self._line(number, result, values, pace, seconds))
+        if result.skipped is not None:
+            self.reporter.line(f"skipped {result.skipped}")
+
+    def report_validation(self, validation: Validation) -> None:
+        """Report a validation, and start timing anew."""
+        self.validation, number = validation, validation.step
+        if self.reporter.is_rank_0:
+            values = validation.values()
+            self._write(number, values)
+            self.board.add(values, number)
+            self.reporter.line(f"step {number}/{self.steps}  validation: {validation.line()}")
+        self.restart_clock(number)
+
+    def _write(self, number: int, values: Mapping[str, float], **others: object) -> None:
+        """Write one line of ``metrics.jsonl``."""
+        pace = self._pace(number)
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {
@@ -109,13 +134,12 @@ class Monitor:
             **({} if pace.stage is None else {"stage": pace.stage}),
             "tokens": self._total(number, lambda pace: pace.tokens_per_step),
             **finite,
-            "skipped": result.skipped,
+            **others,
         }
         self.metrics.write(json.dumps(line) + "\n")
-        self.board.add(values, number)
-        self.reporter.line(self._line(number, result, values, pace, seconds))
-        if result.skipped is not None:
-            self.reporter.line(f"skipped {result.skipped}")
+
+    def _pace(self, number: int) -> Pace:
+        return next(pace for pace in self.paces if number <= pace.last_step)
 
     def _line(
         self, number: int, result: StepResult, values: dict[str, float], pace: Pace, seconds: float
@@ -124,6 +148,8 @@ class Monitor:
         rate = values["tokens_per_second"]
         per_rank = f" ({rate / self.ranks:,.0f} per rank)" if self.ranks > 1 else ""
         mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
+        gap = self.validation.gap_restored if self.validation else None
+        restored = "" if gap is None else f"gap restored {gap:.3f}  "
         stage = "" if pace.stage is None else f"{pace.stage} "
         # The steps of other stages are expected to run at the present operations per second.
         all_flops = self._total(self.steps, lambda pace: pace.flops_per_step)
@@ -132,7 +158,7 @@ class Monitor:
         return (
             f"{stage}step {number}/{self.steps}  loss {result.loss:.4f} ({parts})  "
             f"grad {result.gradient_norm:.3g}  lr {result.learning_rate:.3g}  "
-            f"{rate:,.0f} tokens/s{per_rank}{mfu}  {values['memory_gib']:.2f} GiB  "
+            f"{restored}{rate:,.0f} tokens/s{per_rank}{mfu}  {values['memory_gib']:.2f} GiB  "
             f"ETA {_duration(remaining)}"
         )
 
