@@ -102,13 +102,17 @@ class Monitor:
             "loss": result.loss,
             **{f"loss_{name}": value for name, value in result.parts.items()},
             "gradient_norm": result.gradient_norm,
+            **{f"gradient_norm_{kind}": x for kind, x in result.gradient_norms.items()},
             "learning_rate": result.learning_rate,
             "tokens_per_second": pace.tokens_per_step / seconds,
             "memory_gib": peak_memory_bytes(self.device) / 2**30,
         }
         if self.peak_flops is not None:
             values["mfu"] = pace.flops_per_step / (seconds * self.peak_flops * self.ranks)
-        self._write(number, values, skipped=result.skipped)
+        layers = {part: [_rounded(x) for x in row] for part, row in result.layers.items()}
+        self._write(
+            number, values, **({"layers": layers} if layers else {}), skipped=result.skipped
+        )
         self.board.add(values, number)
         self.reporter.line(self._line(number, result, values, pace, seconds))
         if result.skipped is not None:
@@ -176,6 +180,11 @@ class Monitor:
         if self.reporter.is_rank_0:
             self.metrics.close()
             self.board.close()
+
+
+def _rounded(value: float | None) -> float | None:
+    """Return six digits of a number, which has a short text; None if it is not finite."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
 def _drop_after(path: Path, step: int) -> None:
