@@ -93,7 +93,7 @@ def test_the_layers_of_a_relation_have_its_mean_and_norms_add_up_over_kinds(make
     distiller, batches = make(
         "objective.layers=[0, 2]",
         "objective.hidden_cosine=1",
-        "trainable.lora={targets: [q, k, v, o], dropout: 0}",
+        "trainable.lora={rank: 4, targets: [q, k, v, o], dropout: 0}",
     )
     result = distiller.step(batches, 0)
     for part in "qkv":
