@@ -272,6 +272,11 @@ class RunConfig:
     pass of attention). A resumed run is then bit for bit equal to an uninterrupted one."""
     log_every: int = setting(1, at_least=1)
     """Steps between reports."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+        ["tensorboard"], may_be_empty=True, distinct=True
+    )
+    """What gets the reported values, besides ``metrics.jsonl``. wandb and trackio are packages to
+    install; their own settings choose the project, the server and an offline mode."""
     non_finite: Literal["stop", "skip"] = setting("stop")
     """What happens when the loss or a gradient is not finite: stop the run, or skip the update."""
 

@@ -1,4 +1,4 @@
-"""Progress of a run on rank 0: the console, ``metrics.jsonl`` and TensorBoard."""
+"""Progress of a run on rank 0: the console, ``metrics.jsonl`` and trackers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megalard.files.reading import check_regular
 from megalard.files.writing import cannot_write, replace_text
 from megalard.reporter import Reporter
 from megalard.training.step import StepResult
+from megalard.training.trackers import open_trackers
 from megalard.training.validator import Validation
 
 
@@ -51,6 +52,8 @@ class Monitor:
         steps_done: the steps taken before this start. Reports of later steps are removed.
         peak_flops: the peak FLOP/s of a GPU, for the model FLOP utilization (MFU); None if that is
             not known.
+        trackers: what else gets the values; see ``run.trackers``.
+        settings: the configuration of the run, for the trackers.
 
     Attributes:
         validation: the newest validation, which the progress lines repeat; None without one.
@@ -68,19 +71,23 @@ class Monitor:
         device: torch.device,
         steps_done: int = 0,
         peak_flops: float | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
+        settings: dict | None = None,
     ):
         self.paces, self.steps, self.log_every = paces, paces[-1].last_step, log_every
         self.ranks, self.reporter, self.device = ranks, reporter, device
         self.peak_flops = peak_flops
         self.last_time, self.last_step = time.perf_counter(), steps_done
         if reporter.is_rank_0:
-            from megalard.training.board import Board  # slow to import
-
             path = output / "metrics.jsonl"
             try:
                 _drop_after(path, steps_done)
                 self.metrics = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
-                self.board = Board(output / "tensorboard", steps_done + 1)
+                self.trackers = open_trackers(trackers, output, settings or {}, reporter)
+                if "tensorboard" in trackers:
+                    from megalard.training.board import Board  # slow to import
+
+                    self.trackers.append(Board(output / "tensorboard", steps_done + 1))
             except OSError as error:
                 raise cannot_write(output, error) from None
 
@@ -113,7 +120,7 @@ class Monitor:
         self._write(
             number, values, **({"layers": layers} if layers else {}), skipped=result.skipped
         )
-        self.board.add(values, number)
+        self._track(values, number)
         self.reporter.line(self._line(number, result, values, pace, seconds))
         if result.skipped is not None:
             self.reporter.line(f"skipped {result.skipped}")
@@ -124,7 +131,7 @@ class Monitor:
         if self.reporter.is_rank_0:
             values = validation.values()
             self._write(number, values)
-            self.board.add(values, number)
+            self._track(values, number)
             self.reporter.line(f"step {number}/{self.steps}  validation: {validation.line()}")
         self.restart_clock(number)
 
@@ -141,6 +148,10 @@ class Monitor:
             **others,
         }
         self.metrics.write(json.dumps(line) + "\n")
+
+    def _track(self, values: Mapping[str, float], number: int) -> None:
+        for tracker in self.trackers:
+            tracker.add(values, number)
 
     def _pace(self, number: int) -> Pace:
         return next(pace for pace in self.paces if number <= pace.last_step)
@@ -179,7 +190,8 @@ class Monitor:
         """Close the files."""
         if self.reporter.is_rank_0:
             self.metrics.close()
-            self.board.close()
+            for tracker in self.trackers:
+                tracker.close()
 
 
 def _rounded(value: float | None) -> float | None:

@@ -40,6 +40,7 @@ _MAY_CHANGE = (
     "run.device",
     "run.deterministic",
     "run.log_every",
+    "run.trackers",
     "run.non_finite",
     "data.paths",
     "data.cache",

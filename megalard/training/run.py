@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megalard.checkpoint.sharded.save_load import checkpoint_axis
-from megalard.config.schema import Config
+from megalard.config.schema import Config, to_dict
 from megalard.distill.student import Student
 from megalard.errors import UserError
 from megalard.estimate.flops import step_flops
@@ -135,6 +135,8 @@ class Run:
             mesh.device,
             self.steps_done,
             peak_flops(mesh.device),
+            config.run.trackers,
+            to_dict(config),
         )
         self._opened.enter_context(closing(self.monitor))
         self.saver = Saver(

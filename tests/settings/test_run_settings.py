@@ -306,6 +306,12 @@ def test_run_log_every(run):
     assert [line["step"] for line in run("run.log_every=2").metrics] == [2, 3]
 
 
+def test_run_trackers(run):
+    assert run().folders("tensorboard") != []
+    none = run("run.trackers=[]")
+    assert none.folders("tensorboard") == [] and len(none.metrics) == STEPS
+
+
 def test_run_non_finite(run, job, tmp_path, capsys):
     """An update of 1e30 makes the second step overflow."""
     options = ("optimizer.learning_rate=1e25", "trainable.mode=weights")
