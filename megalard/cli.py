@@ -20,7 +20,17 @@ from megalard import __version__
 from megalard.error_file import leave_reason
 from megalard.errors import DiskError, RankError, UserError, printable
 
-COMMANDS = ("train", "plan", "preflight", "evaluate", "prepare", "convert", "inspect", "verify")
+COMMANDS = (
+    "train",
+    "plan",
+    "preflight",
+    "evaluate",
+    "report",
+    "prepare",
+    "convert",
+    "inspect",
+    "verify",
+)
 
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 

@@ -48,6 +48,7 @@ def train(config: Config, stop: StopSignals) -> None:
                 if run.export_student(stop):
                     return
             run.evaluate_after()
+            run.summarize()
             run.finish()
             report_end(run)
 

@@ -277,6 +277,8 @@ class RunConfig:
     )
     """What gets the reported values, besides ``metrics.jsonl``. wandb and trackio are packages to
     install; their own settings choose the project, the server and an offline mode."""
+    report: bool = setting(True)
+    """Write ``report.html`` at the end: configuration, curves, tables and cost on one page."""
     non_finite: Literal["stop", "skip"] = setting("stop")
     """What happens when the loss or a gradient is not finite: stop the run, or skip the update."""
 

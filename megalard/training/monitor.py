@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +21,9 @@ from megalard.reporter import Reporter
 from megalard.training.step import StepResult
 from megalard.training.trackers import open_trackers
 from megalard.training.validator import Validation
+
+if TYPE_CHECKING:
+    from megalard.training.board import Board
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Monitor:
     """
 
     validation: Validation | None = None
+    board: Board | None = None
 
     def __init__(
         self,
@@ -87,7 +92,8 @@ class Monitor:
                 if "tensorboard" in trackers:
                     from megalard.training.board import Board  # slow to import
 
-                    self.trackers.append(Board(output / "tensorboard", steps_done + 1))
+                    self.board = Board(output / "tensorboard", steps_done + 1)
+                    self.trackers.append(self.board)
             except OSError as error:
                 raise cannot_write(output, error) from None
 

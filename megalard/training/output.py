@@ -41,6 +41,7 @@ _MAY_CHANGE = (
     "run.deterministic",
     "run.log_every",
     "run.trackers",
+    "run.report",
     "run.non_finite",
     "data.paths",
     "data.cache",

@@ -37,6 +37,7 @@ from megalard.training.stages import MAIN, Stage, needs_teacher, stage_after, st
 from megalard.training.step import Distiller, StepResult
 from megalard.training.stop_signals import StopSignals
 from megalard.training.streams import make_loaders, open_streams
+from megalard.training.summary import report_run, write_summary
 from megalard.training.validator import Validator
 
 
@@ -265,6 +266,22 @@ class Run:
             self.teacher = load_teacher(self.config, self.plan, self.mesh)
         tokens = self._tokens_after(self.exported_step)
         self.evaluator.after(self.teacher, self.student.decoder, tokens)
+
+    def summarize(self) -> None:
+        """Write the summary and, if ``run.report`` asks for it, the report of the run."""
+        facts = {
+            "steps": self.config.steps,
+            "last_step": self.steps_done,
+            "early_stop": self.stops_early(),
+            "exported_step": self.exported_step,
+            "skipped": self.steps_skipped,
+        }
+        directory = self.output.directory
+        with checked_on_all_ranks(self.mesh.world):
+            if self.mesh.is_rank_0:
+                write_summary(directory, self.plan, self.mesh, facts)
+        if self.mesh.is_rank_0 and self.config.run.report:
+            report_run(directory, self.monitor.board, self.steps_done, self.reporter)
 
     def finish(self) -> None:
         """Note that the run is complete, so that the same command does nothing more.

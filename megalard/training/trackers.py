@@ -102,7 +102,7 @@ class BackgroundTracker:
         close_s: float = CLOSE_S,
     ):
         self._name, self._start, self._reporter = name, start, reporter
-        self._close_s = close_s
+        self._close_s, self._has_warned = close_s, False
         self._items: queue.Queue[tuple[Values, int] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -117,7 +117,7 @@ class BackgroundTracker:
         self._items.put(None)
         self._thread.join(self._close_s)
         if self._thread.is_alive():
-            self._reporter.warning(
+            self._warn(
                 f"{self._name} has not taken all values after {self._close_s:g} s, so its last "
                 "ones may be missing; metrics.jsonl has all of them"
             )
@@ -130,10 +130,15 @@ class BackgroundTracker:
             run.finish()
         # Packages of others raise anything, SystemExit among it.
         except BaseException as error:
-            self._reporter.warning(
+            self._warn(
                 f"{self._name} failed and gets nothing more of this run "
                 f"({type(error).__name__}: {error}); metrics.jsonl has all values"
             )
+
+    def _warn(self, sentence: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            self._reporter.warning(sentence)
 
 
 def _start_wandb(output: Path, run_id: str, settings: dict) -> TrackedRun:

@@ -312,6 +312,11 @@ def test_run_trackers(run):
     assert none.folders("tensorboard") == [] and len(none.metrics) == STEPS
 
 
+def test_run_report(run):
+    assert "<h2>Cost</h2>" in (run("run.report=true").output / "report.html").read_text()
+    assert not (run().output / "report.html").exists()
+
+
 def test_run_non_finite(run, job, tmp_path, capsys):
     """An update of 1e30 makes the second step overflow."""
     options = ("optimizer.learning_rate=1e25", "trainable.mode=weights")
