@@ -2,9 +2,9 @@
 
   megalard report RUN
 
-The page has the configuration in short, the evaluation, the curves of training and validation, the
-loss of each layer at the beginning and at the end, RoPE before and after scaling, and the cost. What
-a run does not have is left out.
+The page has the configuration in short, the evaluation, the curves of training and validation,
+the loss of each layer at the beginning and at the end, RoPE before and after scaling, and the cost.
+What a run does not have is left out.
 
 RUN is the output directory of a run that has ended, or that still goes on. The page is written to
 RUN/report.html, over an older one. It needs no other file and no network. A run that ends writes it

@@ -40,6 +40,12 @@ def validate(config: Config, has_files: bool = True) -> None:
     _check_stages(config)
     _check_checkpoint(config.checkpoint)
     _check_evaluation(config)
+    beyond = [step for step in config.run.profile if step > config.steps]
+    _require(
+        not beyond,
+        f"run.profile names step {max(beyond, default=0)}, but the run has {config.steps} steps: "
+        "leave it out",
+    )
 
 
 def _require(condition: bool, sentence: str) -> None:

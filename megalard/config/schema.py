@@ -277,6 +277,8 @@ class RunConfig:
     )
     """What gets the reported values, besides ``metrics.jsonl``. wandb and trackio are packages to
     install; their own settings choose the project, the server and an offline mode."""
+    profile: list[int] = setting([], at_least=1, may_be_empty=True, distinct=True)
+    """Steps of which every rank writes a profile to ``profile/``, counted over all stages."""
     report: bool = setting(True)
     """Write ``report.html`` at the end: configuration, curves, tables and cost on one page."""
     non_finite: Literal["stop", "skip"] = setting("stop")

@@ -13,6 +13,8 @@ from megalard.report.collect import LayerLosses, RunRecord
 # A run may have more points than a figure can show.
 _POINTS = 1000
 _PANEL = (4.6, 3.1)
+# The largest ratio of two losses that the heat map tells apart.
+_RANGE = 1e4
 
 
 def curves(record: RunRecord) -> bytes | None:
@@ -89,6 +91,7 @@ def heat_map(losses: Sequence[LayerLosses], kind: str = "svg") -> bytes | None:
     if not losses:
         return None
     from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import MaxNLocator
 
     grids = [
         [[math.nan if x is None else x for x in row] for row in rows]
@@ -98,7 +101,9 @@ def heat_map(losses: Sequence[LayerLosses], kind: str = "svg") -> bytes | None:
     positive = [x for x in values if x > 0]
     norm: Normalize = Normalize(0, 1)
     if positive:
-        norm = LogNorm(min(positive), max(max(positive), min(positive) * 1.001))
+        # A layer that scaling leaves alone has nearly no loss, and would take all of the range.
+        lowest = max(min(positive), max(positive) / _RANGE)
+        norm = LogNorm(lowest, max(max(positive), lowest * 1.001), clip=True)
     width = max(4.6, 0.16 * len(grids[0][0]) + 1.5)
     size = (width, 1.1 + 0.4 * len(losses))
     with _figure(2, kind, size) as (axes_of, save):
@@ -109,6 +114,8 @@ def heat_map(losses: Sequence[LayerLosses], kind: str = "svg") -> bytes | None:
         for axes, grid, title in zip(axes_of, grids, titles, strict=False):
             image = axes.imshow(grid, aspect="auto", cmap="cividis", norm=norm)
             axes.set_yticks(range(len(losses)), [part.part for part in losses])
+            axes.set_facecolor("#e8e8e8")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_xlabel("layer", fontsize=8)
             axes.set_title(title, fontsize=10)
             axes.figure.colorbar(image, ax=axes)

@@ -42,6 +42,7 @@ _MAY_CHANGE = (
     "run.log_every",
     "run.trackers",
     "run.report",
+    "run.profile",
     "run.non_finite",
     "data.paths",
     "data.cache",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from megalard.training.models import load_models, load_teacher, next_student, st
 from megalard.training.monitor import Monitor, Pace
 from megalard.training.output import Output, check_is_there, emptied_on_error, mark_finished
 from megalard.training.plan import Plan
+from megalard.training.profiler import profiled
 from megalard.training.resume import (
     Progress,
     describe_run,
@@ -180,11 +181,17 @@ class Run:
         """Take step ``number``, counted from 1 over all stages, and report it."""
         place = number - 1 - stage.steps_before
         batches = self._loaders[stage.name].step(place, self.mesh.device)
-        result = self.distiller.step(batches, place)
+        with self._profiled(number):
+            result = self.distiller.step(batches, place)
         self.steps_done = number
         self.steps_skipped += result.skipped is not None
         self.monitor.report(number, result)
         return result
+
+    def _profiled(self, number: int) -> AbstractContextManager:
+        if number not in self.config.run.profile:
+            return nullcontext()
+        return profiled(self.output.directory, number, self.mesh, self.reporter)
 
     def validate(self, number: int) -> None:
         """Measure the student after step ``number`` if a validation is due; a collective call."""

@@ -312,6 +312,13 @@ def test_run_trackers(run):
     assert none.folders("tensorboard") == [] and len(none.metrics) == STEPS
 
 
+def test_run_profile(run, job, tmp_path, capsys):
+    assert run("run.profile=[2]").folders("profile") == ["step-000002-rank-00000.json.gz"]
+    assert run().folders("profile") == []
+    words = settings_of(job, tmp_path / "output", ("run.profile=[4]",))
+    assert "run.profile names step 4, but the run has 3 steps" in refusal(capsys, "train", *words)
+
+
 def test_run_report(run):
     assert "<h2>Cost</h2>" in (run("run.report=true").output / "report.html").read_text()
     assert not (run().output / "report.html").exists()
