@@ -25,6 +25,7 @@ COMMANDS = (
     "plan",
     "preflight",
     "evaluate",
+    "report",
     "prepare",
     "convert",
     "inspect",

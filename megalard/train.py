@@ -40,11 +40,15 @@ def train(config: Config, stop: StopSignals) -> None:
                     run.begin(stage)
                     for number in stage.steps_after(run.steps_done):
                         run.step(stage, number)
+                        run.validate(number)
                         if run.save_and_export(number, stop):
                             return
+                        if run.stops_early():
+                            break
                 if run.export_student(stop):
                     return
             run.evaluate_after()
+            run.summarize()
             run.finish()
             report_end(run)
 

@@ -53,6 +53,8 @@ def arguments(job: Path, output: Path | str, *overrides: str) -> list[str]:
         "evaluation.holdout": 0,
         "run.output": output,
         "run.device": "cpu",
+        # Drawing takes longer than a tiny run.
+        "run.report": "false",
     }
     settings |= dict(override.split("=", 1) for override in overrides)
     return [f"--{key}={value}" for key, value in settings.items()]

@@ -31,6 +31,7 @@ ORDER = (
     "megalard.distill",
     "megalard.estimate",
     "megalard.evaluation",
+    "megalard.report",
     "megalard.training",
     "megalard.cli",
     "megalard.train",

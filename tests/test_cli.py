@@ -18,7 +18,17 @@ from megalard.errors import RankError, UserError
 from tests.command_line import megalard
 
 CHECKOUT = Path(__file__).parents[1]
-COMMANDS = ("train", "plan", "preflight", "evaluate", "prepare", "convert", "inspect", "verify")
+COMMANDS = (
+    "train",
+    "plan",
+    "preflight",
+    "evaluate",
+    "report",
+    "prepare",
+    "convert",
+    "inspect",
+    "verify",
+)
 SCRIPTS = {
     "convert_hf": "convert",
     "evaluate": "evaluate",

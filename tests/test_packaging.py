@@ -132,6 +132,7 @@ def test_the_commands_work_from_the_wheel(unpacked, tmp_path):
         "plan",
         "preflight",
         "evaluate",
+        "report",
         "prepare",
         "convert",
         "inspect",

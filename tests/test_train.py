@@ -61,6 +61,7 @@ def test_the_output_directory_has_all_of_a_run(one, job):
         "step-000003",
         "step-000006",
         "student",
+        "summary.json",
         "tensorboard",
         "tokens",
     ]

@@ -39,6 +39,13 @@ def validate(config: Config, has_files: bool = True) -> None:
             _check_stream(prefix, name if stage_config.streams else None, stream, has_files)
     _check_stages(config)
     _check_checkpoint(config.checkpoint)
+    _check_evaluation(config)
+    beyond = [step for step in config.run.profile if step > config.steps]
+    _require(
+        not beyond,
+        f"run.profile names step {max(beyond, default=0)}, but the run has {config.steps} steps: "
+        "leave it out",
+    )
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -118,3 +125,16 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
         not keep or (save > 0 and keep % save == 0),
         f"checkpoint.keep_every {keep} must be a multiple of checkpoint.save_every {save}",
     )
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation = config.evaluation
+    for key, is_given in (
+        (f"evaluation.patience {evaluation.patience}", evaluation.patience > 0),
+        ("checkpoint.keep_best true", config.checkpoint.keep_best),
+    ):
+        _require(
+            not is_given or evaluation.every > 0,
+            f"{key} compares validations, and evaluation.every is 0: give the number of steps "
+            "between validations",
+        )

@@ -222,6 +222,18 @@ class EvaluationConfig:
     """Context lengths in tokens; M/4, M/2, M, ... f*M when not given."""
     max_tokens: int = setting(65536, at_least=2, tokens=True)
     """Tokens that are read at each length."""
+    every: int = setting(0, at_least=0)
+    """Steps between validations of the student during training, and one more after the last step;
+    zero measures before, between and after the stages only."""
+    validation_tokens: int = setting(16384, at_least=2, tokens=True)
+    """Tokens that a validation reads at each length, of those that the evaluation reads. One window
+    of each length is always read."""
+    best: Literal["gap_restored", "loss"] = setting("gap_restored")
+    """What makes a validation the best one: gap_restored takes the lowest mean loss over the
+    lengths up to the native window, loss the lowest mean loss over all lengths."""
+    patience: int = setting(0, at_least=0)
+    """End the run, and export the best student, when this many validations in a row are not better
+    than the best one before them; zero takes all steps. With stages this holds for the last one."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +249,9 @@ class CheckpointConfig:
     """How many of the newest checkpoints are kept."""
     keep_every: int = setting(0, at_least=0)
     """Checkpoints at multiples of this step are kept as well; zero keeps no others."""
+    keep_best: bool = setting(False)
+    """Save a checkpoint of the best validation and keep it, and export its student at the end
+    instead of the last one. evaluation.patience does the same."""
     export_every: int = setting(0, at_least=0)
     """Steps between exports of the student as a Hugging Face directory; zero exports at the end
     only."""
@@ -260,6 +275,15 @@ class RunConfig:
     pass of attention). A resumed run is then bit for bit equal to an uninterrupted one."""
     log_every: int = setting(1, at_least=1)
     """Steps between reports."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+        ["tensorboard"], may_be_empty=True, distinct=True
+    )
+    """What gets the reported values, besides ``metrics.jsonl``. wandb and trackio are packages to
+    install; their own settings choose the project, the server and an offline mode."""
+    profile: list[int] = setting([], at_least=1, may_be_empty=True, distinct=True)
+    """Steps of which every rank writes a profile to ``profile/``, counted over all stages."""
+    report: bool = setting(True)
+    """Write ``report.html`` at the end: configuration, curves, tables and cost on one page."""
     non_finite: Literal["stop", "skip"] = setting("stop")
     """What happens when the loss or a gradient is not finite: stop the run, or skip the update."""
 
@@ -331,6 +355,11 @@ class Config:
         It does not depend on the other streams of the run.
         """
         return self.run.seed + (0 if name == "main" else zlib.crc32(name.encode()))
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the student of the best validation is exported."""
+        return self.checkpoint.keep_best or self.evaluation.patience > 0
 
     @property
     def tokens_per_step(self) -> int:

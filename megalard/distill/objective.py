@@ -6,6 +6,9 @@ counts of all its tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import chain
+
 import torch
 
 from megalard.config.objective import ObjectiveConfig
@@ -38,11 +41,31 @@ def is_reached(name: str, streams: dict[str, StreamConfig], num_layers: int) -> 
     )
 
 
+@dataclass(frozen=True)
+class LayerEntry:
+    """One number that a stream's objective reports of a layer.
+
+    Attributes:
+        part: the name of the part of the loss, one of the ``weights`` of its term.
+        layer: the layer, counted from 0.
+        term: the place of the term among the stream's terms, whose count the sum is divided by.
+        factor: what turns the layer's summand of the part into a value of the layer itself: the
+            number of layers for a mean over layers.
+    """
+
+    part: str
+    layer: int
+    term: int
+    factor: int
+
+
 class StreamObjective:
     """The loss of one stream.
 
     Attributes:
         terms: the active terms.
+        part_names: the names of all parts of the loss, term by term.
+        layer_entries: what is reported of single layers.
 
     Args:
         stream: the weights of the terms.
@@ -65,6 +88,13 @@ class StreamObjective:
             term(objective, student, kv_replicas)
             for term in TERMS
             if term.reach_of(objective, num_layers) is not None
+        ]
+        self.part_names = [name for term in self.terms for name in term.weights]
+        self.layer_entries = [
+            LayerEntry(name, layer, number, len(term.layers) if term.is_mean_over_layers else 1)
+            for number, term in enumerate(self.terms)
+            for layer in term.layers
+            for name in term.weights
         ]
         self.needs_teacher = objective.needs_teacher
         self._dtype, self._activation_checkpointing = dtype, activation_checkpointing
@@ -91,11 +121,12 @@ class StreamObjective:
 
         Returns:
             The loss, a scalar to differentiate, and this rank's unweighted sums, fp32: one number
-            for each of the terms' ``weights``, in their order.
+            for each of ``part_names``, and then one for each of ``layer_entries``.
         """
         inputs = TermInputs(teacher if self.needs_teacher else None, student, batch)
         loss = scale.new_zeros(())
         parts = [scale.new_zeros(len(term.weights)) for term in self.terms]
+        layer_parts: list[list[torch.Tensor]] = [[] for _ in self.terms]
 
         def add(index: int, term_sum: TermSum | None) -> None:
             nonlocal loss
@@ -114,11 +145,14 @@ class StreamObjective:
             self._activation_checkpointing,
         ):
             for index, term in enumerate(self.terms):
-                add(index, term.on_layer(pair, inputs))
+                term_sum = term.on_layer(pair, inputs)
+                add(index, term_sum)
+                if term_sum is not None:
+                    layer_parts[index].append(term_sum.parts)
             student_x = pair.student.residual
             teacher_x = pair.teacher.residual if pair.teacher else None
             # Free this layer's tensors before the next layer or the logits are allocated.
             del pair
         for index, term in enumerate(self.terms):
             add(index, term.on_output(student_x, teacher_x, inputs))
-        return loss, torch.cat(parts)
+        return loss, torch.cat([*parts, *chain.from_iterable(layer_parts)])

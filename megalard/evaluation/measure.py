@@ -157,24 +157,58 @@ def equal_edges(length: int, count: int) -> list[int]:
     return [1, *(round(length * i / count) for i in range(1, count)), length]
 
 
+@dataclass(frozen=True)
+class RecordedTeacher:
+    """What a teacher computed of some windows, with which models are compared without the teacher.
+
+    Attributes:
+        hidden: for each pass of this rank over the windows, the inputs of the head at its rows,
+            [rows, hidden], in host memory.
+        head_weight: this rank's rows of the head, in host memory.
+    """
+
+    hidden: list[torch.Tensor]
+    head_weight: torch.Tensor
+
+
 @torch.no_grad()
 def measure(
     model: Decoder,
     windows_wl: np.ndarray,
     mesh: Mesh,
     dtype: torch.dtype,
-    teacher: Decoder | None = None,
+    teacher: Decoder | RecordedTeacher | None = None,
     advance: Advance = no_advance,
 ) -> Measurement:
     """Measure one model on windows of one length; a collective call of all ranks.
 
     Args:
         windows_wl: int64 [windows, length]; each dp rank takes its share.
-        teacher: the model to compare with, if any.
+        teacher: the model to compare with, if any, or what it recorded of the same windows.
         advance: called after each pass of this rank.
     """
     edges = [1, windows_wl.shape[1]]
     return measure_by_position(model, windows_wl, edges, mesh, dtype, teacher, advance)[0]
+
+
+def measure_and_record(
+    teacher: Decoder,
+    windows_wl: np.ndarray,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    head_weight: torch.Tensor,
+) -> tuple[Measurement, RecordedTeacher]:
+    """Measure a teacher as ``measure`` does, and keep what comparisons with it need.
+
+    Args:
+        head_weight: the teacher's head in host memory, which all recordings may share.
+    """
+    recorded = RecordedTeacher([], head_weight)
+    edges = [1, windows_wl.shape[1]]
+    overall, _ = measure_by_position(
+        teacher, windows_wl, edges, mesh, dtype, record=recorded.hidden.append
+    )
+    return overall, recorded
 
 
 @torch.no_grad()
@@ -184,8 +218,9 @@ def measure_by_position(
     edges: Sequence[int],
     mesh: Mesh,
     dtype: torch.dtype,
-    teacher: Decoder | None = None,
+    teacher: Decoder | RecordedTeacher | None = None,
     advance: Advance = no_advance,
+    record: Callable[[torch.Tensor], object] | None = None,
 ) -> tuple[Measurement, list[Measurement]]:
     """Measure one model as ``measure`` does, and for each interval of positions separately.
 
@@ -195,6 +230,7 @@ def measure_by_position(
     Args:
         edges: increasing, from 1 to the length of the windows. Interval i is
             ``edges[i] : edges[i + 1]``.
+        record: called in each pass with the inputs of the model's head, in host memory.
 
     Returns:
         The means over all tokens, and the means over the tokens of each interval.
@@ -204,13 +240,22 @@ def measure_by_position(
     inner_edges = torch.tensor(edges[1:-1], dtype=torch.int64, device=mesh.device)
     sums = torch.zeros(len(edges) - 1, 5, dtype=torch.float64, device=mesh.device)
     # Every dp rank makes its own passes. Within a pass the cp and tp ranks work together.
-    for rows in passes(len(windows_wl), length, mesh):
-        blocks = [(window, [(0, length)]) for window in windows_wl[rows]]
+    for number, windows in enumerate(passes(len(windows_wl), length, mesh)):
+        blocks = [(window, [(0, length)]) for window in windows_wl[windows]]
         batch = collate(blocks).cut(mesh.cp).to(mesh.device)
-        sums += _window_sums(model, teacher, batch, inner_edges, dtype)
+        rows = (batch.target_bs.flatten() >= 0).nonzero()[:, 0]
+        hidden = normed_hidden(model, batch, rows, dtype)
+        if record is not None:
+            record(hidden.to("cpu"))
+        compared = None
+        if isinstance(teacher, RecordedTeacher):
+            compared = teacher.hidden[number].to(mesh.device), teacher.head_weight.to(mesh.device)
+        elif teacher is not None:
+            compared = normed_hidden(teacher, batch, rows, dtype), teacher.head_weight.to(dtype)
+        sums += _window_sums(model, hidden, compared, batch, rows, inner_edges)
         advance(len(blocks) * length)
     all_reduce(sums, mesh.data)
-    overall, *intervals = (_means(row, teacher) for row in (sums.sum(0), *sums))
+    overall, *intervals = (_means(row, teacher is not None) for row in (sums.sum(0), *sums))
     return overall, intervals
 
 
@@ -222,9 +267,9 @@ def passes(count: int, length: int, mesh: Mesh) -> Iterator[list[int]]:
         yield local_rows[start : start + batch]
 
 
-def _means(sums: torch.Tensor, teacher: Decoder | None) -> Measurement:
+def _means(sums: torch.Tensor, is_compared: bool) -> Measurement:
     loss, kl, agreements, correct, count = sums.tolist()
-    if teacher is None:
+    if not is_compared:
         return Measurement(loss / count, accuracy=correct / count)
     return Measurement(loss / count, kl / count, agreements / count, correct / count)
 
@@ -244,32 +289,37 @@ def normed_hidden(
 
 def _window_sums(
     model: Decoder,
-    teacher: Decoder | None,
+    hidden: torch.Tensor,
+    compared: tuple[torch.Tensor, torch.Tensor] | None,
     batch: Batch,
+    rows: torch.Tensor,
     inner_edges: torch.Tensor,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return sums over a pass: [intervals, 5] of loss, kl, agreements, correct, tokens."""
+    """Return sums over a pass: [intervals, 5] of loss, kl, agreements, correct, tokens.
+
+    Args:
+        hidden: the inputs of the model's head at ``rows``.
+        compared: the teacher's inputs of its head at the same rows, and its head; None if the model
+            is not compared.
+    """
     axis, first_id = tensor_axis(model), model.first_vocab_row
-    target = batch.target_bs.flatten()
-    rows = (target >= 0).nonzero()[:, 0]
-    target = target.index_select(0, rows)
+    head = model.head_weight.to(hidden.dtype)
+    target = batch.target_bs.flatten().index_select(0, rows)
     position = (batch.place_s + 1).expand_as(batch.target_bs).flatten().index_select(0, rows)
     interval = torch.bucketize(position, inner_edges, right=True)
-    hidden = normed_hidden(model, batch, rows, dtype)
-    teacher_hidden = normed_hidden(teacher, batch, rows, dtype) if teacher is not None else None
     sums = torch.zeros(len(inner_edges) + 1, 5, dtype=torch.float64, device=target.device)
     # The logits exist for a few rows at a time, because those of a long window would not fit.
     for start in range(0, len(target), _LOGIT_ROWS):
         part = slice(start, start + _LOGIT_ROWS)
-        logits = F.linear(hidden[part], model.head_weight.to(dtype)).float()
+        logits = F.linear(hidden[part], head).float()
         best = arg_max(logits, first_id, axis)
         values = sums.new_zeros(len(logits), 5)
         values[:, 0] = cross_entropy(logits, target[part], first_id, axis)
         values[:, 3] = best == target[part]
         values[:, 4] = 1
-        if teacher_hidden is not None:
-            teacher_logits = F.linear(teacher_hidden[part], teacher.head_weight.to(dtype)).float()
+        if compared is not None:
+            teacher_hidden, teacher_head = compared
+            teacher_logits = F.linear(teacher_hidden[part], teacher_head).float()
             values[:, 1] = kl_divergence(logits, teacher_logits, axis)
             values[:, 2] = best == arg_max(teacher_logits, first_id, axis)
         # A matrix product instead of index_add, whose order on a GPU changes from run to run.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from megalard.evaluation.report import Entry, Restoration
 from megalard.evaluation.suite import Results
@@ -14,8 +15,10 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 Panel = Callable[..., None]
 
 
-def draw(path: Path, entries: Sequence[Entry], restoration: Restoration | None = None) -> None:
-    """Draw what was measured as a PNG file.
+def draw(
+    path: Path | IO[bytes], entries: Sequence[Entry], restoration: Restoration | None = None
+) -> None:
+    """Draw what was measured as a PNG file, or into an open file.
 
     The panels are perplexity by length, loss by position, KL to the teacher, each retrieval task by
     length, and passkey retrieval by depth.

@@ -181,7 +181,7 @@ def write_json(
     if restoration is not None:
         content |= {"native_context": restoration.native_window, "factor": restoration.factor}
     content["models"] = [_model(entry, entries, restoration) for entry in entries]
-    path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def _model(entry: Entry, entries: Sequence[Entry], restoration: Restoration | None) -> dict:
@@ -208,11 +208,12 @@ def _model(entry: Entry, entries: Sequence[Entry], restoration: Restoration | No
     }
 
 
-def _finite(value):
+def finite(value):
+    """Return a value for JSON, in which every number that is not finite is null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,6 +10,9 @@ VOCAB_PARALLEL = ("embed_tokens", "lm_head")
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_PARALLEL = ("o_proj", "down_proj")
 
+# What gradient norms are reported of; see ``kind_of``.
+KINDS = ("q", "k", "v", "o", "mlp", "norm", "embedding", "head")
+
 # The modules that each operand of a relation depends on, in its own layer.
 OPERAND_MODULES = {
     "q": ("q_proj", "q_norm"),
@@ -37,6 +40,20 @@ class ParameterName:
         parts = name.split(".")
         layer = int(parts[2]) if parts[1:2] == ["layers"] else None
         return cls(layer, parts[-2], parts[-1])
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a parameter: q, k, v, o, mlp, norm, embedding or head.
+
+    A LoRA pair and a bias are of the kind of their projection.
+    """
+    module = ParameterName.parse(name).module
+    if module in (*NORMS, *QK_NORMS):
+        return "norm"
+    if module in VOCAB_PARALLEL:
+        return "embedding" if module == "embed_tokens" else "head"
+    projection = module.removesuffix("_proj")
+    return projection if projection in ("q", "k", "v", "o") else "mlp"
 
 
 def projection_name(layer: int, projection: str) -> str:

@@ -1,9 +1,10 @@
-"""Scalars for TensorBoard, written at once and in this thread, so that errors reach the caller."""
+"""Values for TensorBoard, written at once and in this thread, so that errors reach the caller."""
 
 from __future__ import annotations
 
 import os
 import socket
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,12 @@ class Board:
         """Write the scalars of a step."""
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._write(step=step, summary=Summary(value=scalars))
+
+    def add_image(self, tag: str, png: bytes, step: int) -> None:
+        """Write a picture, which a PNG file holds."""
+        width, height = struct.unpack(">II", png[16:24])  # of the header chunk
+        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+        self._write(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
 
     def close(self) -> None:
         """Close the file."""

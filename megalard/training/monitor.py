@@ -1,4 +1,4 @@
-"""Progress of a run on rank 0: the console, ``metrics.jsonl`` and TensorBoard."""
+"""Progress of a run on rank 0: the console, ``metrics.jsonl`` and trackers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,11 @@ from megalard.files.reading import check_regular
 from megalard.files.writing import cannot_write, replace_text
 from megalard.reporter import Reporter
 from megalard.training.step import StepResult
+from megalard.training.trackers import open_trackers
+from megalard.training.validator import Validation
+
+if TYPE_CHECKING:
+    from megalard.training.board import Board
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,15 @@ class Monitor:
         steps_done: the steps taken before this start. Reports of later steps are removed.
         peak_flops: the peak FLOP/s of a GPU, for the model FLOP utilization (MFU); None if that is
             not known.
+        trackers: what else gets the values; see ``run.trackers``.
+        settings: the configuration of the run, for the trackers.
+
+    Attributes:
+        validation: the newest validation, which the progress lines repeat; None without one.
     """
+
+    validation: Validation | None = None
+    board: Board | None = None
 
     def __init__(
         self,
@@ -62,19 +76,24 @@ class Monitor:
         device: torch.device,
         steps_done: int = 0,
         peak_flops: float | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
+        settings: dict | None = None,
     ):
         self.paces, self.steps, self.log_every = paces, paces[-1].last_step, log_every
         self.ranks, self.reporter, self.device = ranks, reporter, device
         self.peak_flops = peak_flops
         self.last_time, self.last_step = time.perf_counter(), steps_done
         if reporter.is_rank_0:
-            from megalard.training.board import Board  # slow to import
-
             path = output / "metrics.jsonl"
             try:
                 _drop_after(path, steps_done)
                 self.metrics = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
-                self.board = Board(output / "tensorboard", steps_done + 1)
+                self.trackers = open_trackers(trackers, output, settings or {}, reporter)
+                if "tensorboard" in trackers:
+                    from megalard.training.board import Board  # slow to import
+
+                    self.board = Board(output / "tensorboard", steps_done + 1)
+                    self.trackers.append(self.board)
             except OSError as error:
                 raise cannot_write(output, error) from None
 
@@ -84,7 +103,7 @@ class Monitor:
 
     def report(self, number: int, result: StepResult) -> None:
         """Report step ``number``, counted from 1 over all stages, if a report is due."""
-        pace = next(pace for pace in self.paces if number <= pace.last_step)
+        pace = self._pace(number)
         is_last = number in (pace.last_step, self.steps)
         is_due = number % self.log_every == 0 or is_last or result.skipped is not None
         if not self.reporter.is_rank_0 or not is_due:
@@ -96,12 +115,35 @@ class Monitor:
             "loss": result.loss,
             **{f"loss_{name}": value for name, value in result.parts.items()},
             "gradient_norm": result.gradient_norm,
+            **{f"gradient_norm_{kind}": x for kind, x in result.gradient_norms.items()},
             "learning_rate": result.learning_rate,
             "tokens_per_second": pace.tokens_per_step / seconds,
             "memory_gib": peak_memory_bytes(self.device) / 2**30,
         }
         if self.peak_flops is not None:
             values["mfu"] = pace.flops_per_step / (seconds * self.peak_flops * self.ranks)
+        layers = {part: [_rounded(x) for x in row] for part, row in result.layers.items()}
+        self._write(
+            number, values, **({"layers": layers} if layers else {}), skipped=result.skipped
+        )
+        self._track(values, number)
+        self.reporter.line(self._line(number, result, values, pace, seconds))
+        if result.skipped is not None:
+            self.reporter.line(f"skipped {result.skipped}")
+
+    def report_validation(self, validation: Validation) -> None:
+        """Report a validation, and start timing anew."""
+        self.validation, number = validation, validation.step
+        if self.reporter.is_rank_0:
+            values = validation.values()
+            self._write(number, values)
+            self._track(values, number)
+            self.reporter.line(f"step {number}/{self.steps}  validation: {validation.line()}")
+        self.restart_clock(number)
+
+    def _write(self, number: int, values: Mapping[str, float], **others: object) -> None:
+        """Write one line of ``metrics.jsonl``."""
+        pace = self._pace(number)
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {
@@ -109,13 +151,16 @@ class Monitor:
             **({} if pace.stage is None else {"stage": pace.stage}),
             "tokens": self._total(number, lambda pace: pace.tokens_per_step),
             **finite,
-            "skipped": result.skipped,
+            **others,
         }
         self.metrics.write(json.dumps(line) + "\n")
-        self.board.add(values, number)
-        self.reporter.line(self._line(number, result, values, pace, seconds))
-        if result.skipped is not None:
-            self.reporter.line(f"skipped {result.skipped}")
+
+    def _track(self, values: Mapping[str, float], number: int) -> None:
+        for tracker in self.trackers:
+            tracker.add(values, number)
+
+    def _pace(self, number: int) -> Pace:
+        return next(pace for pace in self.paces if number <= pace.last_step)
 
     def _line(
         self, number: int, result: StepResult, values: dict[str, float], pace: Pace, seconds: float
@@ -124,6 +169,8 @@ class Monitor:
         rate = values["tokens_per_second"]
         per_rank = f" ({rate / self.ranks:,.0f} per rank)" if self.ranks > 1 else ""
         mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
+        gap = self.validation.gap_restored if self.validation else None
+        restored = "" if gap is None else f"gap restored {gap:.3f}  "
         stage = "" if pace.stage is None else f"{pace.stage} "
         # The steps of other stages are expected to run at the present operations per second.
         all_flops = self._total(self.steps, lambda pace: pace.flops_per_step)
@@ -132,7 +179,7 @@ class Monitor:
         return (
             f"{stage}step {number}/{self.steps}  loss {result.loss:.4f} ({parts})  "
             f"grad {result.gradient_norm:.3g}  lr {result.learning_rate:.3g}  "
-            f"{rate:,.0f} tokens/s{per_rank}{mfu}  {values['memory_gib']:.2f} GiB  "
+            f"{restored}{rate:,.0f} tokens/s{per_rank}{mfu}  {values['memory_gib']:.2f} GiB  "
             f"ETA {_duration(remaining)}"
         )
 
@@ -149,7 +196,13 @@ class Monitor:
         """Close the files."""
         if self.reporter.is_rank_0:
             self.metrics.close()
-            self.board.close()
+            for tracker in self.trackers:
+                tracker.close()
+
+
+def _rounded(value: float | None) -> float | None:
+    """Return six digits of a number, which has a short text; None if it is not finite."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
 def _drop_after(path: Path, step: int) -> None:

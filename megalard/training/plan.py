@@ -22,6 +22,7 @@ from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Mesh
 from megalard.parallel.tensor.layout import check_divisible, tensor_parallel_sizes
 from megalard.training.origins import Origins
+from megalard.training.trackers import check_installed
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         UserError: on every rank, for anything that cannot work.
     """
     with checked_on_all_ranks(mesh.world):
+        if mesh.is_rank_0:
+            check_installed(config.run.trackers)
         teacher = open_model(config.model.teacher)
         source = open_model(config.model.student) if config.model.student else teacher
         native_window = _native_window(config, teacher)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from megalard.checkpoint.sharded.manifest import Manifest, naming_bad_entries, written_by
 from megalard.checkpoint.sharded.read import ShardedWeights
@@ -26,10 +27,26 @@ from megalard.training.step import Distiller
 from megalard.training.streams import Stores
 
 
-def open_checkpoint(output: Output, plan: Plan, axis: Axis, reporter: Reporter) -> tuple[int, int]:
-    """Return the number of steps of the output's checkpoint, and how many of them were skipped.
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
 
-    Both are 0 for a new run. This is a collective call. Saves that were not finished are removed.
+    Attributes:
+        steps: the number of steps taken, over all stages.
+        skipped: how many of them changed nothing.
+        validations: the validations so far, as ``Validator.state`` describes them; None if there
+            are none.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    validations: dict | None = None
+
+
+def open_checkpoint(output: Output, plan: Plan, axis: Axis, reporter: Reporter) -> Progress:
+    """Return the progress of the output's checkpoint, or of a new run; a collective call.
+
+    Saves that were not finished are removed.
 
     Raises:
         UserError: on every rank, if the checkpoint is of another student.
@@ -43,14 +60,15 @@ def open_checkpoint(output: Output, plan: Plan, axis: Axis, reporter: Reporter) 
             reporter.line(
                 f"{output.directory} holds no complete checkpoint: the run begins at the start"
             )
-        return 0, 0
+        return Progress()
     with checked_on_all_ranks(axis):
         with naming_older_checkpoint(output.checkpoint):
             manifest = ShardedWeights(output.checkpoint).manifest
         with naming_bad_entries(manifest):
             _check_student(manifest, plan.student)
-    # Earlier versions did not count the skipped steps.
-    return manifest.training["step"], manifest.training.get("skipped", 0)
+    # Earlier versions did not count the skipped steps, and made no validations.
+    training = manifest.training
+    return Progress(training["step"], training.get("skipped", 0), training.get("validations"))
 
 
 def restore(
@@ -92,6 +110,19 @@ def restore(
         f"resuming from {output.checkpoint} after step {weights.manifest.training['step']}"
     )
     return origins.checked_sections(weights.manifest)
+
+
+def restore_step(distiller: Distiller, checkpoint: Path, axis: Axis) -> None:
+    """Replace the state of a run by that of an earlier checkpoint of its stage; a collective call.
+
+    Raises:
+        UserError: on every rank, if the checkpoint is damaged.
+    """
+    with checked_on_all_ranks(axis):
+        weights = ShardedWeights(checkpoint)
+        weights.check_sums(axis)
+    distiller.optimizer.state.clear()  # before the memory of another state is needed
+    restore_state(distiller, weights, axis)
 
 
 def _check_student(manifest: Manifest, student: ModelSpec) -> None:
@@ -140,16 +171,15 @@ def describe_run(
     stores: Stores,
     loaders: Mapping[str, StreamLoaders],
     stages: Sequence[Stage],
-    step: int,
-    skipped: int,
+    progress: Progress,
 ) -> dict:
-    """Return the manifest's sections after ``step`` steps, except those of the models.
+    """Return the manifest's sections after some steps, except those of the models.
 
     Args:
         config: the configuration of the run.
-        stage: the stage of the step.
+        stage: the stage of the last step.
         loaders: the loaders of each stage, by its name.
-        skipped: how many of the steps changed nothing.
+        progress: what the run has done.
     """
     student = distiller.student
     layouts, trainable = student.decoder.layouts, stage.config.trainable
@@ -159,7 +189,7 @@ def describe_run(
         "dropout": trainable.lora.dropout,
         "targets": trainable.lora.targets,
     }
-    data = {}
+    data, step = {}, progress.steps
     for other in stages:
         steps_done = min(max(step, other.steps_before), other.last_step) - other.steps_before
         for name, loader in loaders[other.name].loaders.items():
@@ -175,7 +205,8 @@ def describe_run(
         },
         "training": {
             "step": step,
-            "skipped": skipped,
+            "skipped": progress.skipped,
+            "validations": progress.validations,
             "stage": stage.name,
             "seed": config.run.seed,
             "data": data,

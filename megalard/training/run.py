@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 
 import torch
 
 from megalard.checkpoint.sharded.save_load import checkpoint_axis
-from megalard.config.schema import Config
+from megalard.config.schema import Config, to_dict
 from megalard.distill.student import Student
 from megalard.errors import UserError
 from megalard.estimate.flops import step_flops
 from megalard.estimate.gpus import peak_flops
 from megalard.model.decoder import Decoder
-from megalard.parallel.agreement import checked_on_all_ranks
+from megalard.parallel.agreement import checked_on_all_ranks, from_rank_0
 from megalard.parallel.mesh import Mesh
 from megalard.reporter import Reporter
 from megalard.training.evaluator import Evaluator
@@ -24,12 +24,22 @@ from megalard.training.models import load_models, load_teacher, next_student, st
 from megalard.training.monitor import Monitor, Pace
 from megalard.training.output import Output, check_is_there, emptied_on_error, mark_finished
 from megalard.training.plan import Plan
-from megalard.training.resume import describe_run, open_checkpoint, restore
+from megalard.training.profiler import profiled
+from megalard.training.resume import (
+    Progress,
+    describe_run,
+    open_checkpoint,
+    restore,
+    restore_step,
+)
+from megalard.training.run_folder import checkpoint_path
 from megalard.training.saver import Saver
 from megalard.training.stages import MAIN, Stage, needs_teacher, stage_after, stages_of
 from megalard.training.step import Distiller, StepResult
 from megalard.training.stop_signals import StopSignals
 from megalard.training.streams import make_loaders, open_streams
+from megalard.training.summary import report_run, write_summary
+from megalard.training.validator import Validator
 
 
 class Run:
@@ -43,14 +53,17 @@ class Run:
         stage: the present stage.
         distiller: the models, the objectives and the optimizer of the present stage.
         evaluator: what is measured before, between and after the stages.
+        validator: what is measured during the stages.
         reporter: prints on rank 0.
         steps_done: the number of steps taken, over all stages.
         steps_skipped: how many of them changed nothing.
+        exported_step: the step whose student is exported as ``student``, after ``export_student``.
         monitor, saver: what reports and saves the steps, after ``resume``.
     """
 
     stage: Stage
     distiller: Distiller
+    exported_step: int
     monitor: Monitor
     saver: Saver
 
@@ -74,6 +87,11 @@ class Run:
                 self.evaluator = Evaluator(
                     config, plan, output.directory, mesh, held_out, is_resumed
                 )
+                # The student of an earlier stage is not what the run was asked for.
+                first_step = self.stages[-1].steps_before + 1
+                self.validator = Validator(
+                    config.evaluation, self.evaluator, config.steps, first_step
+                )
                 self.teacher, self.student = load_models(self.stages[0], plan, mesh)
             self._opened = opened.pop_all()
 
@@ -91,7 +109,12 @@ class Run:
         config, plan, mesh = self.config, self.plan, self.mesh
         axis = checkpoint_axis(mesh)
         progress = open_checkpoint(self.output, plan, axis, self.reporter)
-        self.steps_done, self.steps_skipped = progress
+        self.steps_done, self.steps_skipped = progress.steps, progress.skipped
+        if not self.validator.resume(progress.validations):
+            self.reporter.warning(
+                "the validations before this start read other text or lengths, so later ones are "
+                "not compared with them"
+            )
         number = stage_after(self.stages, self.steps_done)
         self.evaluator.resume([_after(stage) for stage in self.stages[:number]])
         self.student = student_to_restore(self.student, self.stages, number, plan, mesh)
@@ -114,6 +137,8 @@ class Run:
             mesh.device,
             self.steps_done,
             peak_flops(mesh.device),
+            config.run.trackers,
+            to_dict(config),
         )
         self._opened.enter_context(closing(self.monitor))
         self.saver = Saver(
@@ -127,9 +152,12 @@ class Run:
             self.steps_done,
         )
         self._save_stage(self.stages[number])
+        self._note_validations()
 
     def stages_left(self) -> list[Stage]:
         """Return the stages that have steps left to take."""
+        if self.stops_early():
+            return []
         return [stage for stage in self.stages if stage.last_step > self.steps_done]
 
     def begin(self, stage: Stage) -> None:
@@ -153,18 +181,35 @@ class Run:
         """Take step ``number``, counted from 1 over all stages, and report it."""
         place = number - 1 - stage.steps_before
         batches = self._loaders[stage.name].step(place, self.mesh.device)
-        result = self.distiller.step(batches, place)
+        with self._profiled(number):
+            result = self.distiller.step(batches, place)
         self.steps_done = number
         self.steps_skipped += result.skipped is not None
         self.monitor.report(number, result)
         return result
+
+    def _profiled(self, number: int) -> AbstractContextManager:
+        if number not in self.config.run.profile:
+            return nullcontext()
+        return profiled(self.output.directory, number, self.mesh, self.reporter)
+
+    def validate(self, number: int) -> None:
+        """Measure the student after step ``number`` if a validation is due; a collective call."""
+        if self.validator.is_due(number):
+            self.monitor.report_validation(self.validator.validate(self.student.decoder, number))
+            self._note_validations()
+
+    def stops_early(self) -> bool:
+        """Whether the validations have stopped to improve, so that no further step is taken."""
+        return self.validator.has_stopped_improving()
 
     def save_and_export(self, number: int, stop: StopSignals) -> bool:
         """Save and export if due after step ``number``; return whether the run stops here."""
         signal_name, has_failed = stop.agreed(self.mesh, self.saver.has_failed())
         if has_failed:
             self.saver.wait()
-        if signal_name or self.saver.is_due(number):
+        is_best = number == self.saver.best_step
+        if signal_name or is_best or self.stops_early() or self.saver.is_due(number):
             check_is_there(self.output, self.mesh)
             self.saver.save(number)
         if signal_name:
@@ -190,7 +235,10 @@ class Run:
         if self.stage.exports:
             self._export(f"stage-{self.stage.name}")
         self.evaluator.between(
-            _after(self.stage), self.teacher, self.student.decoder, self._tokens_done()
+            _after(self.stage),
+            self.teacher,
+            self.student.decoder,
+            self._tokens_after(self.steps_done),
         )
 
     def export_student(self, stop: StopSignals) -> bool:
@@ -204,10 +252,11 @@ class Run:
                 f"all {self.steps_done} steps were skipped, so the student is as it was: lower "
                 "optimizer.learning_rate, set model.compute_dtype float32, or look at the text"
             )
+        self.exported_step = self._return_to_best()
         self._export("student")
         signal_name, _ = stop.agreed(self.mesh, False)
         if signal_name:
-            self.saver.save(self.config.steps)
+            self.saver.save(self.steps_done)
             self.reporter.line(
                 f"{signal_name}: the student is complete; run the same command to evaluate it"
             )
@@ -216,12 +265,30 @@ class Run:
     def evaluate_before(self) -> None:
         """Measure the teacher and the scaled student."""
         self.evaluator.before(self.teacher, self.student.decoder)
+        self.validator.before(self.teacher, self.student.decoder)
 
     def evaluate_after(self) -> None:
         """Measure the restored student and report what was won."""
         if self.evaluator.is_active and self.teacher is None:
             self.teacher = load_teacher(self.config, self.plan, self.mesh)
-        self.evaluator.after(self.teacher, self.student.decoder, self._tokens_done())
+        tokens = self._tokens_after(self.exported_step)
+        self.evaluator.after(self.teacher, self.student.decoder, tokens)
+
+    def summarize(self) -> None:
+        """Write the summary and, if ``run.report`` asks for it, the report of the run."""
+        facts = {
+            "steps": self.config.steps,
+            "last_step": self.steps_done,
+            "early_stop": self.stops_early(),
+            "exported_step": self.exported_step,
+            "skipped": self.steps_skipped,
+        }
+        directory = self.output.directory
+        with checked_on_all_ranks(self.mesh.world):
+            if self.mesh.is_rank_0:
+                write_summary(directory, self.plan, self.mesh, facts)
+        if self.mesh.is_rank_0 and self.config.run.report:
+            report_run(directory, self.monitor.board, self.steps_done, self.reporter)
 
     def finish(self) -> None:
         """Note that the run is complete, so that the same command does nothing more.
@@ -249,8 +316,7 @@ class Run:
                 self._stores,
                 self._loaders,
                 self.stages,
-                step,
-                self.steps_skipped,
+                Progress(step, self.steps_skipped, self.validator.state()),
             ),
         )
 
@@ -262,14 +328,45 @@ class Run:
             step_flops(stage.config, self.plan.student),
         )
 
-    def _tokens_done(self) -> int:
-        """Return the number of tokens of the steps that have been taken."""
+    def _tokens_after(self, step: int) -> int:
+        """Return the number of tokens of the steps 1 to ``step``."""
         return sum(
-            (min(self.steps_done, stage.last_step) - stage.steps_before)
-            * stage.config.tokens_per_step
+            (min(step, stage.last_step) - stage.steps_before) * stage.config.tokens_per_step
             for stage in self.stages
-            if self.steps_done > stage.steps_before
+            if step > stage.steps_before
         )
+
+    def _note_validations(self) -> None:
+        """Let the monitor and the saver have the newest and the best validation."""
+        best = self.validator.best
+        self.monitor.validation = next(reversed(self.validator.results), None)
+        self.saver.best_step = best.step if best and self.config.keeps_best else None
+
+    def _return_to_best(self) -> int:
+        """Restore the best student if it is to be exported; return the step of the student."""
+        best, last = self.validator.best, self.steps_done
+        if self.stops_early():
+            since = "" if best is None else f" than step {best.step}"
+            self.reporter.line(
+                f"the run ends after step {last} of {self.config.steps}: "
+                f"{self.config.evaluation.patience} validations in a row were not better{since} "
+                "(evaluation.patience)"
+            )
+        if best is None or not self.config.keeps_best:
+            return last
+        if best.step != last:
+            path = checkpoint_path(self.output.checkpoints, best.step)
+            if not from_rank_0(path.is_dir(), self.mesh.world):
+                self.reporter.warning(f"{path} was removed, so the last student is exported")
+                return last
+            self.saver.save(last)
+            self.saver.wait()
+            restore_step(self.distiller, path, checkpoint_axis(self.mesh))
+        self.reporter.line(
+            f"the student of step {best.step} is exported, whose validation is the best: "
+            f"{self.validator.describe(best)}"
+        )
+        return best.step
 
     def _export(self, name: str) -> None:
         plan, directory = self.plan, Path(self.output.directory / name)

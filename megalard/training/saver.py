@@ -36,10 +36,14 @@ class Saver:
         origin_sections: the sections ``base`` and ``teacher``, if the files have been compared
             already.
         resumed_step: the step of the checkpoint that the run resumed from; 0 for a new run.
+
+    Attributes:
+        best_step: the step whose checkpoint is never removed; None without one.
     """
 
     distiller: Distiller
     sections: Callable[[int], dict]
+    best_step: int | None = None
 
     def __init__(
         self,
@@ -144,10 +148,10 @@ class Saver:
             self._prune()
 
     def _prune(self) -> None:
-        """Remove checkpoints that are neither among the newest nor at a multiple to be kept."""
+        """Remove checkpoints that are neither among the newest, nor at a multiple, nor the best."""
         every = self.settings.keep_every
         for step, path in checkpoints(self.folder)[: -self.settings.keep_last]:
-            if every and step % every == 0:
+            if step == self.best_step or (every and step % every == 0):
                 continue
             try:
                 discard(path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -37,6 +38,9 @@ class StepResult:
         gradient_norm: the global norm before clipping.
         learning_rate: the learning rate of the step.
         skipped: why there was no update; None if there was one.
+        layers: by the names of ``parts``, the value of each layer: for the relations the mean KL
+            of its rows and heads. None for a layer that the term does not read.
+        gradient_norms: the norm before clipping of each kind of trained parameters.
     """
 
     loss: float
@@ -44,6 +48,8 @@ class StepResult:
     gradient_norm: float
     learning_rate: float
     skipped: str | None
+    layers: dict[str, list[float | None]] = field(default_factory=dict)
+    gradient_norms: dict[str, float] = field(default_factory=dict)
 
 
 class Distiller:
@@ -71,6 +77,15 @@ class Distiller:
             )
             for name, stream in self.streams.items()
         }
+        entries = {name: o.layer_entries for name, o in self.objectives.items()}
+        self._layer_factors = {
+            name: torch.tensor([float(entry.factor) for entry in group], device=mesh.device)
+            for name, group in entries.items()
+        }
+        self._layer_terms = {
+            name: torch.tensor([e.term for e in group], dtype=torch.int64, device=mesh.device)
+            for name, group in entries.items()
+        }
         if student.masters is None:
             student.masters = Masters(student, config.parallel, dtype, mesh, replicas)
         self.masters = cast(Masters, student.masters)
@@ -95,9 +110,8 @@ class Distiller:
         """Run the forward and backward passes of all micro-batches, and add up their gradients.
 
         Returns:
-            By stream: this rank's unweighted sums, fp32, one number for each of the terms'
-            ``weights``; and the counts of the whole step that the terms are divided by, fp32
-            [terms].
+            By stream: this rank's unweighted sums, fp32, as ``StreamObjective`` returns them; and
+            the counts of the whole step that the terms are divided by, fp32 [terms].
         """
         self.masters.zero_gradients()
         counts = self._global_counts(batches)
@@ -127,9 +141,10 @@ class Distiller:
             is_finite_here = self.masters.reduce()
             norm = self.masters.norm()
             loss, parts = self._global_means(sums, counts)
+            details = self._details(sums, counts)
             # The GPU decides on the update. It makes the update while the host waits for the
             # numbers and prepares the next step.
-            numbers = to_host(torch.stack([*parts.values(), norm, loss]))
+            numbers = to_host(torch.cat([torch.stack([*parts.values(), norm, loss]), details]))
             if self.config.optimizer.clip > 0:
                 self.masters.clip(norm, self.config.optimizer.clip)
             self.masters.give_gradients()
@@ -139,7 +154,11 @@ class Distiller:
             self.masters.take_back_gradients()
             self.masters.publish()
 
-        *values, norm_value, loss_value = numbers()
+        values = iter(numbers())
+        part_values = {name: next(values) for name in parts}
+        norm_value, loss_value = next(values), next(values)
+        layers = self._by_layer(values)
+        norms = {kind: next(values) for kind in self.masters.kinds}
         problem = None
         if not (math.isfinite(norm_value) and math.isfinite(loss_value)):
             problem = self._describe_non_finite(number, bool(is_finite_here), loss_value)
@@ -147,9 +166,7 @@ class Distiller:
                 raise UserError(
                     f"{problem}: lower optimizer.learning_rate, or set run.non_finite skip"
                 )
-        return StepResult(
-            loss_value, dict(zip(parts, values, strict=True)), norm_value, rate, problem
-        )
+        return StepResult(loss_value, part_values, norm_value, rate, problem, layers, norms)
 
     def _global_counts(self, batches: dict[str, list[Batch]]) -> dict[str, torch.Tensor]:
         """Return the counts of the step, fp32 [terms] by stream; a collective call."""
@@ -165,18 +182,50 @@ class Distiller:
         self, sums: dict[str, torch.Tensor], counts: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of the step, and the mean of each term; a collective call."""
-        flat = torch.cat(list(sums.values()))
+        flat = torch.cat([sums[name][: len(o.part_names)] for name, o in self.objectives.items()])
         all_reduce(all_reduce(flat, self.mesh.tp), self.mesh.data)
         loss, parts = flat.new_zeros(()), {}
         totals = iter(flat)
         for name, objective in self.objectives.items():
-            prefix = f"{name}." if len(self.objectives) > 1 else ""
+            prefix = self._prefix(name)
             for term, count in zip(objective.terms, counts[name], strict=True):
                 for part, weight in term.weights.items():
                     mean = next(totals) / count.clamp(min=1)
                     parts[prefix + part] = mean
                     loss = loss + self.streams[name].weight * weight * mean
         return loss, parts
+
+    def _prefix(self, stream: str) -> str:
+        """Return what the names of a stream's parts begin with."""
+        return f"{stream}." if len(self.objectives) > 1 else ""
+
+    def _details(
+        self, sums: dict[str, torch.Tensor], counts: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the values of all layers, and the norms of all kinds; a collective call.
+
+        They have an all-reduce of their own, so that they cannot change the bits of the loss.
+        """
+        layers = [
+            sums[name][len(objective.part_names) :]
+            * self._layer_factors[name]
+            / counts[name].clamp(min=1).index_select(0, self._layer_terms[name])
+            for name, objective in self.objectives.items()
+        ]
+        details = torch.cat([*layers, self.masters.squares_by_kind()])
+        all_reduce(details, self.mesh.world)
+        details[len(details) - len(self.masters.kinds) :].sqrt_()
+        return details
+
+    def _by_layer(self, values: Iterator[float]) -> dict[str, list[float | None]]:
+        """Return the values of the layers by the names of the parts; they are taken in order."""
+        num_layers = self.student.decoder.spec.num_layers
+        layers: dict[str, list[float | None]] = {}
+        for name, objective in self.objectives.items():
+            for entry in objective.layer_entries:
+                part = self._prefix(name) + entry.part
+                layers.setdefault(part, [None] * num_layers)[entry.layer] = next(values)
+        return layers
 
     def _saved_tensors(self) -> AbstractContextManager:
         """Return the context that decides where autograd keeps tensors for the backward pass."""

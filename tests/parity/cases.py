@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -276,6 +277,22 @@ def reference_batch(stream: Stream, step: int) -> ReferenceBatch:
     return ReferenceBatch(*(torch.from_numpy(np.stack(x)) for x in rows))
 
 
+KIND_OF_MODULE = {
+    **{f"{kind}_proj": kind for kind in "qkvo"},
+    **{f"{name}_proj": "mlp" for name in ("gate", "up", "down", "gate_up")},
+    **{"embed_tokens": "embedding", "lm_head": "head"},
+}
+
+
+def norms_by_kind(gradients: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the norm of all gradients of each kind; what has no other kind is a norm's weight."""
+    squares: dict[str, float] = {}
+    for name, gradient in gradients.items():
+        kind = KIND_OF_MODULE.get(name.split(".")[-2], "norm")
+        squares[kind] = squares.get(kind, 0.0) + float(gradient.square().sum())
+    return {kind: math.sqrt(square) for kind, square in squares.items()}
+
+
 def run_reference(case: Case, folder: Path, start: dict[str, torch.Tensor]) -> dict:
     """Return loss and gradients of the first step, and the weights after ``STEPS`` steps.
 
@@ -309,7 +326,8 @@ def run_reference(case: Case, folder: Path, start: dict[str, torch.Tensor]) -> d
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), float("inf"))
         if step == 0:
             out["loss"], out["parts"] = float(loss.detach()), dict(trainer.parts)
-            out["norm"] = float(norm)
+            out["norm"], out["layers"] = float(norm), dict(trainer.layers)
+            out["kinds"] = norms_by_kind({k: v.grad for k, v in trained.items()})
             out["gradients"] = {k: v.grad.clone() for k, v in trained.items()}
         torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
         # Both steps are warm-up, which is linear.

@@ -27,8 +27,8 @@ def reference(name: str, models: Path, start: dict, dtype: str = "float32") -> d
 
 
 def assert_step_matches(ours: dict, plain: dict, tolerance: float) -> None:
-    """Compare loss, parts, gradient norm, every gradient, and every weight after both steps."""
-    for key in ("loss", "parts", "norm"):
+    """Compare loss, parts, layers, norms, every gradient, and every weight after both steps."""
+    for key in ("loss", "parts", "norm", "layers", "kinds"):
         assert ours[key] == pytest.approx(plain[key], rel=tolerance), key
     assert_close(ours["gradients"], plain["gradients"], "gradient", tolerance)
     assert_close(ours["weights"], plain["weights"], "weight after both steps", tolerance)

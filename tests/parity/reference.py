@@ -72,6 +72,7 @@ class ReferenceTrainer:
             ``<proj>.lora_B``.
         lora_scale: alpha / rank.
         parts: the unweighted mean of each term in the last call of ``loss``.
+        layers: the values of single layers in the last call, by part and layer.
     """
 
     teacher_dir: str
@@ -80,6 +81,7 @@ class ReferenceTrainer:
     trained: dict[str, torch.Tensor]
     lora_scale: float = 1.0
     parts: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         def load(path):
@@ -120,23 +122,30 @@ class ReferenceTrainer:
 
     def loss(self, batches: dict[str, list[ReferenceBatch]]) -> torch.Tensor:
         """Return the loss of one step over all blocks of all streams."""
-        self.parts, loss = {}, torch.zeros((), dtype=torch.float64)
+        self.parts, self.layers, loss = {}, {}, torch.zeros((), dtype=torch.float64)
         for name, (weight, objective) in self.streams.items():
             prefix = f"{name}." if len(self.streams) > 1 else ""
-            for term, (factor, mean) in self._terms(objective, batches[name]).items():
+            for term, (factor, mean) in self._terms(objective, batches[name], prefix).items():
                 loss = loss + weight * factor * mean
                 self.parts[prefix + term] = float(mean.detach())
         return loss
 
-    def _terms(self, objective: ObjectiveConfig, batches: list[ReferenceBatch]) -> dict:
+    def _terms(
+        self, objective: ObjectiveConfig, batches: list[ReferenceBatch], prefix: str
+    ) -> dict:
         """Return each term's weight and its mean over the stream's blocks."""
         weights = {name: getattr(objective.relations, name) for name in ("q", "k", "v", "qk")}
         relations = {name: weight for name, weight in weights.items() if weight}
         sums: dict[str, torch.Tensor | float] = {}
         counts = {"valid": 0, "logits": 0, "targets": 0}
 
-        def add(name: str, value: torch.Tensor) -> None:
-            sums[name] = sums.get(name, 0.0) + value
+        by_layer: dict[tuple[str, int], float] = {}
+
+        def add(name: str, value: torch.Tensor, layer: int | None = None, layers: int = 1) -> None:
+            sums[name] = sums.get(name, 0.0) + value / layers
+            if layer is not None:
+                before = by_layer.get((name, layer), 0.0)
+                by_layer[name, layer] = before + float(value.detach())
 
         for batch in batches:
             with torch.no_grad():
@@ -148,14 +157,14 @@ class ReferenceTrainer:
             for layer in layers:
                 for name in relations:
                     kl = _relation_kl(name, seen_s[layer], seen_t[layer], batch.allowed())
-                    add(name, kl.mean(1).sum() / len(layers))
+                    add(name, kl.mean(1).sum(), layer, len(layers))
                 out_s, out_t = seen_s[layer][3][valid], seen_t[layer][3][valid]
                 error = (out_s - out_t).square().sum(-1) / out_t.square().sum(-1)
-                add("context", error.mean(-1).sum() / len(layers))
+                add("context", error.mean(-1).sum(), layer, len(layers))
             for depth in objective.hidden_depths:
                 state = max(1, round(depth * len(seen_s)))
                 cosine = F.cosine_similarity(hidden_s[state], hidden_t[state], dim=-1)
-                add("hidden", (1 - cosine)[valid].sum())
+                add("hidden", (1 - cosine)[valid].sum(), state - 1)
             chosen = _last_valid(valid, objective.logits_positions)
             log_s, log_t = logits_s.log_softmax(-1), logits_t.log_softmax(-1)
             add("logits", (log_t.exp() * (log_t - log_s)).sum(-1)[chosen].sum())
@@ -171,6 +180,11 @@ class ReferenceTrainer:
             "hidden": (objective.hidden_cosine, "valid"),
             "logits": (objective.logits_kl, "logits"),
             "lm": (objective.language_modelling, "targets"),
+        }
+        self.layers |= {
+            f"{prefix}{name}.{layer}": value / counts["valid"]
+            for (name, layer), value in by_layer.items()
+            if terms[name][0]
         }
         return {
             name: (weight, sums[name] / counts[of])

@@ -102,6 +102,13 @@ def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
         result = distiller.step(batches, step)
         if step == 0:
             out["loss"], out["parts"] = result.loss, result.parts
+            out["kinds"] = result.gradient_norms
+            out["layers"] = {
+                f"{part}.{layer}": value
+                for part, row in result.layers.items()
+                for layer, value in enumerate(row)
+                if value is not None
+            }
             assert abs(result.gradient_norm - out["norm"]) <= 1e-6 * out["norm"]
     out["weights"] = full_tensors(distiller, masters.value)
     return out

@@ -168,6 +168,66 @@ def text_of(job: Path) -> str:
     return (job / "heldout.txt").read_text()
 
 
+def validated(run) -> list[dict]:
+    """Return the lines of the validations of a run."""
+    return [line for line in run.metrics if "loss" not in line]
+
+
+def validating(job: Path, *options: str) -> tuple[str, ...]:
+    """Return the overrides of a run that validates after each of its steps."""
+    return (f"evaluation.paths={job / 'heldout.txt'}", HELD_OUT, "evaluation.every=1", *options)
+
+
+def test_evaluation_every(run, job):
+    """The last of three steps is validated as well."""
+    every = run(*validating(job)[:2], "evaluation.every=2")
+    assert [line["step"] for line in validated(every)] == [2, 3]
+    assert validated(run(*validating(job)[:2])) == []
+
+
+def test_evaluation_validation_tokens(run, job):
+    """With as many tokens as the evaluation reads, the last validation has its losses."""
+    whole = run(*validating(job, "evaluation.validation_tokens=64K"))
+    part = run(*validating(job, "evaluation.validation_tokens=64"))
+    expected = whole.evaluation["models"][-1]["by_length"]["32"]["loss"]
+    assert validated(whole)[-1]["validation_loss_32"] == pytest.approx(expected, abs=1e-6)
+    assert abs(validated(part)[-1]["validation_loss_32"] - expected) > 1e-3
+
+
+# Each of seven steps is too long.
+WORSE = ("optimizer.learning_rate=1", "optimizer.clip=0", "optimizer.steps=7")
+
+
+def best_step(run, *lengths: int) -> int:
+    """Return the step whose validation has the lowest mean loss over some lengths."""
+    lines = validated(run)
+    return min(lines, key=lambda line: sum(line[f"validation_loss_{n}"] for n in lengths))["step"]
+
+
+def exported_step(run) -> int:
+    """Return the step of the exported student, by the tokens that it was restored with."""
+    return run.evaluation["models"][-1]["tokens"] // (2 * CONTEXT)
+
+
+def test_evaluation_patience(run, job):
+    patient = run(*validating(job, *WORSE, "evaluation.patience=2"))
+    assert len(validated(patient)) == best_step(patient, 32, 64) + 2 < 7
+    assert exported_step(patient) == best_step(patient, 32, 64)
+    assert len(validated(run(*validating(job, *WORSE)))) == 7
+
+
+def test_evaluation_best(run, job):
+    """Short text is best after another step than short and long text together."""
+    long = ("evaluation.lengths=[32, 256]", "checkpoint.keep_best=true")
+    long += ("optimizer.learning_rate=3", *WORSE[1:])
+    options = [o for o in validating(job) if o != HELD_OUT] + [*long]
+    short = run(*options)
+    both = run(*options, "evaluation.best=loss")
+    assert best_step(short, 32) != best_step(both, 32, 256)
+    assert exported_step(short) == best_step(short, 32)
+    assert exported_step(both) == best_step(both, 32, 256)
+
+
 LONG = ("optimizer.steps=7", "checkpoint.keep_last=9")
 
 
@@ -194,6 +254,15 @@ def test_checkpoint_keep_every(run):
     options = ("optimizer.steps=7", "checkpoint.save_every=1", "checkpoint.keep_last=1")
     kept = run(*options, "checkpoint.keep_every=3")
     assert kept.folders("checkpoints") == ["step-000003", "step-000006", "step-000007"]
+
+
+def test_checkpoint_keep_best(run, job):
+    """The best checkpoint is there and its student is exported; otherwise the last one is."""
+    options = validating(job, *WORSE)
+    kept, last = run(*options, "checkpoint.keep_best=true"), run(*options)
+    best = best_step(kept, 32, 64)
+    assert best < 7 and f"step-{best:06d}" in kept.folders("checkpoints")
+    assert (exported_step(kept), exported_step(last)) == (best, 7)
 
 
 def test_checkpoint_export_every(run):
@@ -235,6 +304,24 @@ def test_run_deterministic(run):
 def test_run_log_every(run):
     """The last step is always reported."""
     assert [line["step"] for line in run("run.log_every=2").metrics] == [2, 3]
+
+
+def test_run_trackers(run):
+    assert run().folders("tensorboard") != []
+    none = run("run.trackers=[]")
+    assert none.folders("tensorboard") == [] and len(none.metrics) == STEPS
+
+
+def test_run_profile(run, job, tmp_path, capsys):
+    assert run("run.profile=[2]").folders("profile") == ["step-000002-rank-00000.json.gz"]
+    assert run().folders("profile") == []
+    words = settings_of(job, tmp_path / "output", ("run.profile=[4]",))
+    assert "run.profile names step 4, but the run has 3 steps" in refusal(capsys, "train", *words)
+
+
+def test_run_report(run):
+    assert "<h2>Cost</h2>" in (run("run.report=true").output / "report.html").read_text()
+    assert not (run().output / "report.html").exists()
 
 
 def test_run_non_finite(run, job, tmp_path, capsys):

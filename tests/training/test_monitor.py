@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -81,6 +82,15 @@ def test_a_step_is_one_line_of_values(make, clock, tmp_path, capsys):
     assert "50 tokens/s (12 per rank)  MFU 50.0%" in printed
     # Three more steps of 1000 operations and six of 4000, at 500 operations per second.
     assert printed.rstrip().endswith("ETA 0:00:54")
+
+
+def test_layers_and_norms_of_kinds_are_in_the_file(make, clock, tmp_path):
+    monitor = make()
+    clock[0] = 1.0
+    layers = {"q": [1 / 3, None, math.inf]}
+    monitor.report(1, dataclasses.replace(result(), layers=layers, gradient_norms={"mlp": 0.5}))
+    (line,) = lines_of(tmp_path)
+    assert line["layers"] == {"q": [0.333333, None, None]} and line["gradient_norm_mlp"] == 0.5
 
 
 def test_tokens_are_counted_over_the_stages(make, clock, tmp_path):

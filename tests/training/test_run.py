@@ -76,7 +76,7 @@ def test_a_run_is_built_resumed_and_stepped(planned):
                     built.step(stage, number)
             assert built.stages_left() == [] and built.steps_done == 4
             # Two steps of 4 blocks and two of 8 blocks of 32 tokens.
-            assert built._tokens_done() == (2 * 4 + 2 * 8) * 32
+            assert built._tokens_after(built.steps_done) == (2 * 4 + 2 * 8) * 32
         built.close()
     assert [line["tokens"] for line in metrics(output.directory)] == [128, 256, 512, 768]
 

@@ -89,6 +89,23 @@ def test_the_parts_of_a_single_stream_have_short_names(make):
     assert [*distiller.step(batches, 0).parts] == ["q", "k", "v", "logits"]
 
 
+def test_the_layers_of_a_relation_have_its_mean_and_norms_add_up_over_kinds(make):
+    distiller, batches = make(
+        "objective.layers=[0, 2]",
+        "objective.hidden_cosine=1",
+        "trainable.lora={rank: 4, targets: [q, k, v, o], dropout: 0}",
+    )
+    result = distiller.step(batches, 0)
+    for part in "qkv":
+        first, left_out, last = result.layers[part]
+        assert left_out is None and (first + last) / 2 == pytest.approx(result.parts[part])
+    compared = [x for x in result.layers["hidden"] if x is not None]
+    assert sum(compared) == pytest.approx(result.parts["hidden"])
+    assert [*result.gradient_norms] == ["q", "k", "v", "o"]
+    square = sum(norm**2 for norm in result.gradient_norms.values())
+    assert square == pytest.approx(result.gradient_norm**2, rel=1e-5)
+
+
 def test_an_update_has_the_learning_rate_of_its_step(make):
     distiller, batches = make()
     for number in (0, 1, 5):

@@ -19,12 +19,13 @@ class AttentionOutput(Term):
     """The mean over compared layers and heads of ‖student - teacher‖² / ‖teacher‖²."""
 
     needs_attention_output = True
+    is_mean_over_layers = True
 
     def __init__(self, objective: ObjectiveConfig, student: Decoder, kv_replicas: int):
         super().__init__(objective, student, kv_replicas)
         self.weights = {"context": objective.attention_output}  # the name in metrics.jsonl
-        self._layers = compared_layers(objective, self.spec.num_layers)
-        self._mean = 1.0 / (len(self._layers) * self.spec.num_heads)
+        self.layers = compared_layers(objective, self.spec.num_layers)
+        self._mean = 1.0 / (len(self.layers) * self.spec.num_heads)
 
     @staticmethod
     def reach_of(objective: ObjectiveConfig, num_layers: int) -> Reach | None:
@@ -33,7 +34,7 @@ class AttentionOutput(Term):
         return Reach(compared_layers(objective, num_layers)[-1], LayerDepth.ATTENTION)
 
     def on_layer(self, pair: LayerPair, inputs: TermInputs) -> TermSum | None:
-        if pair.layer not in self._layers:
+        if pair.layer not in self.layers:
             return None
         total = relative_error_sum(
             pair.student.attention_output, pair.teacher.attention_output, inputs.valid_bs

@@ -21,6 +21,7 @@ class HiddenCosine(Term):
         super().__init__(objective, student, kv_replicas)
         self.weights = {"hidden": objective.hidden_cosine}
         self._states = hidden_states(objective, self.spec.num_layers)
+        self.layers = [state - 1 for state in self._states]
 
     @staticmethod
     def reach_of(objective: ObjectiveConfig, num_layers: int) -> Reach | None:

@@ -27,15 +27,17 @@ from megalard.model.ops import Qkv
 class Relations(Term):
     """The weighted relations of the compared layers."""
 
+    is_mean_over_layers = True
+
     def __init__(self, objective: ObjectiveConfig, student: Decoder, kv_replicas: int):
         super().__init__(objective, student, kv_replicas)
         self.weights = objective.active_relations()
-        self._layers = compared_layers(objective, self.spec.num_layers)
+        self.layers = compared_layers(objective, self.spec.num_layers)
         # The mean over layers and heads; K/V heads that several ranks hold count once.
         heads = {"q": self.spec.num_heads}
         kv_heads = self.spec.num_kv_heads * kv_replicas
         self._mean = {
-            name: 1.0 / (len(self._layers) * heads.get(RELATIONS[name].rows, kv_heads))
+            name: 1.0 / (len(self.layers) * heads.get(RELATIONS[name].rows, kv_heads))
             for name in self.weights
         }
         self._factors = {name: w * self._mean[name] for name, w in self.weights.items()}
@@ -50,7 +52,7 @@ class Relations(Term):
         return Reach(compared_layers(objective, num_layers)[-1], LayerDepth.QKV, operands)
 
     def on_layer(self, pair: LayerPair, inputs: TermInputs) -> TermSum | None:
-        if pair.layer not in self._layers:
+        if pair.layer not in self.layers:
             return None
         with record_function("relations"):
             return self.sums(pair.student.qkv, pair.teacher.qkv, inputs.relation_plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,6 +75,8 @@ class Term(ABC):
         weights: the names under which the term is reported, each with its weight. Most terms have
             one.
         needs_attention_output: whether ``on_layer`` reads attention outputs.
+        layers: the layers for which ``on_layer`` returns a sum, in ascending order.
+        is_mean_over_layers: whether the term is the mean over these layers, or their sum.
 
     Args:
         objective: the weights and settings of all terms.
@@ -83,6 +86,8 @@ class Term(ABC):
 
     weights: dict[str, float]
     needs_attention_output = False
+    layers: Sequence[int] = ()
+    is_mean_over_layers = False
 
     def __init__(self, objective: ObjectiveConfig, student: Decoder, kv_replicas: int):
         self.objective = objective

@@ -10,6 +10,7 @@ from torch import nn
 
 from megalard.config.schema import ParallelConfig
 from megalard.distill.student import Student
+from megalard.model.names import KINDS, kind_of
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import Axis, Mesh
 from megalard.training.masters.bucket import Bucket
@@ -56,6 +57,7 @@ class Masters:
 
     Attributes:
         parts: by the name of the trained parameter, what this rank holds of it.
+        kinds: the kinds of parameters that are trained, in the order of ``KINDS``.
 
     Args:
         student: the student. Its parameters get the compute dtype where they are not the masters.
@@ -102,6 +104,21 @@ class Masters:
                 self.parts[name] = MasterPart(value, bucket.master, bucket, number)
             else:
                 self.parts[name] = MasterPart(parameter.detach(), parameter)
+        self.kinds = [kind for kind in KINDS if any(kind_of(n) == kind for n in self.parts)]
+        self._shares_of_kinds = self._shares(student).to(mesh.device)
+
+    def _shares(self, student: Student) -> torch.Tensor:
+        """Return [kinds, parts]: the share of each part's square that this rank contributes.
+
+        It is zero for the other kinds. Ranks that hold the same gradient contribute equal shares.
+        """
+        shares = []
+        for name, part in self.parts.items():
+            if part.value.numel():
+                copies = student.decoder.layouts[name].replicas * self.mesh.data.size
+                share = 1.0 if part.is_sharded else 1.0 / copies
+                shares.append([share * (kind_of(name) == kind) for kind in self.kinds])
+        return torch.tensor(shares).view(-1, len(self.kinds)).T
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +165,17 @@ class Masters:
         if self._sharded.buckets:
             square = square + all_reduce(self._sharded.square(), self.mesh.world)
         return square.sqrt()
+
+    def squares_by_kind(self) -> torch.Tensor:
+        """Return the squared L2 norms of the reduced gradients of each of ``kinds``, fp32 [kinds].
+
+        The sum over all ranks counts every parameter once.
+        """
+        local = [gradient for _, gradient in self.local_gradients() if gradient.numel()]
+        if not local:
+            return torch.zeros(len(self.kinds), device=self.mesh.device)
+        norms = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32))
+        return (norms.square() * self._shares_of_kinds).sum(1)
 
     def clip(self, norm: torch.Tensor, largest: float) -> None:
         """Scale the gradient down to the norm ``largest`` if its norm is larger and finite."""

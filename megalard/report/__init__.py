@@ -1,0 +1,1 @@
+"""One page about a run: collected from its files, drawn, and written as report.html."""
