@@ -1,6 +1,6 @@
-# launch/train.sh sources this file. Where a scheduler started the script once per node and says so
-# in its variables, the file sets $nodes, $node_rank, $rendezvous, $gpus and $id, unless they are
-# set already. It takes, in this order:
+# launch/train.sh sources this file. If the variables of a scheduler show that it started the script
+# once per node, the file sets $nodes, $node_rank, $rendezvous, $gpus and $id, unless they are set
+# already. It takes, in this order:
 #
 #   PET_*        torchrun's own variables, which Kubeflow sets in the pods of a TrainJob
 #   SKYPILOT_*   SkyPilot, which runs the commands of a task on every node
@@ -31,7 +31,7 @@ if [ -n "${PET_NNODES:-}" ]; then
     if [ -z "$host" ] && [ -n "${PET_RDZV_ENDPOINT:-}" ]; then
         host=${PET_RDZV_ENDPOINT%:*} port=${PET_RDZV_ENDPOINT##*:}
     fi
-    if [ "$PET_NNODES" -gt 1 ] && [ -z "$host$rendezvous" ]; then
+    if [ "${nodes:-$PET_NNODES}" -gt 1 ] && [ -z "$host$rendezvous" ]; then
         fail "PET_NNODES is $PET_NNODES but PET_MASTER_ADDR is not set: give --rendezvous HOST:PORT"
     fi
     from_variables "$PET_NNODES" "${PET_NODE_RANK:-}" "$host" "$port" "${PET_NPROC_PER_NODE:-}" \
@@ -41,7 +41,8 @@ elif [ -n "${SKYPILOT_NUM_NODES:-}" ]; then
         "$(sed -n 1p <<<"${SKYPILOT_NODE_IPS:-}")" "$cluster_port" \
         "${SKYPILOT_NUM_GPUS_PER_NODE:-}" "${SKYPILOT_TASK_ID:-megalard}"
 elif [ -n "${SLURM_JOB_ID:-}" ] && [ -z "$nodes" ] && [ "${SLURM_NNODES:-1}" -gt 1 ]; then
-    if [[ ! ${SLURM_STEP_ID:-} =~ ^[0-9]+$ ]]; then
+    # 4294967290 is the step of the shell of salloc.
+    if [[ ! ${SLURM_STEP_ID:-} =~ ^[0-9]+$ || $SLURM_STEP_ID = 4294967290 ]]; then
         fail "this Slurm job has $SLURM_NNODES nodes but train.sh was started on one: start it with" \
             "srun --ntasks-per-node=1, submit launch/slurm.sbatch, or give --nodes 1"
     fi
@@ -49,8 +50,10 @@ elif [ -n "${SLURM_JOB_ID:-}" ] && [ -z "$nodes" ] && [ "${SLURM_NNODES:-1}" -gt
         fail "srun starts ${SLURM_STEP_NUM_TASKS} tasks on ${SLURM_STEP_NUM_NODES} nodes, but train.sh" \
             "starts the processes of a node itself: give srun --ntasks-per-node=1"
     fi
+    hosts=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}") ||
+        fail "scontrol cannot name the nodes of this job: give --nodes, --node-rank and --rendezvous"
     from_variables "${SLURM_STEP_NUM_NODES:-$SLURM_NNODES}" "${SLURM_NODEID:-}" \
-        "$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | sed -n 1p)" \
+        "$(sed -n 1p <<<"$hosts")" \
         "$(slurm_job_port "$SLURM_JOB_ID")" "${SLURM_GPUS_ON_NODE:-}" \
         "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 fi

@@ -5,10 +5,11 @@
   megalard prepare --model MODEL_DIR --output runs/tokens --dataset owner/name --split train
 
 The paths are .txt, .md and .py files (one document each), .jsonl, .parquet and .arrow files (one
-document per line or row, under --text-key) and directories of them. --dataset takes a data set of
-the Hugging Face hub, or a directory of one, in place of paths, with the package datasets; the
-commit that was read is noted in the store. Training tokenizes files by itself. Do it ahead if the
-text is large or if many runs share it. All cores tokenize; TOKENIZERS_PARALLELISM=false takes one.
+document per line or row, under --text-key), text files as .gz and .zst, and directories of them.
+--dataset reads a data set of the Hugging Face hub, or a directory with one, instead of paths; this
+needs the package datasets. The commit that was read is noted in the store. Training tokenizes files
+by itself. Do it ahead if the text is large or if many runs share it. All cores tokenize;
+TOKENIZERS_PARALLELISM=false takes one. If tokenizing is stopped, the same command goes on.
 An output directory that already is this store is left as it is; one that holds anything else is
 refused.
 """
@@ -32,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=float,
         metavar="W",
-        help="share of each path in characters; the mixture ends with the path that is used up "
-        "first (default: everything is read)",
+        help="one number for each path, after the paths: its share of the characters. Reading "
+        "stops when one path is used up (default: everything is read)",
     )
     parser.add_argument(
         "--dataset", metavar="NAME", help="a data set of the hub, or a directory of one"
@@ -95,8 +96,10 @@ def run(options: argparse.Namespace) -> int:
 
     if bool(options.paths) == (options.dataset is not None):
         raise UserError("give either text files or directories, or --dataset")
+    if options.dataset is None and (options.subset or options.revision or options.split != "train"):
+        raise UserError("--subset, --split and --revision need --dataset")
     if options.weights is not None and (
-        len(options.weights) != len(options.paths) or min(options.weights) <= 0
+        len(options.weights) != len(options.paths) or not all(0 < w < 1e30 for w in options.weights)
     ):
         raise UserError("--weights needs one number above 0 for each path")
     reporter, start = Reporter(True), time.perf_counter()

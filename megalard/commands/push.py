@@ -2,9 +2,9 @@
 
   megalard push runs/x8 --repo you/Llama-2-7b-32k --base-model meta-llama/Llama-2-7b-hf
 
-The card states the base model, the method, the training tokens, RoPE and what the run measured. A
-README.md in the directory of the student is uploaded in place of it. A repository that already
-holds a model is left alone without --update, which adds a commit. Log in with `hf auth login`.
+The card states the base model, the method, the training tokens, RoPE and what the run measured. If
+RUN/student has a README.md, that file is uploaded instead. A repository that already holds a model
+is changed only with --update, which adds a commit. Log in with `hf auth login`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--license", metavar="ID", help="the model's license, such as apache-2.0, for the card"
     )
     parser.add_argument(
-        "--public", action="store_true", help="make a new repository public (default: private)"
+        "--public",
+        action="store_true",
+        help="make a new repository public (default: private); an existing one stays as it is",
     )
     parser.add_argument(
         "--update", action="store_true", help="add a commit to a repository that holds a model"
@@ -65,9 +67,8 @@ def _upload(options: argparse.Namespace, student: Path, card: str) -> None:
         UserError: the hub cannot be reached, refuses, or already holds a model of this name.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    from megalard.errors import UserError
+    from megalard.errors import UserError, printable
     from megalard.reporter import Reporter
 
     api = HfApi()
@@ -92,10 +93,19 @@ def _upload(options: argparse.Namespace, student: Path, card: str) -> None:
         commit = api.create_commit(
             options.repo, operations, commit_message="Upload the restored student"
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    # The errors of the hub's client and of its network library are of many types.
+    except Exception as error:
+        reason = printable(" ".join(str(error).split()), 200) or type(error).__name__
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        fix = (
+            "log in with hf auth login as someone who may write there"
+            if status in (401, 403)
+            else "check the network and HF_HUB_OFFLINE"
+        )
         raise UserError(
-            f"cannot upload to {options.repo}: {reason}; log in with hf auth login, and give the "
-            "same command again with --update"
+            f"cannot upload to {options.repo} ({reason}): {fix}, and give the same command again, "
+            "with --update if the repository was made"
         ) from None
     Reporter(True).line(f"uploaded {len(operations)} files: {commit.commit_url}")

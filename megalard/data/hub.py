@@ -52,6 +52,8 @@ class HubText:
         self.column = self._choose(column)
         self.origin = {"dataset": name, "subset": subset, "split": split, "revision": commit}
         key = [self.origin, self.column.key, self.column.identity]
+        if commit is None:
+            key.append(_files_of(Path(name)))
         self.files = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         self._content: str | None = None
 
@@ -90,7 +92,8 @@ class HubText:
 
     def difference(self, origin: dict[str, Any] | None) -> str | None:
         """Return in words how the data set differs from a recorded origin; None if unknown."""
-        if origin is None or {**origin, "revision": None} != {**self.origin, "revision": None}:
+        is_other = origin is None or {**origin, "revision": 0} != {**self.origin, "revision": 0}
+        if is_other or origin["revision"] == self.origin["revision"]:
             return None
         return (
             f"from the revision {origin['revision']} of the data set {self.name}, which is now at "
@@ -117,13 +120,13 @@ class HubText:
         features = self._rows.features
         if features is None:
             first = self._try(lambda: next(iter(self._rows)))
-            kinds = {key: isinstance(value, str) for key, value in first.items()}
+            kinds = {key: _kind_of_value(value) for key, value in first.items()}
         else:
-            kinds = {key: getattr(kind, "dtype", "") == "string" for key, kind in features.items()}
+            kinds = {key: _kind_of_feature(feature) for key, feature in features.items()}
         if column.key in kinds:
             return column
-        is_text = column.identity is None
-        possible = [key for key, is_string in kinds.items() if is_string == is_text]
+        wanted = "text" if column.identity is None else "list"
+        possible = [key for key, kind in kinds.items() if kind == wanted]
         if len(possible) != 1:
             raise column.missing(f"the data set {self.name}", "column", list(kinds))
         return replace(column, key=possible[0])
@@ -140,3 +143,24 @@ class HubText:
                 f"the data set {self.name} cannot be read ({reason}): check its name, --subset, "
                 "--split, --revision, and the network or HF_HUB_OFFLINE"
             ) from error
+
+
+def _kind_of_value(value: object) -> str:
+    """Return ``text``, ``list`` or an empty string."""
+    return "text" if isinstance(value, str) else "list" if isinstance(value, list) else ""
+
+
+def _kind_of_feature(feature: Any) -> str:
+    """Return the same for the type of a column; a list of messages is a list, or a List."""
+    if getattr(feature, "dtype", "") in ("string", "large_string"):
+        return "text"
+    is_list = isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList")
+    return "list" if is_list else ""
+
+
+def _files_of(directory: Path) -> list:
+    """Return path, size and modification time of every file of a directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    stats = [(str(path.relative_to(directory)), path.stat()) for path in files]
+    entries = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return [str(directory.resolve()), entries]

@@ -12,8 +12,8 @@ from megalard.data.sources import Text
 class MixedText:
     """The documents of several texts in turns, so that characters have the shares of the weights.
 
-    The next document is of the text that is furthest behind its share. The mixture ends when the
-    next document would be of a text that has no more, so that no document is repeated. See
+    The next document is of the text that is furthest behind its share. The mixture ends when it
+    is the turn of a text that is used up, so that no document is repeated. See
     ``megalard.data.sources.Text`` for the interface.
 
     Args:

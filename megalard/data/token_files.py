@@ -65,7 +65,7 @@ class TokenFiles:
     def __init__(self, folder: Path, dtype: np.dtype, identity: list[str]):
         self._folder, self._dtype = folder, dtype
         self._digest, self._noted_at = hashlib.sha256(), time.monotonic()
-        self.progress = _noted(folder, identity) or Progress(identity)
+        self.progress = _noted(folder, identity, dtype) or Progress(identity)
         self._start = self.progress.documents_read
         self._tokens = _opened(folder / TOKENS, self.progress.tokens * dtype.itemsize)
         self._lengths = _opened(folder / _LENGTHS, self.progress.documents * 8)
@@ -123,8 +123,9 @@ class TokenFiles:
             self.progress.sums.append(self.progress.crc)
         np.save(self._folder / DOCUMENTS, offsets)
         np.save(self._folder / CHECKSUMS, np.array(self.progress.sums, np.uint32))
-        (self._folder / _LENGTHS).unlink()
+        # The note first: a folder that has a note has the files that it speaks of.
         (self._folder / NOTE).unlink(missing_ok=True)
+        (self._folder / _LENGTHS).unlink()
         return offsets
 
     def close(self) -> None:
@@ -162,13 +163,16 @@ class TextHasChanged(Exception):
     """The text is not the text of which a writer has written the first documents."""
 
 
-def _noted(folder: Path, identity: list[str]) -> Progress | None:
+def _noted(folder: Path, identity: list[str], dtype: np.dtype) -> Progress | None:
     """Return what a writer of the same identity noted, if its files have that much."""
     try:
         progress = Progress(**read_json(folder / NOTE))
+        has_tokens = (folder / TOKENS).stat().st_size >= progress.tokens * dtype.itemsize
+        has_lengths = (folder / _LENGTHS).stat().st_size >= progress.documents * 8
     except (OSError, ValueError, TypeError):
         return None
-    return progress if progress.identity == identity else None
+    is_complete = has_tokens and has_lengths
+    return progress if is_complete and progress.identity == identity else None
 
 
 def _opened(path: Path, size: int) -> BinaryIO:

@@ -46,8 +46,8 @@ class Student:
 
     Attributes:
         decoder: has the teacher's parameter objects wherever the weights are equal.
-        trained: name to parameter, this rank's slice. It is fp32 unless ``masters`` has the fp32
-            value.
+        trained: name to parameter, this rank's slice. It is fp32, or in the compute dtype where
+            ``masters`` has the fp32 value.
         carried: name to fp32 weight, this rank's slice in host memory: what earlier stages changed
             and this stage does not train. The decoder has it rounded to its dtype.
         dropout: the seed that LoRA's dropout masks are drawn from.
@@ -73,6 +73,13 @@ class Student:
         if name in self.carried:
             return self.carried[name]
         return self.masters.value(name) if self.masters else self.trained[name].detach()
+
+    def release(self) -> None:
+        """Free the memory of everything that is trained; the student cannot be used any more."""
+        self.masters = None
+        for parameter in self.trained.values():
+            parameter.grad = None
+            parameter.data = parameter.detach().new_empty(0)
 
     def use_carried(self) -> None:
         """Copy the carried weights into the decoder, after they were loaded."""

@@ -22,9 +22,9 @@ def temporary_folder(target: Path, note: str | None = None) -> Iterator[Path]:
     """Make ``.NAME.partial-XXXXXXXX`` next to ``target``, and remove it at the end if it is there.
 
     Args:
-        note: the name of a file in which a writer notes how far it got. A folder that has it is
-            kept if Ctrl-C ends the block, and a folder with it whose writer has ended is yielded
-            again in place of a new one.
+        note: the name of a file in which a writer notes how far it got. A folder that has the note
+            is kept if an exception ends the block. If a writer that has ended left such a folder,
+            that folder is yielded instead of a new one.
 
     Raises:
         OSError: the directory cannot be made.
@@ -33,7 +33,7 @@ def temporary_folder(target: Path, note: str | None = None) -> Iterator[Path]:
     is_kept = False
     try:
         yield folder
-    except KeyboardInterrupt:
+    except BaseException:
         is_kept = note is not None and (folder / note).is_file()
         raise
     finally:

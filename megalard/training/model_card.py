@@ -45,7 +45,7 @@ def model_card(directory: Path, base_model: str, license_name: str | None, name:
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
         f"[{base_model}](https://huggingface.co/{base_model}) with a window of "
-        f"{_window(student):,} tokens, restored on short text by megalard.",
+        f"{_window(student):,} tokens, restored by megalard.",
         f"## Method\n\n{_method(config)}",
         f"## RoPE\n\n{_rope(student)}",
         f"## Measured\n\n{_measured(directory)}",
@@ -114,7 +114,8 @@ def _measured(directory: Path) -> str:
     header = ["model", *(f"{int(n):,}" for n in lengths), "gap restored"]
     rows = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for model in models:
-        values = [f"{model['by_length'][n]['perplexity']:.4g}" for n in lengths]
+        perplexities = [model["by_length"][n]["perplexity"] for n in lengths]
+        values = ["-" if value is None else f"{value:.4g}" for value in perplexities]
         gap = model.get("gap_restored")
         share = "" if gap is None else f"{gap:.1%}"
         rows.append(f"| {' | '.join([model['name'], *values, share])} |")

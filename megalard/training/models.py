@@ -56,10 +56,14 @@ def load_teacher(config: Config, plan: Plan, mesh: Mesh) -> Decoder:
 
 
 def next_student(before: Student, stage: Stage, plan: Plan, mesh: Mesh) -> Student:
-    """Return the student of a stage, with the weights that the previous stage ended with."""
+    """Return the student of a stage, with the weights that the previous stage ended with.
+
+    Unless the stage keeps the optimizer, the student of the previous stage cannot be used any more.
+    """
     if stage.keeps_optimizer:
         return before
     earlier = merged_weights(before, plan.source.weights)
+    before.release()
     return _build(stage, plan, mesh, before.decoder, earlier=earlier)
 
 

@@ -50,6 +50,15 @@ def update_where(finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None
         optimizer.step()
 
 
+def continue_optimizer(optimizer: torch.optim.Optimizer, before: torch.optim.Optimizer) -> None:
+    """Give a new optimizer the state of one of the same parameters, which stays usable."""
+    optimizer.state.update(before.state)
+    for group, group_before in zip(optimizer.param_groups, before.param_groups, strict=True):
+        # apex counts the steps of a group, torch those of each parameter.
+        if "step" in group_before:
+            group["step"] = group_before["step"]
+
+
 def learning_rate(step: int, config: OptimizerConfig) -> float:
     """Return the learning rate of a step, counted from 0.
 

@@ -51,9 +51,12 @@ def run_preflight(config: Config, plan: Plan, scratch: Path, mesh: Mesh) -> None
     del first_teacher
     total_minutes, memory = 0.0, 0
     step_seconds: dict[str, float] = {}
+    distiller: Distiller | None = None
     for number, stage in enumerate(stages):
         teacher = teacher if needs_teacher(stages[number:]) else None
-        student = next_student(student, stage, plan, mesh) if number else student
+        if number:
+            distiller = None  # its memory is free for the next stage
+            student = next_student(student, stage, plan, mesh)
         with make_loaders(stage, stores, plan, mesh) as loaders:
             distiller = Distiller(teacher, student, stage.config, mesh)
             seconds, losses = _two_steps(distiller, loaders)

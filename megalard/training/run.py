@@ -22,6 +22,7 @@ from megalard.training.export import save_student
 from megalard.training.holdout import split_holdout
 from megalard.training.models import load_models, load_teacher, next_student, student_to_restore
 from megalard.training.monitor import Monitor, Pace
+from megalard.training.optimizer import continue_optimizer
 from megalard.training.output import Output, check_is_there, emptied_on_error, mark_finished
 from megalard.training.plan import Plan
 from megalard.training.profiler import profiled
@@ -165,11 +166,15 @@ class Run:
         if self.stage == stage:
             return
         self._end_stage()
-        before = self.distiller
+        kept = self.distiller.optimizer if stage.keeps_optimizer else None
+        if kept is None:
+            # What the finished stage holds on the GPU is freed before the next stage is built.
+            self.saver.end_stage()
+            del self.distiller
         self.student = next_student(self.student, stage, self.plan, self.mesh)
         self._make_distiller(stage)
-        if stage.keeps_optimizer:
-            self.distiller.optimizer.state.update(before.optimizer.state)
+        if kept is not None:
+            continue_optimizer(self.distiller.optimizer, kept)
         self._save_stage(stage)
         self.reporter.line(
             f"stage {stage.name}: {stage.config.optimizer.steps} steps of "

@@ -77,6 +77,12 @@ class Saver:
         self.distiller, self.sections = distiller, sections
         self._staging = {}
 
+    def end_stage(self) -> None:
+        """Let go of the state of the present stage, after the save in progress."""
+        self.wait()
+        del self.distiller
+        self._staging = {}
+
     def is_due(self, step: int) -> bool:
         """Whether the configuration asks for a checkpoint after this step."""
         every = self.settings.save_every

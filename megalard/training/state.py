@@ -153,7 +153,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, weights: ShardedWeights) 
         raise UserError(
             f"checkpoint {weights.directory} was written with the optimizer {shown(saved_class)} "
             f"but this run has {current_class}: resume where the same optimizer package is "
-            "installed"
+            "installed, with the same parallel.offload_optimizer"
         )
 
 

@@ -17,13 +17,17 @@ from megalard.errors import UserError
 ROWS = [{"text": "one", "id": 1}, {"text": "  ", "id": 2}, {"text": "two", "id": 3}]
 
 
+def _dtype(value: object) -> str:
+    return "string" if isinstance(value, str) else "int64"
+
+
 class Rows(list):
     """Rows with the types of their columns."""
 
     @property
     def features(self):
         return {
-            key: SimpleNamespace(dtype="string" if isinstance(value, str) else "int64")
+            key: [] if isinstance(value, list) else SimpleNamespace(dtype=_dtype(value))
             for key, value in self[0].items()
         }
 
@@ -115,6 +119,36 @@ def test_bad_data_sets_are_one_sentence(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"needs the package datasets: .*megalard\[datasets\]"):
         HubText("owner/name", text_column("text"))
+
+
+def test_another_column_is_no_change_of_the_data_set(hub, byte_tokenizer, tmp_path):
+    hub.rows = Rows({"a": "x", "b": "yy"} for _ in ROWS)
+    for key, sentence in (("a", None), ("b", "was made from other text")):
+        text = HubText("owner/name", text_column(key))
+        if sentence is None:
+            open_or_write(text, byte_tokenizer, tmp_path / "store")
+            continue
+        with pytest.raises(UserError, match=sentence):
+            open_or_write(text, byte_tokenizer, tmp_path / "store")
+
+
+def test_a_directory_whose_files_changed_is_another_text(hub, tmp_path):
+    (tmp_path / "a.jsonl").write_text("x")
+    identity = HubText(str(tmp_path), text_column("text")).files
+    assert identity == HubText(str(tmp_path), text_column("text")).files
+    (tmp_path / "a.jsonl").write_text("other")
+    assert identity != HubText(str(tmp_path), text_column("text")).files
+
+
+def test_large_strings_are_text_and_numbers_are_no_chat(hub):
+    kinds = {"id": "string", "content": "large_string", "label": "int64"}
+    features = {key: SimpleNamespace(dtype=kind) for key, kind in kinds.items()}
+    hub.rows = type("Rows", (list,), {"features": features})([{"id": "1", "content": "x"}])
+    with pytest.raises(UserError, match="has no column 'text'"):
+        HubText("owner/name", text_column("text"))
+    chat = Column("messages", lambda value, where: str(value), "template")
+    with pytest.raises(UserError, match="has no column 'messages'"):
+        HubText("owner/name", chat)
 
 
 def test_the_package_reads_a_local_data_set(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,9 @@ import pytest
 from megalard.data import token_files, token_store, token_store_writer
 from megalard.data.boundaries import Boundaries
 from megalard.data.token_store_writer import write_store
+from megalard.errors import UserError
 from megalard.files import temporary_folders
-from tests.data.documents import Documents, store_of
+from tests.data.documents import Documents
 from tests.small_tokenizers import make_byte_tokenizer
 
 TEXTS = [chr(97 + i % 26) * (i + 1) for i in range(30)]
@@ -131,12 +132,28 @@ def test_a_folder_of_a_living_writer_is_not_taken(tokenizer, tmp_path):
     assert partial(tmp_path) == []
 
 
-def test_an_error_leaves_nothing(tokenizer, tmp_path):
+def test_an_error_keeps_what_was_tokenized(tokenizer, tmp_path):
     def documents():
         yield from TEXTS[:9]
-        raise OSError(28, "No space left")
+        raise UserError("the network is gone")
 
-    with pytest.raises(Exception, match="No space left"):
-        store_of(documents, tokenizer, tmp_path / "store")
-    assert partial(tmp_path) == []
-    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match="the network is gone"):
+        write(documents, tokenizer, tmp_path)
+    write(TEXTS, tokenizer, tmp_path)
+    assert tokenizer.encoded == len(TEXTS) and partial(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["lengths.bin", "tokens.bin"])
+@pytest.mark.parametrize("size", [None, 3])
+def test_a_note_without_its_files_is_not_used(name, size, tokenizer, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(stopped_after(17), tokenizer, tmp_path)
+    (folder,) = partial(tmp_path)
+    if size is None:
+        (folder / name).unlink()
+    else:
+        os.truncate(folder / name, size)
+    expected = write(TEXTS, tokenizer, tmp_path / "whole")
+    store = write(TEXTS, tokenizer, tmp_path)
+    assert np.array_equal(store.tokens, expected.tokens)
+    assert np.array_equal(store.documents, expected.documents)

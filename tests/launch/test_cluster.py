@@ -101,6 +101,7 @@ def test_options_come_first(variables, read):
     given = {"nodes": "2", "node_rank": "0", "rendezvous": "here:1", "gpus": "1", "id": "mine"}
     assert read(variables, **given) == given
     assert read(variables, nodes="1")["rendezvous"] == ""
+    assert read({"PET_NNODES": "2"}, nodes="1")["nodes"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,8 @@ def test_options_come_first(variables, read):
             "PET_NNODES is '1:4', but the number of nodes has",
         ),
         ({"PET_NNODES": "2"}, "PET_MASTER_ADDR is not set: give --rendezvous HOST:PORT"),
+        ({**SLURM, "SLURM_STEP_ID": "4294967290"}, "train.sh was started on one: start it with"),
+        ({**SLURM, "SLURM_STEP_NODELIST": "other"}, "scontrol cannot name the nodes of this job"),
         ({**SLURM, "SLURM_STEP_ID": ""}, "has 2 nodes but train.sh was started on one: start it"),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "16"}, "srun starts 16 tasks on 2 nodes, but train.sh"),
     ],

@@ -120,7 +120,7 @@ def test_prepare_weights(job, tmp_path, capsys):
     words = ("--model", job / "teacher", "--output", tmp_path / "store")
     assert megalard("prepare", *words, *paths, "--weights", "1", "4") == 0
     assert lengths(TokenStore.open(tmp_path / "store")) == [3, 4, 4, 4, 3, 4, 4, 4]
-    for weights in (("1",), ("1", "0")):
+    for weights in (("1",), ("1", "0"), ("1", "nan"), ("1", "inf")):
         message = refusal(capsys, "prepare", *words, *paths, "--weights", *weights)
         assert "--weights needs one number above 0 for each path" in message
 
@@ -212,6 +212,9 @@ def test_prepare_takes_files_or_a_data_set(job, tmp_path, capsys):
     words = ("--model", job / "teacher", "--output", tmp_path / "store")
     for paths in ((), ("--dataset", "owner/name", job / "text.txt")):
         assert "give either text files or" in refusal(capsys, "prepare", *words, *paths)
+    for flag in ("--subset", "--split", "--revision"):
+        message = refusal(capsys, "prepare", *words, job / "text.txt", flag, "x")
+        assert "--subset, --split and --revision need --dataset" in message
 
 
 def test_convert_file_size(job, tmp_path):

@@ -145,17 +145,18 @@ def test_a_card_that_the_user_wrote_is_kept(run, hub):
     assert hub.commits[0][1]["README.md"] == b"mine"
 
 
-@pytest.mark.parametrize("error", [HfHubHTTPError, OSError])
-def test_a_hub_that_cannot_be_reached_is_one_sentence(error, run, hub, capsys):
-    response = SimpleNamespace(headers={}, request=None, status_code=401)
-    sentence = "401 Client Error\nmore"
-    hub.error = (
-        HfHubHTTPError(sentence, response=response)
-        if error is HfHubHTTPError
-        else OSError(sentence)
-    )
+@pytest.mark.parametrize(
+    ("error", "reason", "fix"),
+    [
+        (OSError("no route\nto host"), "no route to host", "check the network"),
+        (RuntimeError(), "RuntimeError", "check the network"),
+        (HfHubHTTPError("401", response=SimpleNamespace(status_code=401)), "401", "log in with"),
+    ],
+)
+def test_a_hub_that_cannot_be_reached_is_one_sentence(error, reason, fix, run, hub, capsys):
+    hub.error = error
     message = refusal(capsys, "push", str(run), "--repo=owner/student", BASE)
-    assert "cannot upload to owner/student: 401 Client Error; log in with hf auth login" in message
+    assert f"cannot upload to owner/student ({reason}): {fix}" in message
 
 
 def test_what_is_no_finished_run_is_refused(run, tmp_path, capsys):

@@ -1,7 +1,9 @@
 """Masters and gradients that are divided over ranks (ZeRO stages 1 and 2, arXiv 1910.02054).
 
 The gradients of a bucket are reduce-scattered as soon as the backward pass has computed them, while
-it goes on. A rank then updates its parts of the masters, and an all-gather returns the weights.
+it goes on. A rank then updates its parts of the masters, and an all-gather returns the weights. The
+loss of a micro-batch has to reach the same parameters on all ranks, so that they send the same
+buckets.
 """
 
 from __future__ import annotations
