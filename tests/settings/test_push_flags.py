@@ -145,12 +145,15 @@ def test_a_card_that_the_user_wrote_is_kept(run, hub):
     assert hub.commits[0][1]["README.md"] == b"mine"
 
 
+UNAUTHORIZED = SimpleNamespace(headers={}, request=None, status_code=401)
+
+
 @pytest.mark.parametrize(
     ("error", "reason", "fix"),
     [
         (OSError("no route\nto host"), "no route to host", "check the network"),
         (RuntimeError(), "RuntimeError", "check the network"),
-        (HfHubHTTPError("401", response=SimpleNamespace(status_code=401)), "401", "log in with"),
+        (HfHubHTTPError("401 no", response=UNAUTHORIZED), "401 no", "log in with"),
     ],
 )
 def test_a_hub_that_cannot_be_reached_is_one_sentence(error, reason, fix, run, hub, capsys):
