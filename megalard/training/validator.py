@@ -14,6 +14,7 @@ from megalard.evaluation.measure import RecordedTeacher, measure, measure_and_re
 from megalard.evaluation.report import Entry, finite
 from megalard.evaluation.suite import Results
 from megalard.model.decoder import Decoder
+from megalard.parallel.agreement import from_rank_0
 from megalard.training.evaluator import Evaluator
 
 
@@ -140,8 +141,10 @@ class Validator:
             mean("kl"),
             mean("agreement"),
         )
-        self.results.append(result)
-        return result
+        # All ranks must find the same validation to be the best, and sums of other ranks may differ
+        # in their last bit.
+        self.results.append(from_rank_0(result, self.evaluator.mesh.world))
+        return self.results[-1]
 
     def _measure(self, model: Decoder) -> dict:
         mesh, dtype = self.evaluator.mesh, self.evaluator.dtype
