@@ -138,3 +138,8 @@ def _check_evaluation(config: Config) -> None:
             f"{key} compares validations, and evaluation.every is 0: give the number of steps "
             "between validations",
         )
+    _require(
+        evaluation.best == "gap_restored" or config.keeps_best,
+        f"evaluation.best {evaluation.best} chooses the student to keep, and none is kept: set "
+        "checkpoint.keep_best true or evaluation.patience",
+    )

@@ -90,9 +90,7 @@ class Run:
                 )
                 # The student of an earlier stage is not what the run was asked for.
                 first_step = self.stages[-1].steps_before + 1
-                self.validator = Validator(
-                    config.evaluation, self.evaluator, config.steps, first_step
-                )
+                self.validator = Validator(config, self.evaluator, first_step)
                 self.teacher, self.student = load_models(self.stages[0], plan, mesh)
             self._opened = opened.pop_all()
 

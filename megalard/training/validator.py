@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from megalard.config.schema import EvaluationConfig
+from megalard.config.schema import Config
 from megalard.errors import UserError
 from megalard.evaluation.measure import RecordedTeacher, measure, measure_and_record
 from megalard.evaluation.report import Entry, finite
 from megalard.evaluation.suite import Results
 from megalard.model.decoder import Decoder
+from megalard.parallel.agreement import from_rank_0
 from megalard.training.evaluator import Evaluator
 
 
@@ -63,9 +64,8 @@ class Validator:
     compare with it after its weights are freed.
 
     Args:
-        config: the section ``evaluation``.
+        config: the configuration of the run.
         evaluator: the evaluation of the run, whose windows the validations take a part of.
-        last_step: the number of the last step of the run.
         first_step: the first step whose validations compete for the best one.
 
     Attributes:
@@ -75,30 +75,28 @@ class Validator:
         UserError: validations are asked for that cannot be made.
     """
 
-    def __init__(
-        self, config: EvaluationConfig, evaluator: Evaluator, last_step: int, first_step: int
-    ):
-        self.config, self.evaluator = config, evaluator
-        self.last_step, self.first_step = last_step, first_step
+    def __init__(self, config: Config, evaluator: Evaluator, first_step: int):
+        self.config, self.evaluator = config.evaluation, evaluator
+        self.last_step, self.first_step = config.steps, first_step
         self.results: list[Validation] = []
         self._comparable_from = 0
         self._baseline: list[Entry] = []
         self._recorded: dict[int, RecordedTeacher] = {}
         self._windows = {
-            length: windows[: max(1, config.validation_tokens // length)]
+            length: windows[: max(1, self.config.validation_tokens // length)]
             for length, windows in sorted(evaluator.suite.windows.items())
         }
-        if config.every > 0:
-            self._check()
+        if self.config.every > 0:
+            self._check(config.keeps_best)
 
-    def _check(self) -> None:
+    def _check(self, keeps_best: bool) -> None:
         if not self._windows:
             raise UserError(
                 f"evaluation.every is {self.config.every}, and there is no held-out text to "
                 "measure on: give evaluation.paths, or set evaluation.every 0"
             )
         native = self.evaluator.restoration.native_window
-        if self.config.best == "gap_restored" and min(self._windows) > native:
+        if keeps_best and self.config.best == "gap_restored" and min(self._windows) > native:
             raise UserError(
                 "evaluation.best gap_restored needs a length up to the native window of "
                 f"{native} tokens, and the shortest one of evaluation.lengths is "
@@ -140,8 +138,10 @@ class Validator:
             mean("kl"),
             mean("agreement"),
         )
-        self.results.append(result)
-        return result
+        # All ranks must find the same validation to be the best, and sums of other ranks may differ
+        # in their last bit.
+        self.results.append(from_rank_0(result, self.evaluator.mesh.world))
+        return self.results[-1]
 
     def _measure(self, model: Decoder) -> dict:
         mesh, dtype = self.evaluator.mesh, self.evaluator.dtype

@@ -21,6 +21,7 @@ from megalard.evaluation.measure import (
     equal_edges,
     length_multiple,
     measure,
+    measure_and_record,
     measure_by_position,
 )
 from megalard.model.rope import scaled_config
@@ -198,3 +199,18 @@ def test_lengths_that_the_ranks_do_not_divide_are_refused(tp, cp, multiple, inst
         f"length 9 in --lengths is not a multiple of {multiple}, into which tp {tp} and cp {cp} "
         f"cut it: use {instead}"
     )
+
+
+@pytest.mark.parametrize("tokens_per_pass", [LENGTH, 2 * LENGTH, 16384])
+def test_a_recorded_teacher_takes_the_place_of_the_teacher(tokens_per_pass, models, monkeypatch):
+    """Five windows are five, three and one passes."""
+    monkeypatch.setattr(measure_module, "_TOKENS_PER_PASS", tokens_per_pass)
+    mesh = build_mesh("cpu", 1)
+    teacher, student = load(models / "teacher"), load(models / "student")
+    head = teacher.head_weight.detach()
+    measured, recorded = measure_and_record(teacher, windows(), mesh, torch.float32, head)
+    assert measured == measure(teacher, windows(), mesh, torch.float32)
+    assert len(recorded.hidden) == {LENGTH: 5, 2 * LENGTH: 3, 16384: 1}[tokens_per_pass]
+    expected = measure(student, windows(), mesh, torch.float32, teacher)
+    assert expected.kl > 0.01
+    assert measure(student, windows(), mesh, torch.float32, recorded) == expected

@@ -58,6 +58,8 @@ def test_settings_that_may_change_do_not_stop_a_resumed_run(job, tmp_path):
     options = (
         "run.log_every=2",
         "run.non_finite=skip",
+        "run.trackers=[]",
+        "run.profile=[6]",
         "checkpoint.keep_last=3",
         "optimizer.micro_batch=1",
         f"model.teacher={moved}",

@@ -39,9 +39,9 @@ def test_the_chosen_steps_are_profiled_and_nothing_changes(small_job, tmp_path, 
         "step-000002-rank-00000.json.gz",
         "step-000008-rank-00000.json.gz",
     ]
-    found = events(tmp_path / "run" / "profile" / "step-000002-rank-00000.json.gz")
+    ranges = events(tmp_path / "run" / "profile" / "step-000002-rank-00000.json.gz")
     # The ranges of the trainer, each within the step.
-    assert {"relations", "backward", "optimizer", "aten::mm"} <= found
+    assert {"relations", "backward", "optimizer", "aten::mm"} <= ranges
     assert f"step 2 was profiled: {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
     train(arguments(small_job, tmp_path / "plain"))
     assert names(tmp_path / "plain") == []

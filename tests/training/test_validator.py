@@ -19,6 +19,7 @@ from tests.jobs import NATIVE, STEPS, arguments, interrupted, metrics, train
 from tests.ranks import run_ranks
 
 EVERY = ("evaluation.every=2", "evaluation.validation_tokens=256", "run.log_every=3")
+KEEP = "checkpoint.keep_best=true"
 LENGTHS = "evaluation.lengths=[64, 128]"
 
 
@@ -185,7 +186,7 @@ def test_a_run_that_ended_early_takes_no_step_when_it_is_resumed(small_job, text
 
 
 def test_the_best_checkpoint_is_never_removed(small_job, text, tmp_path):
-    options = (text, LENGTHS, "evaluation.every=1", "checkpoint.keep_best=true", *WORSE)
+    options = (text, LENGTHS, "evaluation.every=1", KEEP, *WORSE)
     saving = ("checkpoint.save_every=1", "checkpoint.keep_last=1")
     train(arguments(small_job, tmp_path / "run", *options, *saving))
     shares = [line["validation_gap_restored"] for line in validations(tmp_path / "run")]
@@ -201,7 +202,7 @@ def make(planned, small_job, text, tmp_path):
     def make(*options: str, has_text: bool = True, first_step: int = 3) -> Validator:
         run = planned(*((text,) if has_text else ()), "evaluation.every=1", *options)
         evaluator = Evaluator(run.config, run.plan, tmp_path, run.mesh)
-        return Validator(run.config.evaluation, evaluator, 9, first_step)
+        return Validator(run.config, evaluator, first_step)
 
     return make
 
@@ -222,7 +223,7 @@ def test_the_best_one_is_of_the_last_stage_and_the_first_of_equals(make):
 
 
 def test_the_loss_over_all_lengths_can_be_what_counts(make):
-    validator = make("evaluation.best=loss", first_step=1)
+    validator = make("evaluation.best=loss", KEEP, first_step=1)
     validator.results = [Validation(1, {32: 1.0, 128: 9.0}, 0.9, 0, 0)]
     validator.results += [Validation(2, {32: 2.0, 128: 2.0}, 0.1, 0, 0)]
     assert validator.best.step == 2 and validator.describe(validator.best) == "loss 2.0000"
@@ -258,6 +259,22 @@ def test_validations_on_other_text_are_not_compared(make):
 
 def test_validations_that_cannot_be_made_are_refused(make):
     assert "there is no held-out text to measure on" in user_error(make, has_text=False)
-    sentence = user_error(make, "evaluation.lengths=[128]")
+    sentence = user_error(make, "evaluation.lengths=[128]", KEEP)
     assert "evaluation.best gap_restored needs a length up to the native window of 64" in sentence
-    assert make("evaluation.lengths=[128]", "evaluation.best=loss").is_due(1)
+    assert make("evaluation.lengths=[128]", "evaluation.best=loss", KEEP).is_due(1)
+    assert make("evaluation.lengths=[128]").is_due(1)
+
+
+@pytest.mark.parametrize(
+    "option, sentence",
+    [
+        (
+            "evaluation.patience=2",
+            "evaluation.patience 2 compares validations, and evaluation.every",
+        ),
+        (KEEP, "checkpoint.keep_best true compares validations, and evaluation.every is 0"),
+        ("evaluation.best=loss", "evaluation.best loss chooses the student to keep, and none is"),
+    ],
+)
+def test_settings_without_effect_are_refused(option, sentence, planned):
+    assert sentence in user_error(planned, option)
