@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megalard.data.document_source import DocumentSource
 from megalard.data.formats import Column
 from megalard.errors import UserError, printable
 
 
-class HubText:
+class HubText(DocumentSource):
     """The documents of one split of a data set, as the text of a token store.
 
     Args:
@@ -31,8 +32,7 @@ class HubText:
     Attributes:
         column: the column that is read.
         origin: the name, the subset, the split and the commit, as JSON takes them.
-        files: a sha256 of ``origin`` and the column.
-        content: a sha256 of the documents in their order.
+        files: a sha256 of ``origin``, the column and, for a directory, its files.
 
     Raises:
         UserError: the package is missing, or the data set cannot be found or has no such column.
@@ -55,39 +55,25 @@ class HubText:
         if commit is None:
             key.append(_files_of(Path(name)))
         self.files = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-        self._content: str | None = None
 
-    def documents(self, advance: Callable[[int], object] | None = None) -> Iterator[str]:
-        """Yield the documents, without those of white space, and compute ``content`` meanwhile."""
-        digest, is_empty = hashlib.sha256(), True
-        rows, number = iter(self._rows), 0
+    def read(self, advance: Callable[[int], object] | None) -> Iterator[str]:
+        """Yield the documents, without those of white space."""
+        is_empty, number = True, 0
+        rows = iter(self._rows)
         while (row := self._try(lambda: next(rows, None))) is not None:
             number += 1
             where = f"data set {self.name} row {number} under {self.column.key!r}"
             document = self.column.document(row[self.column.key], where)
-            if not document.strip():
-                continue
-            data, is_empty = document.encode(), False
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-            yield document
-            if advance is not None:
-                advance(len(data))
+            if document.strip():
+                is_empty = False
+                yield document
+                if advance is not None:
+                    advance(len(document.encode()))
         if is_empty:
             raise UserError(f"there is no text in the data set {self.name}: choose another split")
-        self._content = digest.hexdigest()
-
-    @property
-    def content(self) -> str:
-        """The identity of the documents; they are read if they have not been."""
-        if self._content is None:
-            for _ in self.documents():
-                pass
-        assert self._content is not None
-        return self._content
 
     def has_fingerprint(self, content: str, files: str) -> bool:
-        """Whether recorded identities are of this text."""
+        """Whether recorded identities are of this text, which is not read for that."""
         return files == self.files or (self._content is not None and content == self._content)
 
     def difference(self, origin: dict[str, Any] | None) -> str | None:

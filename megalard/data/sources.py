@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalard.data.document_source import DocumentSource
 from megalard.data.formats import SUFFIXES, Column, read_file, suffix_of, text_column
 from megalard.errors import UserError
 from megalard.files.hints import fix_for_text
@@ -180,8 +181,8 @@ def read_documents(
         raise UserError(f"there is no text in {names}: give files that contain text")
 
 
-class Text:
-    """The documents of some paths, and what identifies them.
+class Text(DocumentSource):
+    """The documents of some paths.
 
     Args:
         paths: files and directories, as for ``list_files``.
@@ -189,7 +190,6 @@ class Text:
 
     Attributes:
         files: a sha256 of the path, size and modification time of every file, and of the column.
-        content: a sha256 of the documents in their order.
 
     Raises:
         UserError: as ``list_files``.
@@ -204,30 +204,10 @@ class Text:
             entry = [os.fspath(file.resolve()), stat.st_size, stat.st_mtime_ns]
             digest.update(json.dumps(entry).encode())
         self.files = digest.hexdigest()
-        self._content: str | None = None
 
-    def documents(self, advance: Callable[[int], object] | None = None) -> Iterator[str]:
-        """Yield the documents, as ``read_documents``, and compute ``content`` meanwhile."""
-        digest = hashlib.sha256()
-        for document in read_documents(self.paths, self.column, advance):
-            data = document.encode()
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-            yield document
-        self._content = digest.hexdigest()
-
-    @property
-    def content(self) -> str:
-        """The identity of the documents; they are read if they have not been."""
-        if self._content is None:
-            for _ in self.documents():
-                pass
-        assert self._content is not None
-        return self._content
-
-    def has_fingerprint(self, content: str, files: str) -> bool:
-        """Whether recorded identities are of this text, even if its files have moved since."""
-        return files == self.files or content == self.content
+    def read(self, advance: Callable[[int], object] | None) -> Iterator[str]:
+        """Yield the documents, as ``read_documents``."""
+        return read_documents(self.paths, self.column, advance)
 
 
 def total_bytes(paths: Iterable[str | Path]) -> int:

@@ -6,7 +6,6 @@ next writer reads these documents again, which is fast, but does not tokenize th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -19,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megalard.data.document_source import DocumentDigest
 from megalard.data.token_store import CHECKSUMS, DOCUMENTS, TOKENS, TOKENS_PER_SUM
 from megalard.files.reading import read_json
 from megalard.files.writing import replace_text
@@ -64,7 +64,7 @@ class TokenFiles:
 
     def __init__(self, folder: Path, dtype: np.dtype, identity: list[str]):
         self._folder, self._dtype = folder, dtype
-        self._digest, self._noted_at = hashlib.sha256(), time.monotonic()
+        self._digest, self._noted_at = DocumentDigest(), time.monotonic()
         self.progress = _noted(folder, identity, dtype) or Progress(identity)
         self._start = self.progress.documents_read
         self._tokens = _opened(folder / TOKENS, self.progress.tokens * dtype.itemsize)
@@ -134,9 +134,7 @@ class TokenFiles:
         self._lengths.close()
 
     def _add_to_digest(self, document: str) -> None:
-        data = document.encode()
-        self._digest.update(len(data).to_bytes(8, "little"))
-        self._digest.update(data)
+        self._digest.add(document)
         self._seen += 1
 
     def _sum(self, tokens: np.ndarray) -> None:

@@ -14,14 +14,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from megalard.data import sources
 from megalard.data.boundaries import Boundaries, boundaries_of
+from megalard.data.document_source import DocumentSource
 from megalard.data.formats import Column, text_column
-from megalard.data.hub import HubText
 from megalard.data.mixture import MixedText
 from megalard.data.token_files import NOTE, TextHasChanged, TokenFiles
 from megalard.data.token_store import (
@@ -37,20 +36,6 @@ from megalard.data.tokenizer import Tokenizer
 from megalard.errors import UserError
 from megalard.files.temporary_folders import remove_abandoned, temporary_folder
 from megalard.progress import byte_bar
-
-
-class DocumentSource(Protocol):
-    """The documents of a store, and what identifies them; see ``sources.Text``."""
-
-    files: str
-
-    @property
-    def content(self) -> str: ...
-
-    def documents(self, advance: Callable[[int], object] | None = None) -> Iterator[str]: ...
-
-    def has_fingerprint(self, content: str, files: str) -> bool: ...
-
 
 # Enough text at a time to occupy every core, and little enough to hold in memory.
 BATCH_DOCUMENTS = 512
@@ -223,12 +208,6 @@ def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _difference(text: DocumentSource, store: TokenStore) -> str:
-    """Return in words how a text differs from the text of a store."""
-    known = text.difference(store.origin) if isinstance(text, HubText) else None
-    return known or "from other text, or the text has changed since"
-
-
 def _move_into_place(partial: Path, output: Path, same: Callable[[], TokenStore | None]) -> None:
     try:
         # POSIX renames a directory onto a missing or an empty directory, and onto no other.
@@ -262,7 +241,8 @@ def _open_same(
     if not is_same or store.eos_id != tokenizer.eos_id:
         difference = "with another tokenizer"
     elif not text.has_fingerprint(store.sources_fingerprint, store.source_files):
-        difference = _difference(text, store)
+        difference = text.difference(store.origin)
+        difference = difference or "from other text, or the text has changed since"
     else:
         store.check_boundaries(boundaries)
         return store

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from megalard.data.boundaries import boundaries_of
+from megalard.data.document_source import DocumentSource
 from megalard.data.token_store import TokenStore
 from megalard.data.token_store_writer import write_store
 from megalard.data.tokenizer import Tokenizer
 
 
-class Documents:
+class Documents(DocumentSource):
     """Documents that identify themselves by a name.
 
     Args:
@@ -20,15 +21,16 @@ class Documents:
     """
 
     def __init__(self, documents: Iterable[str] | Callable[[], Iterator[str]], name: str = "text"):
-        self._documents, self.content, self.files = documents, name, name
+        self._documents, self.files = documents, name
 
-    def documents(self, advance: Callable[[int], object] | None = None) -> Iterator[str]:
+    def read(self, advance: Callable[[int], object] | None) -> Iterator[str]:
         """Yield the documents."""
         yield from self._documents() if callable(self._documents) else self._documents
 
-    def has_fingerprint(self, content: str, files: str) -> bool:
-        """Whether recorded identities are of this text."""
-        return content == self.content
+    @property
+    def content(self) -> str:
+        """The name."""
+        return self.files
 
 
 def store_of(

@@ -61,8 +61,8 @@ def test_data_weights(run, documents):
         lines = [json.dumps({"text": text}) for text in texts]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     paths = f"data.paths=[{folder / 'short.jsonl'}, {folder / 'long.jsonl'}]"
-    found = lengths(run(paths, "data.weights=[1, 2]").store)
-    assert found.count(2) == 60 and abs(found.count(9) * 9 - 2 * 60 * 2) <= 9
+    mixed = lengths(run(paths, "data.weights=[1, 2]").store)
+    assert mixed.count(2) == 60 and abs(mixed.count(9) * 9 - 2 * 60 * 2) <= 9
     assert len(lengths(run(paths).store)) == 1060
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from megalard.checkpoint.convert import check_target
 from megalard.data.boundaries import boundaries_of
+from megalard.data.document_source import DocumentSource
 from megalard.data.token_store import TOKENS, TokenStore
 from megalard.data.token_store_writer import write_store
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
@@ -32,24 +33,20 @@ _SYNTHETIC_TOKENS = 100_000
 SYNTHETIC = "synthetic"
 
 
-class GivenDocuments:
-    """Documents in memory, as the text of a token store; see ``megalard.data.sources.Text``.
+class GivenDocuments(DocumentSource):
+    """Documents in memory that identify themselves by a name."""
 
-    Attributes:
-        content, files: the identity of the documents.
-    """
+    def __init__(self, documents: Iterable[str], identity: str):
+        self._documents, self.files = documents, identity
 
-    def __init__(self, documents: Iterable, identity: str):
-        self._documents = documents
-        self.content = self.files = identity
-
-    def documents(self, advance: Callable[[int], object] | None = None) -> Iterator:
+    def read(self, advance: Callable[[int], object] | None) -> Iterator[str]:
         """Yield the documents."""
         yield from self._documents
 
-    def has_fingerprint(self, content: str, files: str) -> bool:
-        """Whether a recorded identity is the identity of these documents."""
-        return content == self.content
+    @property
+    def content(self) -> str:
+        """The name."""
+        return self.files
 
 
 def build(options: argparse.Namespace, report: Report) -> dict:
@@ -172,12 +169,14 @@ def write_tokens(
     documents: Iterable[np.ndarray], tokenizer: Tokenizer, folder: Path, identity: str
 ) -> TokenStore:
     """Write a token store of documents that are tokens already."""
-    as_given = replace(tokenizer, encode_batch=lambda rows: rows)
-    return _write((row.tolist() for row in documents), as_given, folder, identity)
+    # A document is the text of its tokens as JSON.
+    texts = (json.dumps(row.tolist()) for row in documents)
+    as_given = replace(tokenizer, encode_batch=lambda rows: [json.loads(row) for row in rows])
+    return _write(texts, as_given, folder, identity)
 
 
 def _write(
-    documents: Iterable,
+    documents: Iterable[str],
     tokenizer: Tokenizer,
     folder: Path,
     identity: str,
