@@ -87,8 +87,14 @@ def compare(runs: list[Path], output: Path) -> None:
     for entry in entries[2:]:
         model = output / entry.name / "student"
         if model.is_dir():
-            print(f"restored model ({entry.name}): {model}")
-    print(f"plot: {output / 'comparison.png'}")
+            print(f"restored model ({entry.name}): {_from_here(model)}")
+    print(f"plot: {_from_here(output / 'comparison.png')}")
+
+
+def _from_here(path: Path) -> Path:
+    """Return a path relative to the current directory, if it is inside."""
+    absolute = path.absolute()
+    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":
