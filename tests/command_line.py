@@ -15,6 +15,21 @@ from tests.ranks import run_ranks
 PREFIX = "megalard: error: "
 
 
+# Written out, so that a command that is lost is noticed.
+COMMANDS = (
+    "train",
+    "plan",
+    "preflight",
+    "evaluate",
+    "report",
+    "prepare",
+    "convert",
+    "inspect",
+    "verify",
+    "push",
+)
+
+
 def megalard(*words: object) -> int:
     """Run a command in this process; return its exit status."""
     return cli.main([str(word) for word in words])

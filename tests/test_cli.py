@@ -15,20 +15,9 @@ import torch
 
 from megalard import __version__, cli
 from megalard.errors import RankError, UserError
-from tests.command_line import megalard
+from tests.command_line import COMMANDS, megalard
 
 CHECKOUT = Path(__file__).parents[1]
-COMMANDS = (
-    "train",
-    "plan",
-    "preflight",
-    "evaluate",
-    "report",
-    "prepare",
-    "convert",
-    "inspect",
-    "verify",
-)
 SCRIPTS = {
     "convert_hf": "convert",
     "evaluate": "evaluate",
@@ -118,6 +107,7 @@ def test_the_help_lists_every_command(capsys):
         megalard("--help")
     assert caught.value.code == 0
     text = capsys.readouterr().out
+    assert set(COMMANDS) == set(cli.COMMANDS)
     for command in COMMANDS:
         assert re.search(rf"^    {command}\s", text, re.MULTILINE)
     assert "torchrun --nproc-per-node 8 -m megalard train" in text

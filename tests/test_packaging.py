@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import megalard
+from tests.command_line import COMMANDS
 from tests.processes import CHECKOUT, finished
 
 # transformers looks for a PyPI package called kernels, for which ours must not be taken.
@@ -27,7 +28,7 @@ print(relation_kl.__file__)
 """
 
 # Every command of the wheel prints its help, and a recipe is read by its name.
-COMMANDS = """
+IMPORT_COMMANDS = """
 import contextlib, io
 from megalard import cli
 from megalard.config.file import load_config
@@ -127,19 +128,9 @@ def test_the_commands_work_from_the_wheel(unpacked, tmp_path):
     version = run("-m", "megalard", "--version", path=unpacked, folder=tmp_path)
     assert version == f"megalard {megalard.__version__}"
     usage = run("-m", "megalard", "--help", path=unpacked, folder=tmp_path)
-    for name in (
-        "train",
-        "plan",
-        "preflight",
-        "evaluate",
-        "report",
-        "prepare",
-        "convert",
-        "inspect",
-        "verify",
-    ):
+    for name in COMMANDS:
         assert re.search(rf"^ +{name}\b", usage, re.MULTILINE), name
-    printed = run("-c", COMMANDS, path=unpacked, folder=tmp_path)
+    printed = run("-c", IMPORT_COMMANDS, path=unpacked, folder=tmp_path)
     assert printed.startswith("linear, abf")
 
 
