@@ -96,18 +96,28 @@ def read_spec(model_dir: str | Path) -> ModelSpec:
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise UserError(f"no model directory at {model_dir}: {fix_for_missing_model(model_dir)}")
-    path = model_dir / "config.json"
     try:
-        config = read_json(path)
+        return spec_from_file(model_dir / "config.json")
     except FileNotFoundError:
         raise UserError(
             f"{model_dir} has no config.json: {fix_for_model_without(model_dir, 'config.json')}"
         ) from None
+
+
+def spec_from_file(path: Path) -> ModelSpec:
+    """Read a ``config.json``, whose directory need not hold a model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: the JSON is invalid, or the decoder would compute the model wrongly.
+    """
+    try:
+        config = read_json(path)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): correct it, or download it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} does not hold a JSON object: give a Hugging Face model directory")
-    return spec_from_config(config, str(model_dir))
+    return spec_from_config(config, str(path.parent))
 
 
 def spec_from_config(config: dict, where: str) -> ModelSpec:

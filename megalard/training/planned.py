@@ -12,9 +12,8 @@ from megalard.estimate.layouts import Candidate, Check, candidates, fastest_that
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.remedies import more_gpus, remedies
 from megalard.estimate.report import PlanResult
-from megalard.files.reading import read_json
 from megalard.model.rope import scaled_config, window_of
-from megalard.model.spec import ModelSpec, read_spec, spec_from_config
+from megalard.model.spec import ModelSpec, read_spec, spec_from_config, spec_from_file
 from megalard.parallel.tensor.layout import check_divisible
 from megalard.training.plan import check_stream, naming_stream
 
@@ -28,16 +27,11 @@ def read_shape(path: Path) -> ModelSpec:
     if path.is_dir() or path.suffix != ".json":
         return read_spec(path)
     try:
-        content = read_json(path)
+        return spec_from_file(path)
     except FileNotFoundError:
         raise UserError(
             f"there is no file {path}: give a model directory or its config.json"
         ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object: give a model's config.json")
-    return spec_from_config(content, str(path.parent))
 
 
 def check_of(config: Config, spec: ModelSpec) -> Check:
