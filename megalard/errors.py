@@ -41,6 +41,11 @@ def printable(text: str, limit: int = _SENTENCE_LIMIT) -> str:
     )
 
 
+def reason_of(error: BaseException, limit: int = 200) -> str:
+    """Return the message of another package's error on one line, or its type if it has none."""
+    return printable(" ".join(str(error).split()), limit) or type(error).__name__
+
+
 def shown(value: object) -> str:
     """Return a short representation of a value from a user's file, for use in an error message."""
     if isinstance(value, int) and value.bit_length() > 128:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megalard import cli
-from megalard.errors import UserError, printable
+from megalard.errors import UserError, reason_of
 from megalard.quiet import quiet_transformers
 
 
@@ -55,7 +55,7 @@ def _read(file: Path) -> tuple[Any, Any]:
             )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
     except Exception as error:  # transformers and gguf raise many kinds for an unreadable file
-        reason = printable(" ".join(str(error).split()), 300)
+        reason = reason_of(error, 300)
         raise UserError(f"transformers cannot read {file} ({reason}): give another file") from None
     settings = quantized.config.to_dict()
     for key in ("quantization_config", "unk_token_id", "_name_or_path"):

@@ -68,7 +68,7 @@ def _upload(options: argparse.Namespace, student: Path, card: str) -> None:
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    from megalard.errors import UserError, printable
+    from megalard.errors import UserError, reason_of
     from megalard.reporter import Reporter
 
     api = HfApi()
@@ -97,7 +97,6 @@ def _upload(options: argparse.Namespace, student: Path, card: str) -> None:
         raise
     # The errors of the hub's client and of its network library are of many types.
     except Exception as error:
-        reason = printable(" ".join(str(error).split()), 200) or type(error).__name__
         status = getattr(getattr(error, "response", None), "status_code", None)
         fix = (
             "log in with hf auth login as someone who may write there"
@@ -105,7 +104,7 @@ def _upload(options: argparse.Namespace, student: Path, card: str) -> None:
             else "check the network and HF_HUB_OFFLINE"
         )
         raise UserError(
-            f"cannot upload to {options.repo} ({reason}): {fix}, and give the same command again, "
-            "with --update if the repository was made"
+            f"cannot upload to {options.repo} ({reason_of(error)}): {fix}, and give the same "
+            "command again, with --update if the repository was made"
         ) from None
     Reporter(True).line(f"uploaded {len(operations)} files: {commit.commit_url}")

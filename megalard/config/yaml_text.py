@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megalard.errors import UserError, printable
+from megalard.errors import UserError, reason_of
 from megalard.files.reading import read_text
 
 _FILE_BYTES = 2**20
@@ -59,7 +59,7 @@ def parse_file(path: str) -> dict:
     try:
         tree = _parse(read_text(Path(path), _FILE_BYTES, "config file"))
     except _ERRORS as error:
-        reason = printable(" ".join(str(error).split()), 200)
+        reason = reason_of(error)
         raise UserError(f"{path} is not valid YAML: {reason}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):

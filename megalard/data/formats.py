@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megalard.errors import UserError, printable
+from megalard.errors import UserError, reason_of
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 _COMPRESSIONS = (".gz", ".zst")
@@ -205,8 +205,7 @@ def _damage(file: Path) -> Iterator[None]:
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
-    reason = printable(" ".join(str(error).split()), 200)
-    return UserError(f"data file {file} is damaged ({reason}): copy it again")
+    return UserError(f"data file {file} is damaged ({reason_of(error)}): copy it again")
 
 
 def _pyarrow(file: Path):

@@ -15,7 +15,7 @@ from typing import Any
 
 from megalard.data.document_source import DocumentSource
 from megalard.data.formats import Column
-from megalard.errors import UserError, printable
+from megalard.errors import UserError, reason_of
 
 
 class HubText(DocumentSource):
@@ -124,10 +124,9 @@ class HubText(DocumentSource):
         except UserError:
             raise
         except Exception as error:
-            reason = printable(" ".join(str(error).split()), 200) or type(error).__name__
             raise UserError(
-                f"the data set {self.name} cannot be read ({reason}): check its name, --subset, "
-                "--split, --revision, and the network or HF_HUB_OFFLINE"
+                f"the data set {self.name} cannot be read ({reason_of(error)}): check its name, "
+                "--subset, --split, --revision, and the network or HF_HUB_OFFLINE"
             ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megalard.errors import UserError, printable, shown
+from megalard.errors import UserError, reason_of, shown
 from megalard.files.reading import cannot_read, check_if_regular, read_json
 from megalard.quiet import quiet_transformers
 
@@ -182,10 +182,10 @@ def _load(model_dir: Path) -> PreTrainedTokenizerBase:
             return loader.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     # The parser of tokenizer.json, which is written in Rust, raises bare Exceptions.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error, 300)
         raise UserError(
             f"the tokenizer in {model_dir} cannot be loaded by transformers "
-            f"({printable(reason, 300)}): copy its files again, or add tokenizer.json"
+            f"({reason}): copy its files again, or add tokenizer.json"
         ) from None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from megalard.errors import UserError, printable
+from megalard.errors import UserError, reason_of
 from megalard.quiet import quiet_transformers
 
 
@@ -36,9 +36,9 @@ def as_transformers_reads(config: dict, where: str) -> PretrainedConfig:
             read.standardize_rope_params()
     # What is tried is code of transformers alone, which raises errors of all kinds at odd values.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error, 300)
         raise UserError(
-            f"{where}/config.json is refused by transformers ({printable(reason, 300)}): correct "
+            f"{where}/config.json is refused by transformers ({reason}): correct "
             "it, or download it again"
         ) from None
     return read
