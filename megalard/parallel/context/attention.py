@@ -94,8 +94,7 @@ def _overlaps_exchange(q, k, v, window, shard: SequenceShard, documents) -> bool
         return True
     # Pieces of this length take four cuDNN calls if they are gathered first, and three here.
     is_long = shard.piece_length >= attention.LONG_QUERIES
-    is_half = q.dtype != torch.float32 and attention.flash_attn_varlen_func is None
-    return is_half and is_long and uses_cudnn(q, k, v)
+    return q.dtype != torch.float32 and is_long and uses_cudnn(q, k, v)
 
 
 class _LocalChunkFirst(torch.autograd.Function):
