@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 try:
-    from apex.normalization import fused_rms_norm_affine as apex_rms_norm
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine as apex_rms_norm
 except ImportError:
     apex_rms_norm = None
 

@@ -52,7 +52,7 @@ class ApexAdamW(torch.optim.AdamW):
                 continue
             states = [self._state_of(parameter) for parameter in parameters]
             counts = [state["step"] for state in states]
-            torch._foreach_add_(counts, 1 - self.found_inf)
+            torch._foreach_add_(counts, [1 - self.found_inf] * len(counts))
             device = parameters[0].device
             beta1, beta2 = group["betas"]
             multi_tensor_applier(

@@ -37,12 +37,12 @@ def dense(q, k, v, documents, places, window):
     return (weights @ v).transpose(1, 2)
 
 
-def check(device, dtype, tolerance, kind, heads, window, ranks, dim=16, scale=1):
+def check(device, dtype, tolerance, kind, heads, window, ranks, scale=1, dim=16):
     """Compare attention and its gradients on every rank.
 
     Args:
-        dim: features per head.
         scale: how much longer documents and blocks are than in ``DOCUMENTS``.
+        dim: features per head.
     """
     torch.manual_seed(0)
     length = LENGTH * scale
@@ -199,7 +199,7 @@ def test_variable_length_kernels_are_exact_on_the_gpu(
         return variable_length.variable_length_attention(function, q, k, v, spans, window)
 
     monkeypatch.setattr(attention, "attend", attend)
-    check("cuda", torch.bfloat16, 2e-2, kind, heads, window, ranks, dim, scale=8)
+    check("cuda", torch.bfloat16, 2e-2, kind, heads, window, ranks, 8, dim)
 
 
 def test_a_rank_without_queries_still_gets_gradients():

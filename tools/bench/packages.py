@@ -316,8 +316,8 @@ def _values_and_gradients(function: Callable, inputs: tuple) -> list:
     tensors, others = inputs
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     out = function(*leaves, *others)
-    # The upstream gradient is a function of the output's place alone.
-    upstream = torch.linspace(-1, 1, out.shape[-1], device=out.device).to(out.dtype).expand_as(out)
+    # The upstream gradient is the same for every function.
+    upstream = torch.linspace(-1, 1, out.numel(), device=out.device).to(out.dtype).view(out.shape)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
