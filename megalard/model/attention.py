@@ -1,9 +1,9 @@
 """Causal attention over documents, with sliding windows: exact, in linear memory.
 
 On CUDA in half precision, documents of several lengths, and sliding windows, are one call of a
-variable-length kernel. Long documents go to cuDNN instead where torch prefers it, because cuDNN is
-faster on Hopper. Everywhere else attention is one call of ``scaled_dot_product_attention`` per
-document.
+variable-length kernel. Long documents go to cuDNN instead where torch prefers it, because on Hopper
+only FlashAttention-3 is faster. Everywhere else attention is one call of
+``scaled_dot_product_attention`` per document.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from megalard.model.merged_attention import merged_attention, uses_cudnn
-from megalard.model.variable_length import kernel_for, variable_length_attention
+from megalard.model.variable_length import (
+    flash_attention_3,
+    kernel_for,
+    variable_length_attention,
+)
 
 _BLOCK_ROWS = 1024
 
@@ -66,8 +70,10 @@ def attend(
     if not spans:
         return _zeros_that_depend_on(q, k, v)
     batch, _, length, _ = q.shape
-    kernel = kernel_for(q)
     sees_all_keys = window is None or window >= k.shape[2]
+    kernel = kernel_for(q, not sees_all_keys)
+    if kernel is flash_attention_3:  # the fastest for every shape
+        return variable_length_attention(kernel, q, k, v, spans, window)
     rows_are_documents = length == k.shape[2] and len(spans) == batch
     rows_are_documents &= all(span.end - span.start == length for span in spans)
     if rows_are_documents and (sees_all_keys or kernel is None):

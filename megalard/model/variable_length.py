@@ -1,6 +1,7 @@
 """Causal attention of several documents in one call of a variable-length kernel, on a GPU.
 
-The kernel is flash-attn's where it is installed, or torch's.
+There are three kernels: FlashAttention-3 (the module ``flash_attn_interface``), flash-attn 2, and
+torch's. docs/performance.md has their speeds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
+try:
+    from flash_attn_interface import flash_attn_varlen_func as flash_attn_3_varlen_func
+except ImportError:
+    flash_attn_3_varlen_func = None
+
+_HOPPER = 9
 
 
 class Packing(NamedTuple):
@@ -61,14 +68,28 @@ def _packing(spans: tuple, batch: int, queries: int, keys: int, device: torch.de
     )
 
 
-def kernel_for(q: torch.Tensor) -> Callable | None:
-    """Return the kernel that takes such queries; None if there is none."""
+def kernel_for(q: torch.Tensor, has_window: bool) -> Callable | None:
+    """Return the fastest kernel that takes such queries; None if there is none.
+
+    Args:
+        q: [b, Hq, s, d].
+        has_window: whether a sliding window hides keys. torch's kernel is then faster than
+            flash-attn 2, which is faster otherwise.
+    """
     dim = q.shape[-1]
     if not q.is_cuda or q.dtype == torch.float32 or dim % 8 or dim > 256:
         return None
-    if flash_attn_varlen_func is not None:
+    if flash_attn_3_varlen_func is not None and _is_hopper(q.device):
+        return flash_attention_3
+    takes_windows = "window_size" in _torch_options()
+    if flash_attn_varlen_func is not None and not (has_window and takes_windows):
         return flash_attention
-    return torch_attention if "window_size" in _torch_options() else None
+    return torch_attention if takes_windows else None
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == _HOPPER
 
 
 def variable_length_attention(
@@ -82,7 +103,7 @@ def variable_length_attention(
     """Compute all spans in one call of a kernel.
 
     Args:
-        kernel: ``flash_attention`` or ``torch_attention``.
+        kernel: ``flash_attention_3``, ``flash_attention`` or ``torch_attention``.
         q, k, v, spans, window: as for ``megalard.model.attention.attend``.
 
     Returns:
@@ -106,7 +127,7 @@ def variable_length_attention(
 
 
 def flash_attention(q, k, v, pack: Packing, sides: tuple[int, int]) -> torch.Tensor:
-    """Return flash-attn's attention of packed tokens.
+    """Return flash-attn 2's attention of packed tokens.
 
     Args:
         q, k, v: [tokens, heads, d], packed.
@@ -127,6 +148,21 @@ def flash_attention(q, k, v, pack: Packing, sides: tuple[int, int]) -> torch.Ten
     )
 
 
+def flash_attention_3(q, k, v, pack: Packing, sides: tuple[int, int]) -> torch.Tensor:
+    """Return FlashAttention-3's attention; the arguments are those of ``flash_attention``."""
+    result = flash_attn_3_varlen_func(
+        q,
+        k,
+        v,
+        *pack[2:],
+        causal=True,
+        window_size=sides,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    # Some versions also return the log-sum-exp of each row.
+    return result[0] if isinstance(result, tuple) else result
+
+
 def torch_attention(q, k, v, pack: Packing, sides: tuple[int, int]) -> torch.Tensor:
     """Return torch's attention of packed tokens; the arguments are those of ``flash_attention``."""
     from torch.nn.attention.varlen import varlen_attn
@@ -143,7 +179,8 @@ def torch_attention(q, k, v, pack: Packing, sides: tuple[int, int]) -> torch.Ten
 
 def repeats_kv_heads() -> bool:
     """Whether packed documents repeat the heads of k and v for groups of query heads on a GPU."""
-    return flash_attn_varlen_func is None and "enable_gqa" not in _torch_options()
+    is_installed = not (flash_attn_varlen_func is None and flash_attn_3_varlen_func is None)
+    return not is_installed and "enable_gqa" not in _torch_options()
 
 
 @functools.cache

@@ -171,7 +171,9 @@ def flash_attn_varlen_func(
 @CASES
 def test_flash_attn_gets_the_arguments_that_it_documents(kind, heads, window, ranks, monkeypatch):
     monkeypatch.setattr(variable_length, "flash_attn_varlen_func", flash_attn_varlen_func)
-    monkeypatch.setattr(attention, "kernel_for", lambda q: variable_length.flash_attention)
+    monkeypatch.setattr(
+        attention, "kernel_for", lambda q, has_window: variable_length.flash_attention
+    )
     calls = []
     flash = variable_length.flash_attention
     monkeypatch.setattr(
@@ -185,12 +187,13 @@ def test_flash_attn_gets_the_arguments_that_it_documents(kind, heads, window, ra
 @pytest.mark.gpu
 @CASES
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("kernel", ["flash_attention", "torch_attention"])
+@pytest.mark.parametrize("kernel", ["flash_attention", "flash_attention_3", "torch_attention"])
 def test_variable_length_kernels_are_exact_on_the_gpu(
     kind, heads, window, ranks, dim, kernel, monkeypatch
 ):
-    if kernel == "flash_attention":
-        pytest.importorskip("flash_attn")
+    module = {"flash_attention": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+    if kernel in module:
+        pytest.importorskip(module[kernel])
     function = getattr(variable_length, kernel)
 
     def attend(q, k, v, spans, window):

@@ -124,7 +124,8 @@ def packages() -> dict[str, str]:
     from importlib import import_module
 
     versions = {}
-    for name, module in (("flash-attn", "flash_attn"), ("apex", "amp_C")):
+    modules = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_3", "apex": "amp_C"}
+    for name, module in modules.items():
         try:
             versions[name] = getattr(import_module(module), "__version__", "installed")
         except ImportError:
@@ -176,9 +177,24 @@ def _attention_kernels(device: Any) -> dict[str, Callable]:
 
         kernels["torch varlen"] = of(variable_length.torch_attention)
         if variable_length.flash_attn_varlen_func is not None:
-            kernels["flash-attn"] = of(variable_length.flash_attention)
+            kernels["flash-attn 2"] = of(variable_length.flash_attention)
+        if variable_length.flash_attn_3_varlen_func is not None:
+            kernels["flash-attn 3"] = of(variable_length.flash_attention_3)
         kernels["per document"] = attention.attend_span_by_span
+        kernels["without packages"] = _without_packages
     return kernels
+
+
+def _without_packages(q, k, v, spans, window):
+    """Return what a run computes where no package is installed."""
+    from unittest import mock
+
+    from megalard.model import attention, variable_length
+
+    with mock.patch.multiple(
+        variable_length, flash_attn_varlen_func=None, flash_attn_3_varlen_func=None
+    ):
+        return attention.attend(q, k, v, spans, window)
 
 
 def _dense(q, k, v, spans, window):
