@@ -77,7 +77,7 @@ def attend(
     rows_are_documents = length == k.shape[2] and len(spans) == batch
     rows_are_documents &= all(span.end - span.start == length for span in spans)
     if rows_are_documents and (sees_all_keys or kernel is None):
-        return _causal(q, k, v, window).transpose(1, 2).contiguous()
+        return _ContiguousGradient.apply(_causal(q, k, v, window).transpose(1, 2).contiguous())
     long = [span for span in spans if _is_long(span)]
     if long and sees_all_keys and q.is_cuda and q.dtype != torch.float32 and uses_cudnn(q, k, v):
         short = [span for span in spans if not _is_long(span)]
@@ -86,6 +86,22 @@ def attend(
     if kernel is not None:
         return variable_length_attention(kernel, q, k, v, spans, window)
     return attend_span_by_span(q, k, v, spans, window)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient is contiguous.
+
+    torch 2.11 finds cuDNN's plan for the backward pass by the strides of q, k and v alone. A
+    gradient with other strides than the one that the plan was made for gives wrong results.
+    """
+
+    @staticmethod
+    def forward(ctx, out: torch.Tensor):
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad.contiguous()
 
 
 def _zeros_that_depend_on(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megalard.gpu import is_hopper
 from megalard.transfer import to_device
 
 try:
@@ -24,8 +25,6 @@ try:
     from flash_attn_interface import flash_attn_varlen_func as flash_attn_3_varlen_func
 except ImportError:
     flash_attn_3_varlen_func = None
-
-_HOPPER = 9
 
 
 class Packing(NamedTuple):
@@ -79,17 +78,12 @@ def kernel_for(q: torch.Tensor, has_window: bool) -> Callable | None:
     dim = q.shape[-1]
     if not q.is_cuda or q.dtype == torch.float32 or dim % 8 or dim > 256:
         return None
-    if flash_attn_3_varlen_func is not None and _is_hopper(q.device):
+    if flash_attn_3_varlen_func is not None and is_hopper(q.device):
         return flash_attention_3
     takes_windows = "window_size" in _torch_options()
     if flash_attn_varlen_func is not None and not (has_window and takes_windows):
         return flash_attention
     return torch_attention if takes_windows else None
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == _HOPPER
 
 
 def variable_length_attention(

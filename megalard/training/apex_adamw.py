@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from megalard.gpu import is_hopper
+
 try:
     from amp_C import multi_tensor_adam_capturable
     from apex.multi_tensor_apply import multi_tensor_applier
@@ -16,9 +18,14 @@ except ImportError:
 _DECOUPLED_WEIGHT_DECAY = 1
 
 
-def is_available(device: torch.device) -> bool:
-    """Whether apex and its CUDA extensions are installed, for parameters on this device."""
-    return multi_tensor_adam_capturable is not None and device.type == "cuda"
+def is_chosen(device: torch.device) -> bool:
+    """Whether to use apex for parameters on a device.
+
+    It needs apex with its CUDA extensions, and a GPU that is not of the Hopper family, where
+    torch's update takes two thirds of the time (docs/performance.md).
+    """
+    is_installed = multi_tensor_adam_capturable is not None
+    return is_installed and device.type == "cuda" and not is_hopper(device)
 
 
 class ApexAdamW(torch.optim.AdamW):

@@ -16,14 +16,14 @@ from megalard.training import apex_adamw
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.AdamW:
-    """Return AdamW with apex's update on a GPU where apex is installed, or with torch's."""
+    """Return AdamW with apex's update where that is installed and faster, or with torch's."""
     settings: dict[str, Any] = dict(
         lr=config.learning_rate,
         betas=tuple(config.betas),
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    if apex_adamw.is_available(device):
+    if apex_adamw.is_chosen(device):
         return apex_adamw.ApexAdamW(list(parameters), **settings)
     return torch.optim.AdamW(list(parameters), fused=True, **settings)
 

@@ -225,6 +225,7 @@ def is_hopper() -> bool:
 @pytest.mark.parametrize("dim", [64, 128])
 def test_long_pieces_go_to_cudnn_and_agree_with_the_variable_length_kernel(heads, dim, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(variable_length, "flash_attn_3_varlen_func", None)
     merged_spans, merged = [], attention.merged_attention
     monkeypatch.setattr(
         attention,
@@ -249,3 +250,36 @@ def test_long_pieces_go_to_cudnn_and_agree_with_the_variable_length_kernel(heads
             # Each rounds the same sums to bf16, by 2^-9, in P, in dS and in the result.
             assert relative_error(cudnn, packed) < 1e-2
     assert merged_spans == [2, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU, where torch prefers cuDNN")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_strides_of_a_gradient_do_not_change_the_result(batch, monkeypatch):
+    """Each kind of strides is used twice, so that each meets plans that others have made."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(variable_length, "flash_attn_3_varlen_func", None)
+    n, heads, dim = 2048, 4, 64
+    spans = SequenceShard(n, Axis(None, 0, 1)).spans(tuple((row, 0, n) for row in range(batch)))
+    leaves = [
+        torch.randn(batch, heads, n, dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for _ in range(3)
+    ]
+    row = torch.randn(dim, device="cuda", dtype=torch.bfloat16)
+    expanded = row.expand(batch, n, heads, dim)
+    heads_first = torch.empty(batch, heads, n, dim, device="cuda", dtype=torch.bfloat16)
+    heads_first.copy_(expanded.transpose(1, 2))
+    gradients = [expanded.contiguous(), expanded, heads_first.transpose(1, 2)] * 2
+
+    def results(function, upstream):
+        return torch.autograd.grad(function(*leaves), leaves, upstream)
+
+    expected = results(
+        lambda q, k, v: attention.attend_span_by_span(q, k, v, spans, None), gradients[0]
+    )
+    for whole in (attention.attend, attention.merged_attention):
+        arguments = (spans, None) if whole is attention.attend else (spans,)
+        for upstream in gradients:
+            actual = results(lambda q, k, v, f=whole, a=arguments: f(q, k, v, *a), upstream)
+            for one, other in zip(actual, expected, strict=True):
+                assert relative_error(one, other) < 1e-2

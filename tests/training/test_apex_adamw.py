@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 
+from megalard import gpu
 from megalard.config.schema import OptimizerConfig
 from megalard.training import apex_adamw
 from megalard.training.optimizer import continue_optimizer, make_optimizer, update_where
@@ -63,7 +64,7 @@ def apex(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(apex_adamw, "multi_tensor_adam_capturable", adam_capturable)
     monkeypatch.setattr(apex_adamw, "multi_tensor_applier", apply)
-    monkeypatch.setattr(apex_adamw, "is_available", lambda device: True)
+    monkeypatch.setattr(apex_adamw, "is_chosen", lambda device: True)
 
 
 def parameters(device: str = "cpu") -> list[torch.nn.Parameter]:
@@ -123,10 +124,10 @@ def test_a_run_goes_on_with_the_other_optimizer(
     whole = torch.optim.AdamW(parameters(), fused=True, lr=0.05, betas=(0.8, 0.95), eps=1e-6)
     whole.param_groups[0]["weight_decay"] = 0.1
     run(whole, [True] * 4)
-    monkeypatch.setattr(apex_adamw, "is_available", lambda device: apex_is_first)
+    monkeypatch.setattr(apex_adamw, "is_chosen", lambda device: apex_is_first)
     first = make_optimizer(weights, CONFIG, torch.device("cpu"))
     run(first, [True, True])
-    monkeypatch.setattr(apex_adamw, "is_available", lambda device: not apex_is_first)
+    monkeypatch.setattr(apex_adamw, "is_chosen", lambda device: not apex_is_first)
     copies = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
     resumed = make_optimizer(copies, CONFIG, torch.device("cpu"))
     resumed.load_state_dict(copy.deepcopy(first.state_dict()))
@@ -138,18 +139,22 @@ def test_a_run_goes_on_with_the_other_optimizer(
         assert_same_state(optimizer, whole)
 
 
-def test_torch_is_used_without_apex_and_on_a_cpu():
+def test_torch_is_used_without_apex_on_a_cpu_and_on_hopper(monkeypatch: pytest.MonkeyPatch):
     optimizer = make_optimizer(parameters(), CONFIG, torch.device("cpu"))
     assert type(optimizer) is torch.optim.AdamW
+    monkeypatch.setattr(apex_adamw, "multi_tensor_adam_capturable", adam_capturable)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (device.index, 0))
+    chosen = [apex_adamw.is_chosen(torch.device("cuda", index)) for index in (8, 9, 10)]
+    assert chosen == [True, False, True] and not apex_adamw.is_chosen(torch.device("cpu"))
+    gpu.is_hopper.cache_clear()
 
 
 @pytest.mark.gpu
 def test_updates_on_a_gpu_are_those_of_torch_and_wait_for_nothing():
     pytest.importorskip("amp_C", reason="apex is not installed with its CUDA extensions")
     device = torch.device("cuda")
-    ours = make_optimizer(parameters("cuda"), CONFIG, device)
-    assert isinstance(ours, apex_adamw.ApexAdamW)
     settings = dict(lr=0.05, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    ours = apex_adamw.ApexAdamW(parameters("cuda"), **settings)
     reference = torch.optim.AdamW(parameters("cuda"), fused=True, **settings)
     for optimizer in (ours, reference):
         run(optimizer, [False, True, True, False, True])

@@ -251,15 +251,15 @@ def measure_optimizer(options: argparse.Namespace, device: Any) -> list[dict]:
     import torch
 
     from megalard.config.schema import OptimizerConfig
-    from megalard.training.apex_adamw import ApexAdamW, is_available
+    from megalard.training import apex_adamw
     from megalard.training.optimizer import update_where
     from tools.bench.results import Table
     from tools.bench.timing import time_runs
 
     settings = OptimizerConfig()
     classes: dict[str, Callable] = {"torch": lambda p, **s: torch.optim.AdamW(p, fused=True, **s)}
-    if is_available(device):
-        classes["apex"] = ApexAdamW
+    if apex_adamw.multi_tensor_adam_capturable is not None and device.type == "cuda":
+        classes["apex"] = apex_adamw.ApexAdamW
     results = []
     for name, count, elements in (("LoRA", 224, 1 << 20), ("all weights", 16, 1 << 26)):
         print(f"\noptimizer, {name}: {count} tensors of {elements // options.scale} fp32 values")

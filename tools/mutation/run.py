@@ -21,6 +21,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -41,8 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # These need a GPU, or an interpreter that takes minutes for a test.
 _LEFT_OUT = ("kernels/relation_kl/triton/", "kernels/relation_kl/hopper/")
 _WHOLE_RUNS = ("tests/settings", "tests/parity/test_parity.py")
-# How pytest's lines about tests that failed begin.
-_FAILED = ("FAILED", "ERROR ")
+# A line of pytest about a test that failed. The test's name may have spaces.
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 # Folders next to the tests that are installed once and only read.
 _INSTALLED = (".transformers-4.57", ".lm-eval")
 
@@ -258,8 +259,8 @@ class Pytest:
             process.wait()
         if process.returncode in (0, 5):  # 5: no test was collected
             return ""
-        words = [line.split()[1] for line in printed.splitlines() if line[:6] in _FAILED]
-        return words[0] if words else f"exit status {process.returncode}"
+        names = _FAILED.findall(printed)
+        return names[0] if names else f"exit status {process.returncode}"
 
     def stop(self) -> None:
         """End everything that runs."""

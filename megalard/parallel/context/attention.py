@@ -122,7 +122,7 @@ class _LocalChunkFirst(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
-        axis, grad, out = ctx.axis, grad.transpose(1, 2), out.transpose(1, 2)
+        axis, grad, out = ctx.axis, grad.contiguous().transpose(1, 2), out.transpose(1, 2)
         grad_q, *remote_grads = map(torch.zeros_like, (q, k, v))
         for rows, pieces in _remote_parts(axis, q.shape[2]):
             row_tensors = (x[:, :, rows] for x in (grad, q, out, lse))

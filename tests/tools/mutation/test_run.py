@@ -49,7 +49,7 @@ def copy(tmp_path):
     folder = tmp_path / "copy"
     (folder / "tests").mkdir(parents=True)
     (folder / "code.py").write_text("def f(x):\n    x += 1\n    x *= 1\n    return x\n")
-    test = "from code_under_test import f\n\n\ndef test_f():\n    assert f(1) == 2\n"
+    test = "from code_under_test import f\n\n\ndef test_f():\n    assert f(1) == 2, 'a - b'\n"
     (folder / "tests" / "test_code.py").write_text(test)
     (folder / "code_under_test.py").write_text((folder / "code.py").read_text())
     return folder
@@ -73,6 +73,12 @@ def test_a_test_that_fails_without_a_change_ends_the_run(copy, monkeypatch):
     assert "tests/test_code.py::test_f fails without any change" in sentence
     without = run.Pytest(sys.executable, 60, ["tests/test_code.py::test_f"])
     assert run.try_mutant(mutant, copy, without)["caught_by"] == ""
+
+
+def test_the_name_of_a_test_may_have_spaces():
+    printed = "..F\nFAILED tests/test_a.py::test_f[with two-words] - assert 1 - 2\n1 failed\n"
+    assert run._FAILED.findall(printed) == ["tests/test_a.py::test_f[with two-words]"]
+    assert run._FAILED.findall("ERROR tests/test_a.py\n") == ["tests/test_a.py"]
 
 
 def test_a_mutant_that_takes_too_long_is_caught(copy, monkeypatch):
