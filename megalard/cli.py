@@ -49,7 +49,21 @@ or train with launch/train.sh, which also does several nodes, restarts and signa
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, whatever words it was given."""
+    """A parser whose errors are one line, whatever words it was given.
+
+    Attributes:
+        takes_overrides: whether the help describes the configuration's keys. The description is
+            made when it is printed, because it reads the sources of the configuration.
+    """
+
+    takes_overrides = False
+
+    def format_help(self) -> str:
+        if self.takes_overrides:
+            from megalard.config.help import describe_keys
+
+            self.epilog = "configuration keys:\n\n" + describe_keys()
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
@@ -78,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        subparser.takes_overrides = _takes_overrides(module)
         module.add_arguments(subparser)
     # argparse would remove the value -- from such a word and then fail.
     empty = [word for word in words if word.startswith("--") and word.endswith("=--")]
@@ -86,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(words)
     options.rest = rest
     module = modules[options.command]
-    if rest and not getattr(module, "TAKES_OVERRIDES", False):
+    if rest and not _takes_overrides(module):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     return run(lambda: module.run(options))
 
@@ -164,6 +179,11 @@ def _leave_process_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _takes_overrides(module: ModuleType) -> bool:
+    """Whether a command's words may be keys of the configuration."""
+    return getattr(module, "TAKES_OVERRIDES", False)
 
 
 def _command(name: str) -> ModuleType:

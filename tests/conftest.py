@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Let evaluations write a file in place of a picture, which takes half a second to draw.
+
+    ``tests/evaluation/test_plots.py`` and ``tests/test_train.py`` look at pictures.
+    """
+    from megalard.evaluation import comparison
+    from megalard.training import evaluator
+
+    def draw(path: Path, *arguments: object) -> None:
+        path.write_bytes(b"no picture")
+
+    for module in (comparison, evaluator):
+        monkeypatch.setattr(module, "draw", draw)
 
 
 @pytest.hookimpl(optionalhook=True)

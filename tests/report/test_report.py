@@ -20,7 +20,7 @@ from tests.jobs import NATIVE, STEPS, arguments, make_job, metrics, train
 
 @pytest.fixture(scope="module")
 def small_job(tmp_path_factory):
-    return make_job(tmp_path_factory.mktemp("report-job"))
+    return make_job(tmp_path_factory.mktemp("report-job"), layers=3)
 
 
 @pytest.fixture(scope="module")

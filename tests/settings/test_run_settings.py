@@ -219,7 +219,7 @@ def test_evaluation_patience(run, job):
 def test_evaluation_best(run, job):
     """Short text is best after another step than short and long text together."""
     long = ("evaluation.lengths=[32, 256]", "checkpoint.keep_best=true")
-    long += ("optimizer.learning_rate=3", *WORSE[1:])
+    long += ("optimizer.learning_rate=5", *WORSE[1:])
     options = [o for o in validating(job) if o != HELD_OUT] + [*long]
     short = run(*options)
     both = run(*options, "evaluation.best=loss")

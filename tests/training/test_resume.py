@@ -173,7 +173,7 @@ def test_the_manifest_describes_the_run(job):
         "targets": ["q", "k", "v"],
     }
     shapes = manifest.trained["tensors"]
-    assert len(shapes) == 18 and shapes["model.layers.2.self_attn.k_proj.lora_B"] == [16, 4]
+    assert len(shapes) == 12 and shapes["model.layers.1.self_attn.k_proj.lora_B"] == [16, 4]
     training, store = manifest.training, TokenStore.open(job / "one" / "tokens")
     blocks = len(store.tokens) // CONTEXT
     assert (training["step"], training["stage"], training["seed"]) == (4, "main", 0)

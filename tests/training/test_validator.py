@@ -144,7 +144,7 @@ def test_later_stages_are_compared_after_the_teacher_is_freed(small_job, text, t
     assert lines[2]["validation_kl"] == pytest.approx(lines[1]["validation_kl"], rel=1e-2)
 
 
-WORSE = ("optimizer.learning_rate=1", "optimizer.clip=0")  # each step makes the student worse
+WORSE = ("optimizer.learning_rate=10", "optimizer.clip=0")  # each step makes the student worse
 
 
 def test_the_run_ends_when_validations_stop_to_improve(small_job, text, tmp_path, capsys):
