@@ -41,6 +41,16 @@ SHAPES = {
     "phi3-longrope": {"hidden_size": 64},
 }
 DTYPES = {"llama": torch.bfloat16, "mistral": torch.float16, "qwen2": torch.bfloat16}
+# Eight ranks write families whose slices differ: one, two, four or eight K/V heads, fused matrices,
+# and windows. Four ranks write two, with whole heads and with replicas.
+BY_EIGHT = ("llama", "llama-mha", "qwen2", "qwen3", "ministral", "phi3-longrope")
+BY_FOUR = ("llama", "qwen3")
+WRITTEN = [
+    (family, size)
+    for family in FAMILIES
+    for size in SIZES
+    if family in {8: BY_EIGHT, 4: BY_FOUR}.get(size, FAMILIES)
+]
 SECTIONS = {
     "kind": "model",
     "config": {},
@@ -84,7 +94,9 @@ def _split(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def _shard_all(folder: str, size: int) -> None:
     mesh = build_mesh("cpu", size)
     axis = checkpoint_axis(mesh)
-    for family in FAMILIES:
+    for family, written in WRITTEN:
+        if written != size:
+            continue
         to_sharded(f"{folder}/{family}", f"{folder}/sharded-{family}-{size}", mesh, axis)
 
 
@@ -99,8 +111,7 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, name: str) ->
     assert bool(same.all()), name
 
 
-@pytest.mark.parametrize("written", SIZES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "written"), WRITTEN)
 def test_an_export_has_every_bit_of_the_original(family, written, models, tmp_path):
     expected = tensors_of(models / family)
     source = models / f"sharded-{family}-{written}"
@@ -114,8 +125,7 @@ def test_an_export_has_every_bit_of_the_original(family, written, models, tmp_pa
 
 
 @pytest.mark.parametrize("read", SIZES)
-@pytest.mark.parametrize("written", SIZES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "written"), WRITTEN)
 def test_every_rank_of_any_size_reads_its_slices(family, written, read, models):
     model = open_model(models / f"sharded-{family}-{written}")
     expected = unfused(tensors_of(models / family), model.spec)
@@ -141,7 +151,7 @@ def _load_all(folder: str, size: int) -> None:
     for family in ("llama", "qwen2", "qwen3"):
         source = open_model(f"{folder}/{family}")
         layouts = weight_layouts(source.weights, source.spec, mesh.tp)
-        for written in SIZES:
+        for written in (size for name, size in WRITTEN if name == family):
             slices = {
                 name: torch.zeros(layout.local_shape, dtype=source.weights.dtype(name))
                 for name, layout in layouts.items()
