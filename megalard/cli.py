@@ -1,7 +1,8 @@
 """One way for every command of the project to start, fail and end.
 
 The exit status is 0 for success, 1 for bad input or a difference that the command looks for, 2 for
-wrong arguments, and 130 after Ctrl-C. A ``UserError`` is printed as one sentence on one rank.
+wrong arguments, and 130 after Ctrl-C. A ``UserError`` is printed as one sentence on one rank, or by
+``megalard.launcher``.
 """
 
 from __future__ import annotations
@@ -119,17 +120,21 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
     """Call a command and return its exit status, with every expected failure in one sentence."""
     rank = int(os.environ.get("RANK", "0"))
 
-    def report(sentence: str) -> None:
+    def report(sentence: str, is_bad_input: bool = False, is_for_every_rank: bool = False) -> None:
+        """Leave a sentence for the launcher, or print it if the launcher does not."""
         sentence = printable(sentence)
-        leave_reason(sentence, is_bad_input=False)
-        print(f"{name}: error: {sentence}", file=sys.stderr, flush=True)
+        is_printed_by_launcher = leave_reason(sentence, is_bad_input)
+        if not is_printed_by_launcher and (rank == 0 or not is_for_every_rank):
+            print(f"{name}: error: {sentence}", file=sys.stderr, flush=True)
 
     try:
         return command() or 0
     except UserError as error:
-        leave_reason(str(error), is_bad_input=not isinstance(error, DiskError))
-        if rank == 0 or isinstance(error, RankError):
-            report(str(error))
+        report(
+            str(error),
+            is_bad_input=not isinstance(error, DiskError),
+            is_for_every_rank=not isinstance(error, RankError),
+        )
         return 1
     except KeyboardInterrupt:
         if rank == 0:

@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("hf", "peft"),
         default="hf",
-        help="hf: merged weights (default); peft: the LoRA pairs alone with the student's "
-        "config.json, since an adapter carries no RoPE",
+        help="hf: merged weights; peft: the LoRA pairs alone with the student's "
+        "config.json, since an adapter carries no RoPE (default: hf)",
     )
 
 

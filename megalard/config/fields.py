@@ -135,10 +135,12 @@ def help_texts(cls: type) -> dict[str, str]:
     return texts
 
 
-@cache
 def type_hints(cls: Any) -> dict[str, Any]:
     """Return the type of every field of a class; the caller must not change the dictionary."""
-    return typing.get_type_hints(cls)
+    return _type_hints(cls)
+
+
+_type_hints = cache(typing.get_type_hints)
 
 
 def without_none(hint: Any) -> tuple[Any, bool]:
