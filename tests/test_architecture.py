@@ -19,6 +19,7 @@ ORDER = (
     "megalard.parents",
     "megalard.quiet",
     "megalard.reporter",
+    "megalard.gpu",
     "megalard.transfer",
     "megalard.kernels",
     "megalard.files",

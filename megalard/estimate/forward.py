@@ -142,6 +142,8 @@ class ForwardPass(MicroBatch):
         if self.parallel.activation_checkpointing or self.parallel.offload:
             instant[WORKING] += sizes.qkv + sizes.q + 2 * sizes.gate
             instant[WORKING] += 2 * sizes.residual
+            if not self.parallel.activation_checkpointing:
+                instant[WORKING] += sizes.gate  # which leaves for the host
         else:
             add_layer(instant, self._layers[layer])
             instant[WORKING] += sizes.residual

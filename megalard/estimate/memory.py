@@ -18,8 +18,8 @@ from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.sizes import Sizes
 from megalard.estimate.trained import trained_state
 from megalard.estimate.weights import parameters_of
-from megalard.model.attention import repeats_kv_heads
 from megalard.model.spec import ModelSpec
+from megalard.model.variable_length import repeats_kv_heads
 
 MEMORY_ERROR = 0.05
 """The largest relative difference between an estimate and a measurement."""

@@ -119,9 +119,12 @@ class MicroBatch:
         """Return what the layers before ``layer`` have saved, and the RoPE tables."""
         sizes, instant = self.sizes, Instant()
         instant[WORKING] = sizes.rope_tables * (2 if self._teacher else 1)
+        first = 0
         if self.parallel.offload:
-            return instant
-        for before in range(layer):
+            # What one layer saves under activation checkpointing is on its way to the host or back.
+            # Without it a tensor of a layer leaves or arrives while others of the layer are in use.
+            first = max(0, layer - 1) if self.parallel.activation_checkpointing else layer
+        for before in range(first, layer):
             instant[ACTIVATIONS] += self._saved_input(before)
             instant[RELATIONS_KIND] += self._loss_gradients(before)
             if not self.parallel.activation_checkpointing:

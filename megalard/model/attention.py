@@ -1,29 +1,25 @@
 """Causal attention over documents, with sliding windows: exact, in linear memory.
 
-On CUDA in half precision, documents of several lengths are one call of a variable-length kernel:
-flash-attn's where it is installed, otherwise torch's. Long documents go to cuDNN instead of torch's
-kernel, because cuDNN is twice as fast on Hopper. Everywhere else attention is one call of
+On CUDA in half precision, documents of several lengths, and sliding windows, are one call of a
+variable-length kernel. Long documents go to cuDNN instead where torch prefers it, because on Hopper
+only FlashAttention-3 is faster. Everywhere else attention is one call of
 ``scaled_dot_product_attention`` per document.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from megalard.model.merged_attention import merged_attention, uses_cudnn
-from megalard.transfer import to_device
-
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
+from megalard.model.variable_length import (
+    flash_attention_3,
+    kernel_for,
+    variable_length_attention,
+)
 
 _BLOCK_ROWS = 1024
 
@@ -73,22 +69,39 @@ def attend(
     """
     if not spans:
         return _zeros_that_depend_on(q, k, v)
-    is_half_on_gpu = q.is_cuda and q.dtype != torch.float32
-    if flash_attn_varlen_func is not None and is_half_on_gpu:
-        return _variable_length(_flash, q, k, v, spans, window)
-    batch, _, length, dim = q.shape
-    one_document_per_row = length == k.shape[2] and len(spans) == batch
-    if one_document_per_row and all(span.end - span.start == length for span in spans):
-        return _causal(q, k, v, window).transpose(1, 2).contiguous()
-    long = [span for span in spans if _is_long(span)]
+    batch, _, length, _ = q.shape
     sees_all_keys = window is None or window >= k.shape[2]
-    if is_half_on_gpu and long and sees_all_keys and uses_cudnn(q, k, v):
+    kernel = kernel_for(q, not sees_all_keys)
+    if kernel is flash_attention_3:  # the fastest for every shape
+        return variable_length_attention(kernel, q, k, v, spans, window)
+    rows_are_documents = length == k.shape[2] and len(spans) == batch
+    rows_are_documents &= all(span.end - span.start == length for span in spans)
+    if rows_are_documents and (sees_all_keys or kernel is None):
+        return _ContiguousGradient.apply(_causal(q, k, v, window).transpose(1, 2).contiguous())
+    long = [span for span in spans if _is_long(span)]
+    if long and sees_all_keys and q.is_cuda and q.dtype != torch.float32 and uses_cudnn(q, k, v):
         short = [span for span in spans if not _is_long(span)]
         out = merged_attention(q, k, v, long)
         return out + attend(q, k, v, short, window) if short else out
-    if is_half_on_gpu and "window_size" in _varlen_options() and dim % 8 == 0 and dim <= 256:
-        return _variable_length(_varlen, q, k, v, spans, window)
-    return _span_by_span(q, k, v, spans, window)
+    if kernel is not None:
+        return variable_length_attention(kernel, q, k, v, spans, window)
+    return attend_span_by_span(q, k, v, spans, window)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient is contiguous.
+
+    torch 2.11 finds cuDNN's plan for the backward pass by the strides of q, k and v alone. A
+    gradient with other strides than the one that the plan was made for gives wrong results.
+    """
+
+    @staticmethod
+    def forward(ctx, out: torch.Tensor):
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad.contiguous()
 
 
 def _zeros_that_depend_on(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -103,7 +116,7 @@ def _zeros_that_depend_on(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
     return (q * zero).transpose(1, 2).contiguous() + ((k * zero).sum() + (v * zero).sum())
 
 
-def _span_by_span(q, k, v, spans: Sequence[QuerySpan], window: int | None) -> torch.Tensor:
+def attend_span_by_span(q, k, v, spans: Sequence[QuerySpan], window: int | None) -> torch.Tensor:
     """Attend to one span at a time; the general case."""
     batch, heads, length, dim = q.shape
     rows: list[list[torch.Tensor]] = [[] for _ in range(batch)]
@@ -162,104 +175,3 @@ def _causal(q, k, v, window):
             )
         )
     return torch.cat(parts, dim=2)
-
-
-class _Packing(NamedTuple):
-    """Where the queries and keys of spans are among all rows of a batch.
-
-    Attributes:
-        rows_q, rows_k: int64 indices of the spans' rows; None where they are all rows in order.
-        ends_q, ends_k: int32 [spans + 1], the cumulative lengths.
-        longest_q, longest_k: the largest length.
-    """
-
-    rows_q: torch.Tensor | None
-    rows_k: torch.Tensor | None
-    ends_q: torch.Tensor
-    ends_k: torch.Tensor
-    longest_q: int
-    longest_k: int
-
-
-@functools.lru_cache(maxsize=8)
-def _packing(spans: tuple, batch: int, queries: int, keys: int, device: torch.device) -> _Packing:
-    """Return the packing of a batch, made once for all layers and for teacher and student."""
-
-    def row_indices(ranges: list[tuple[int, int]], rows: int) -> torch.Tensor | None:
-        edges = [0, *itertools.chain.from_iterable(ranges), rows]
-        if all(end == start for end, start in zip(edges[::2], edges[1::2], strict=True)):
-            return None
-        return to_device(torch.cat([torch.arange(*pair) for pair in ranges]), device)
-
-    def ends(ranges: list[tuple[int, int]]) -> torch.Tensor:
-        sizes = (end - start for start, end in ranges)
-        total = list(itertools.accumulate(sizes, initial=0))
-        return to_device(torch.tensor(total, dtype=torch.int32), device)
-
-    q = [(s.row * queries + s.start, s.row * queries + s.end) for s in spans]
-    k = [(s.row * keys + s.key_start, s.row * keys + s.key_end) for s in spans]
-    longest = [max(end - start for start, end in ranges) for ranges in (q, k)]
-    return _Packing(
-        row_indices(q, batch * queries), row_indices(k, batch * keys), ends(q), ends(k), *longest
-    )
-
-
-def _variable_length(kernel: Callable, q, k, v, spans, window):
-    """Compute all spans in one call; padding queries, which no span covers, get zeros."""
-    batch, heads, length, dim = q.shape
-    pack = _packing(tuple(spans), batch, length, k.shape[2], q.device)
-
-    def packed(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        flat = x.transpose(1, 2).flatten(0, 1)
-        return flat.contiguous() if rows is None else flat.index_select(0, rows)
-
-    sides = (-1 if window is None else window - 1, 0)
-    result = kernel(
-        packed(q, pack.rows_q), packed(k, pack.rows_k), packed(v, pack.rows_k), pack, sides
-    )
-    if pack.rows_q is not None:
-        out = result.new_zeros(batch * length, heads, dim)
-        result = out.index_copy(0, pack.rows_q, result)
-    return result.view(batch, length, heads, dim)
-
-
-def _flash(q, k, v, pack: _Packing, sides: tuple[int, int]):
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        *pack[2:],
-        causal=True,
-        window_size=sides,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-
-
-@functools.cache
-def _varlen_options() -> set[str]:
-    """Return the arguments of torch's kernel; none in a version that lacks it.
-
-    The kernel is imported where it is used, because that imports torch's compiler.
-    """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return set()
-    return set(inspect.signature(varlen_attn).parameters)
-
-
-def repeats_kv_heads() -> bool:
-    """Whether packed documents repeat the heads of k and v for groups of query heads on a GPU."""
-    return flash_attn_varlen_func is None and "enable_gqa" not in _varlen_options()
-
-
-def _varlen(q, k, v, pack: _Packing, sides: tuple[int, int]):
-    from torch.nn.attention.varlen import varlen_attn
-
-    groups = q.shape[1] // k.shape[1]
-    options: dict[str, Any] = {}
-    if groups > 1 and "enable_gqa" in _varlen_options():
-        options["enable_gqa"] = True
-    elif groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, *pack[2:], window_size=sides, **options)

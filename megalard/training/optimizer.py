@@ -10,53 +10,39 @@ import torch
 from torch import nn
 
 from megalard.config.schema import OptimizerConfig
-
-try:
-    from apex.optimizers import FusedAdam
-except ImportError:
-    FusedAdam = None
+from megalard.training import apex_adamw
 
 
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
-) -> torch.optim.Optimizer:
-    """Return apex's FusedAdam if it is installed and there is a GPU, or torch's fused AdamW."""
+) -> torch.optim.AdamW:
+    """Return AdamW with apex's update where that is installed and faster, or with torch's."""
     settings: dict[str, Any] = dict(
         lr=config.learning_rate,
         betas=tuple(config.betas),
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    if FusedAdam is not None and device.type == "cuda":
-        return FusedAdam(list(parameters), adam_w_mode=True, set_grad_none=False, **settings)
+    if apex_adamw.is_chosen(device):
+        return apex_adamw.ApexAdamW(list(parameters), **settings)
     return torch.optim.AdamW(list(parameters), fused=True, **settings)
 
 
-def update_where(finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Update the parameters if ``finite`` is true.
-
-    torch's optimizer reads the flag on the GPU. apex's optimizer cannot, so with it the host waits
-    for the flag.
+def update_where(finite: torch.Tensor, optimizer: torch.optim.AdamW) -> None:
+    """Update the parameters if ``finite`` is true. The GPU reads the flag; the host does not wait.
 
     Args:
         finite: a bool scalar. If the parameters are in host memory, the host waits for it.
     """
-    if isinstance(optimizer, torch.optim.AdamW):
-        # The flag that torch.amp.GradScaler sets: with 1, parameters and state do not change.
-        device = optimizer.param_groups[0]["params"][0].device
-        optimizer.found_inf = 1.0 - finite.float().to(device)  # type: ignore[attr-defined]
-        optimizer.step()
-    elif finite:
-        optimizer.step()
+    # The flag that torch.amp.GradScaler sets: with 1, parameters and state do not change.
+    device = optimizer.param_groups[0]["params"][0].device
+    optimizer.found_inf = 1.0 - finite.float().to(device)  # type: ignore[attr-defined]
+    optimizer.step()
 
 
-def continue_optimizer(optimizer: torch.optim.Optimizer, before: torch.optim.Optimizer) -> None:
+def continue_optimizer(optimizer: torch.optim.AdamW, before: torch.optim.AdamW) -> None:
     """Give a new optimizer the state of one of the same parameters, which stays usable."""
     optimizer.state.update(before.state)
-    for group, group_before in zip(optimizer.param_groups, before.param_groups, strict=True):
-        # apex counts the steps of a group, torch those of each parameter.
-        if "step" in group_before:
-            group["step"] = group_before["step"]
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:

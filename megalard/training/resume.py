@@ -22,7 +22,7 @@ from megalard.training.output import Output, naming_older_checkpoint
 from megalard.training.plan import Plan
 from megalard.training.run_folder import unfinished
 from megalard.training.stages import Stage, data_key
-from megalard.training.state import optimizer_settings, restore_state
+from megalard.training.state import OPTIMIZER_CLASS, optimizer_settings, restore_state
 from megalard.training.step import Distiller
 from megalard.training.streams import Stores
 
@@ -211,7 +211,7 @@ def describe_run(
             "seed": config.run.seed,
             "data": data,
             "optimizer": {
-                "class": type(distiller.optimizer).__name__,
+                "class": OPTIMIZER_CLASS,
                 "groups": optimizer_settings(distiller.optimizer),
             },
             "config": to_dict(config),

@@ -17,6 +17,9 @@ from megalard.model.layout import Layout
 from megalard.parallel.mesh import Axis, Mesh
 from megalard.training.step import Distiller
 
+OPTIMIZER_CLASS = "AdamW"
+"""The class whose state a checkpoint holds. apex's kernel updates the same state."""
+
 
 @dataclass(frozen=True)
 class StateTensor:
@@ -89,7 +92,7 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
     Raises:
         UserError: on every rank, if a tensor is missing, has another shape or cannot be read.
     """
-    _check_optimizer(distiller.optimizer, weights)
+    _check_optimizer(weights)
     layouts, masters = distiller.student.decoder.layouts, distiller.masters
     saved, mesh = weights.manifest.tensors, distiller.mesh
     different = set(weights.names()) ^ set(distiller.student.changed)
@@ -108,7 +111,7 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
     for name, part in masters.parts.items():
         tensors[name] = as_dtensor(part.value, layouts[name], mesh, part.is_sharded)
         state = moments.setdefault(numbers[part.parameter], {})
-        for key in _optimizer_keys(distiller.optimizer):
+        for key in ("exp_avg", "exp_avg_sq", "step"):
             full_name = f"optimizer.{key}.{name}"
             if key == "step":
                 # The parameters of a bucket have the same count, which each of them saves.
@@ -131,12 +134,8 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
     distiller.student.use_carried()
     masters.publish()
 
-    # The settings are those of the configuration, which equals the saved one. Only the step count
-    # that apex keeps among the settings comes from the checkpoint.
+    # The settings are those of the configuration, which equals the saved one.
     (group,) = optimizer_settings(distiller.optimizer)
-    count = weights.manifest.training["optimizer"]["groups"][0].get("step")
-    if type(count) is int:
-        group["step"] = count
     group["params"] = list(range(len(parameters)))
     # The optimizer moves each tensor to the device that it needs.
     distiller.optimizer.load_state_dict({"state": moments, "param_groups": [group]})
@@ -146,21 +145,14 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
         torch.cuda.set_rng_state(generators["cuda"], mesh.device)
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, weights: ShardedWeights) -> None:
+def _check_optimizer(weights: ShardedWeights) -> None:
     saved_class = weights.manifest.training["optimizer"].get("class")
-    current_class = type(optimizer).__name__
-    if saved_class not in (None, current_class):
+    if saved_class not in (None, OPTIMIZER_CLASS):
         raise UserError(
-            f"checkpoint {weights.directory} was written with the optimizer {shown(saved_class)} "
-            f"but this run has {current_class}: resume where the same optimizer package is "
-            "installed, with the same parallel.offload_optimizer"
+            f"checkpoint {weights.directory} was written with the optimizer {shown(saved_class)}, "
+            "whose state this version cannot continue: finish the run with the version of "
+            "megalard that began it, or choose another run.output"
         )
-
-
-def _optimizer_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Return the tensors that an optimizer keeps per parameter. apex counts steps in the group."""
-    moments = ("exp_avg", "exp_avg_sq")
-    return (*moments, "step") if isinstance(optimizer, torch.optim.AdamW) else moments
 
 
 def _rng_name(device_type: str, rank: int) -> str:

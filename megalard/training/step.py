@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch.autograd.graph import save_on_cpu
 from torch.profiler import record_function
 
 from megalard.config.schema import Config
@@ -22,6 +21,7 @@ from megalard.parallel.agreement import gather_objects
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import Mesh
 from megalard.parallel.tensor.layout import kv_replicas
+from megalard.training.activation_offload import ActivationOffload
 from megalard.training.masters.masters import Masters
 from megalard.training.optimizer import learning_rate, make_optimizer, update_where
 from megalard.transfer import to_host
@@ -89,6 +89,7 @@ class Distiller:
         if student.masters is None:
             student.masters = Masters(student, config.parallel, dtype, mesh, replicas)
         self.masters = cast(Masters, student.masters)
+        self._offload = ActivationOffload(mesh.device) if config.parallel.offload else None
         self.optimizer = make_optimizer(
             self.masters.parameters, config.optimizer, self.masters.device
         )
@@ -229,9 +230,7 @@ class Distiller:
 
     def _saved_tensors(self) -> AbstractContextManager:
         """Return the context that decides where autograd keeps tensors for the backward pass."""
-        if self.config.parallel.offload:
-            return save_on_cpu(pin_memory=self.mesh.device.type == "cuda")
-        return nullcontext()
+        return nullcontext() if self._offload is None else self._offload.forward()
 
     def _describe_non_finite(self, number: int, is_finite_here: bool, loss: float) -> str:
         """Return a sentence that names the step, the ranks and the tensors; a collective call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from megalard.model.decoder import Decoder
 from megalard.model.rope import rope_table, scaled_config
 from megalard.model.spec import ModelSpec, spec_from_config
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
+from megalard.training.activation_offload import AHEAD, leaves_the_gpu
 from megalard.training.step import Distiller
 from tests.estimate.live_bytes import LiveBytes
 from tools.bench.shapes import SHAPES
@@ -102,7 +104,7 @@ def run_step(config: Config, spec: ModelSpec, layout: RankLayout) -> MetaStep:
         scale = torch.empty(len(objective.terms), device=META)
         reads = teacher if stream.objective.needs_teacher else None
         for _ in range(stream.global_batch // (stream.micro_batch * layout.dp)):
-            with _on_host() if config.parallel.offload else torch.enable_grad():
+            with _OnHost().hooks() if config.parallel.offload else torch.enable_grad():
                 loss, _ = objective(reads, student.decoder, batch, scale)
             loss.backward()
             distiller.masters.end_backward()
@@ -144,13 +146,32 @@ def _decoder(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Decoder:
     return decoder
 
 
-def _on_host() -> saved_tensors_hooks:
-    """Keep no bytes of saved tensors on the device, as ``save_on_cpu`` does on a GPU."""
-    return saved_tensors_hooks(
-        lambda x: (x.shape, x.stride(), x.dtype) if x.device == META else x,
-        lambda saved: (
-            torch.empty_strided(saved[0], saved[1], dtype=saved[2], device=META)
-            if isinstance(saved, tuple)
-            else saved
-        ),
-    )
+class _OnHost:
+    """Keep on the device what ``ActivationOffload`` keeps there: tensors that leave and arrive."""
+
+    def __init__(self):
+        self._leaving: deque[torch.Tensor] = deque(maxlen=AHEAD)
+        self._fetched: dict[int, torch.Tensor] = {}
+        self._saved: list[tuple] = []
+        self._unread = 0
+
+    def hooks(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | int:
+        if tensor.device != META or not leaves_the_gpu(tensor):
+            return tensor
+        self._leaving.append(tensor)
+        self._saved.append((tensor.shape, tensor.stride(), tensor.dtype))
+        self._unread = len(self._saved)
+        return self._unread - 1
+
+    def _unpack(self, kept: torch.Tensor | int) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        self._leaving.clear()
+        unread = self._unread = min(self._unread, kept)
+        for place in {kept, *range(max(0, kept - AHEAD), unread)} - self._fetched.keys():
+            shape, strides, dtype = self._saved[place]
+            self._fetched[place] = torch.empty_strided(shape, strides, dtype=dtype, device=META)
+        return self._fetched.pop(kept)

@@ -104,7 +104,7 @@ def test_memory_is_what_the_step_allocates(case, monkeypatch):
     window, layers = config.data.context_length, model.pop("layers", 4)
     spec = shape(model.pop("shape", "llama2-7b"), layers, window, **model)
     step = run_step(config, spec, layout)
-    memory = stage_memory(config, 0, spec, layout)
+    memory = stage_memory(config, 0, spec, layout, repeats_kv=False)
     between = memory.between_steps - memory.kinds[BATCH] - memory.kinds[WORKSPACES]
     has_teacher = config.all_streams()["main"].objective.needs_teacher
     freed = 0 if has_teacher else step.weights  # the run drops a teacher that no stage needs

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megalard.model import attention
+from megalard.model import attention, variable_length
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Axis
 from tests.logits import relative_error
@@ -37,11 +37,12 @@ def dense(q, k, v, documents, places, window):
     return (weights @ v).transpose(1, 2)
 
 
-def check(device, dtype, tolerance, kind, heads, window, ranks, scale=1):
+def check(device, dtype, tolerance, kind, heads, window, ranks, scale=1, dim=16):
     """Compare attention and its gradients on every rank.
 
     Args:
         scale: how much longer documents and blocks are than in ``DOCUMENTS``.
+        dim: features per head.
     """
     torch.manual_seed(0)
     length = LENGTH * scale
@@ -51,10 +52,10 @@ def check(device, dtype, tolerance, kind, heads, window, ranks, scale=1):
         shard = SequenceShard(length, Axis(None, rank, ranks))
         places = shard.local_positions().tolist()
         tensors = [
-            torch.randn(2, h, n, 16, device=device, dtype=dtype)
+            torch.randn(2, h, n, dim, device=device, dtype=dtype)
             for h, n in ((4, len(places)), (heads, length), (heads, length))
         ]
-        upstream = torch.randn(2, len(places), 4, 16, device=device, dtype=dtype)
+        upstream = torch.randn(2, len(places), 4, dim, device=device, dtype=dtype)
         results = []
         for function in (
             lambda q, k, v, shard=shard: attention.attend(q, k, v, shard.spans(flat), window),
@@ -118,10 +119,90 @@ def one_document_at_a_time(q, k, v, pack, sides):
 @CASES
 def test_packing_for_a_variable_length_kernel_is_exact(kind, heads, window, ranks, monkeypatch):
     def attend(q, k, v, spans, window):
-        return attention._variable_length(one_document_at_a_time, q, k, v, spans, window)
+        return variable_length.variable_length_attention(
+            one_document_at_a_time, q, k, v, spans, window
+        )
 
     monkeypatch.setattr(attention, "attend", attend)
     check("cpu", torch.float32, 1e-5, kind, heads, window, ranks)
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    deterministic=False,
+):
+    """Compute what flash-attn 2 documents, after a check of what its extension demands."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert len(cu_seqlens_q) == len(cu_seqlens_k) and cu_seqlens_q[0] == cu_seqlens_k[0] == 0
+    assert (cu_seqlens_q[-1], cu_seqlens_k[-1]) == (len(q), len(k))
+    assert type(max_seqlen_q) is int and type(max_seqlen_k) is int
+    assert all(x.stride(-1) == 1 for x in (q, k, v)) and k.shape == v.shape
+    assert q.shape[1] % k.shape[1] == 0 and q.shape[2] == k.shape[2]
+    assert (dropout_p, softmax_scale, causal, deterministic) == (0.0, None, True, False)
+    assert window_size[1] == 0
+    out = torch.zeros_like(q)
+    scale = q.shape[2] ** -0.5
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    for i in range(len(cu_seqlens_q) - 1):
+        rows, columns = (slice(*ends[i : i + 2].tolist()) for ends in (cu_seqlens_q, cu_seqlens_k))
+        queries, keys = rows.stop - rows.start, columns.stop - columns.start
+        assert queries <= max_seqlen_q and keys <= max_seqlen_k
+        # The last query stands at the last key.
+        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None, :]
+        is_seen = distance >= 0
+        if window_size[0] >= 0:
+            is_seen &= distance <= window_size[0]
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * scale
+        weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+        out[rows] = torch.einsum("hqk,khd->qhd", weights, v[columns])
+    return out
+
+
+@CASES
+def test_flash_attn_gets_the_arguments_that_it_documents(kind, heads, window, ranks, monkeypatch):
+    monkeypatch.setattr(variable_length, "flash_attn_varlen_func", flash_attn_varlen_func)
+    monkeypatch.setattr(
+        attention, "kernel_for", lambda q, has_window: variable_length.flash_attention
+    )
+    calls = []
+    flash = variable_length.flash_attention
+    monkeypatch.setattr(
+        variable_length, "flash_attention", lambda *args: calls.append(args) or flash(*args)
+    )
+    check("cpu", torch.float32, 1e-5, kind, heads, window, ranks)
+    # Rows that are one document without a window are left to torch.
+    assert calls or (kind == "whole" and ranks == 1 and window is None)
+
+
+@pytest.mark.gpu
+@CASES
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["flash_attention", "flash_attention_3", "torch_attention"])
+def test_variable_length_kernels_are_exact_on_the_gpu(
+    kind, heads, window, ranks, dim, kernel, monkeypatch
+):
+    module = {"flash_attention": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+    if kernel in module:
+        pytest.importorskip(module[kernel])
+    function = getattr(variable_length, kernel)
+
+    def attend(q, k, v, spans, window):
+        if not spans:
+            return attention._zeros_that_depend_on(q, k, v)
+        return variable_length.variable_length_attention(function, q, k, v, spans, window)
+
+    monkeypatch.setattr(attention, "attend", attend)
+    check("cuda", torch.bfloat16, 2e-2, kind, heads, window, ranks, 8, dim)
 
 
 def test_a_rank_without_queries_still_gets_gradients():
@@ -144,6 +225,7 @@ def is_hopper() -> bool:
 @pytest.mark.parametrize("dim", [64, 128])
 def test_long_pieces_go_to_cudnn_and_agree_with_the_variable_length_kernel(heads, dim, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(variable_length, "flash_attn_3_varlen_func", None)
     merged_spans, merged = [], attention.merged_attention
     monkeypatch.setattr(
         attention,
@@ -164,7 +246,40 @@ def test_long_pieces_go_to_cudnn_and_agree_with_the_variable_length_kernel(heads
             monkeypatch.setattr(attention, "LONG_QUERIES", limit)
             out = attention.attend(*leaves, spans, None)
             results.append([out, *torch.autograd.grad(out, leaves, upstream)])
-        for cudnn, variable_length in zip(*results, strict=True):
+        for cudnn, packed in zip(*results, strict=True):
             # Each rounds the same sums to bf16, by 2^-9, in P, in dS and in the result.
-            assert relative_error(cudnn, variable_length) < 1e-2
+            assert relative_error(cudnn, packed) < 1e-2
     assert merged_spans == [2, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU, where torch prefers cuDNN")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_strides_of_a_gradient_do_not_change_the_result(batch, monkeypatch):
+    """Each kind of strides is used twice, so that each meets plans that others have made."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(variable_length, "flash_attn_3_varlen_func", None)
+    n, heads, dim = 2048, 4, 64
+    spans = SequenceShard(n, Axis(None, 0, 1)).spans(tuple((row, 0, n) for row in range(batch)))
+    leaves = [
+        torch.randn(batch, heads, n, dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for _ in range(3)
+    ]
+    row = torch.randn(dim, device="cuda", dtype=torch.bfloat16)
+    expanded = row.expand(batch, n, heads, dim)
+    heads_first = torch.empty(batch, heads, n, dim, device="cuda", dtype=torch.bfloat16)
+    heads_first.copy_(expanded.transpose(1, 2))
+    gradients = [expanded.contiguous(), expanded, heads_first.transpose(1, 2)] * 2
+
+    def results(function, upstream):
+        return torch.autograd.grad(function(*leaves), leaves, upstream)
+
+    expected = results(
+        lambda q, k, v: attention.attend_span_by_span(q, k, v, spans, None), gradients[0]
+    )
+    for whole in (attention.attend, attention.merged_attention):
+        arguments = (spans, None) if whole is attention.attend else (spans,)
+        for upstream in gradients:
+            actual = results(lambda q, k, v, f=whole, a=arguments: f(q, k, v, *a), upstream)
+            for one, other in zip(actual, expected, strict=True):
+                assert relative_error(one, other) < 1e-2

@@ -211,14 +211,16 @@ OTHERS = [
 
 ROWS = ROPES + OTHERS
 
-# What neither transformers nor we read, and a part of our sentence.
+# transformers from 5.20 on reads a RoPE by layer type, and an earlier one fails at it.
+LAYERED = "its layers have different RoPE|'get'"
+# What neither transformers nor we read, and a part of our sentence, or several divided by |.
 REFUSED_BY_BOTH = {
     "theta null": "describes a RoPE that transformers cannot build",
     "a factor in quotes": "has '4.0' as factor, which must be a finite number",
     "yarn without a factor": "Missing required keys",
     "longrope by its first name": "it has no 'su'",
-    "rope by layer type": "its layers have different RoPE",
-    "rope by layer type, one null": "its layers have different RoPE",
+    "rope by layer type": LAYERED,
+    "rope by layer type, one null": LAYERED,
     "off, types sliding": "it has no sliding_window",
     "types too short": "`num_hidden_layers` (3) must be equal",
     "types too long": "`num_hidden_layers` (3) must be equal",
@@ -262,7 +264,8 @@ def test_a_config_is_read_as_transformers_reads_it(row, tmp_path):
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in REFUSED], ids=str)
 def test_a_config_that_cannot_be_read_is_refused(row, tmp_path):
     model = make(row, tmp_path)
-    assert REFUSED[row.name] in user_error(load, model)
+    sentence = user_error(load, model)
+    assert any(part in sentence for part in REFUSED[row.name].split("|"))
     tokens = random_tokens(2, LENGTH, 60)
     if row.name in REFUSED_BY_US:
         assert transformers_logits(model, tokens).isfinite().all()

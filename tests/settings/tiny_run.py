@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 import megalard.distill.lockstep
 import megalard.training.saver
-import megalard.training.step
 from megalard.checkpoint.open import open_model
 from megalard.data.batch import Batch
 from megalard.data.token_store import TokenStore
+from megalard.training.activation_offload import ActivationOffload
 from megalard.training.step import Distiller, StepResult
 from tests.command_line import megalard as command
 from tests.models import make_model
@@ -141,7 +141,7 @@ def settings_of(job: Path, output: Path, overrides: tuple[str, ...]) -> list[str
 def take_notes(patch: pytest.MonkeyPatch, run: TinyRun) -> None:
     """Let the steps of this process note what they do in ``run``."""
     accumulate, update = Distiller.accumulate, Distiller.update
-    layer, saved = megalard.distill.lockstep._run, megalard.training.step.save_on_cpu
+    layer, offload = megalard.distill.lockstep._run, ActivationOffload.forward
     save = megalard.training.saver.save_sharded
     batches: dict[str, list[Batch]] = {}
 
@@ -166,9 +166,9 @@ def take_notes(patch: pytest.MonkeyPatch, run: TinyRun) -> None:
         run.layers_run += 1
         return layer(*arguments)
 
-    def note_offload(**options):
+    def note_offload(self):
         run.offloads += 1
-        return saved(**options)
+        return offload(self)
 
     def note_save(*arguments):
         run.saving_threads.append(threading.current_thread().name)
@@ -177,7 +177,7 @@ def take_notes(patch: pytest.MonkeyPatch, run: TinyRun) -> None:
     patch.setattr(Distiller, "accumulate", note_batches)
     patch.setattr(Distiller, "update", note_update)
     patch.setattr(megalard.distill.lockstep, "_run", note_layer)
-    patch.setattr(megalard.training.step, "save_on_cpu", note_offload)
+    patch.setattr(ActivationOffload, "forward", note_offload)
     patch.setattr(megalard.training.saver, "save_sharded", note_save)
 
 

@@ -11,7 +11,6 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from megalard.config.schema import OptimizerConfig
 from megalard.training.optimizer import (
-    continue_optimizer,
     learning_rate,
     make_optimizer,
     update_where,
@@ -119,24 +118,3 @@ def test_an_update_that_is_not_finite_changes_nothing():
             update_where(torch.tensor(good), optimizer)
         pairs.append([parameter.detach(), *optimizer.state[parameter].values()])
     assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
-
-
-def test_another_optimizer_is_called_where_finite():
-    parameter = trained(torch.Generator().manual_seed(1))
-    start = parameter.detach().clone()
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    update_where(torch.tensor(False), optimizer)
-    assert torch.equal(parameter, start)
-    update_where(torch.tensor(True), optimizer)
-    assert torch.equal(parameter, start - parameter.grad)
-
-
-def test_an_optimizer_that_counts_the_steps_of_its_group_goes_on_counting():
-    """apex does; torch counts the steps of each parameter in its state."""
-    parameter = torch.nn.Parameter(torch.ones(2))
-    before, optimizer = (torch.optim.SGD([parameter], lr=1.0) for _ in range(2))
-    before.param_groups[0]["step"] = 7
-    before.state[parameter] = {"exp_avg": torch.ones(2)}
-    continue_optimizer(optimizer, before)
-    assert optimizer.param_groups[0]["step"] == 7
-    assert optimizer.state[parameter]["exp_avg"] is before.state[parameter]["exp_avg"]

@@ -64,7 +64,7 @@ def test_the_state_is_weights_moments_and_generators(make):
     take(0)
     state = training_state(distiller)
     weights = {name for name in state if not name.startswith(("optimizer.", "rng."))}
-    assert weights == set(distiller.student.trained) and len(weights) == 18
+    assert weights == set(distiller.student.trained) and len(weights) == 12
     moments = {f"optimizer.{key}.{name}" for name in weights for key in ("exp_avg", "exp_avg_sq")}
     steps = {f"optimizer.step.{name}" for name in weights}
     assert set(state) == weights | moments | steps | {"rng.cpu.00000"}
@@ -113,9 +113,9 @@ def test_another_optimizer_is_refused(make, tmp_path):
     distiller, take = make()
     take(0)
     weights = save(distiller, tmp_path / "checkpoint")
+    weights.manifest.training["optimizer"]["class"] = "FusedAdam"
     other, _ = make()
-    other.optimizer = torch.optim.SGD(other.student.trained.values(), lr=1.0)
-    with pytest.raises(UserError, match="with the optimizer 'AdamW' but this run has SGD: resume"):
+    with pytest.raises(UserError, match="with the optimizer 'FusedAdam', whose state this version"):
         restore_state(other, weights, SINGLE)
 
 
@@ -125,5 +125,5 @@ def test_weights_of_earlier_stages_are_part_of_the_state(planned):
     second = next_student(first, run.stages[1], run.plan, run.mesh)
     distiller = Distiller(teacher, second, run.stages[1].config, run.mesh)
     names = {name for name in training_state(distiller) if not name.startswith("rng.")}
-    expected = {f"model.layers.{n}.self_attn.{p}_proj.weight" for n in range(3) for p in "qkv"}
+    expected = {f"model.layers.{n}.self_attn.{p}_proj.weight" for n in range(2) for p in "qkv"}
     assert names == expected

@@ -2,14 +2,16 @@
 
   python -m pip install -e '.[mutation]'
   python -m tools.mutation.run --count 300 --seed 0 --output mutants.jsonl
+  python -m tools.mutation.run --count 300 --seed 0 --output mutants.jsonl --jobs 16
   python -m tools.mutation.run --count 20 --changed main --output mutants.jsonl
 
 Each mutant is one change, such as + for - or an argument that is not handed over, drawn with the
 seed from all places of the package. In a copy of the checkout the tests of the file are run first,
 then those of its folder, then whole runs (settings and parity). A mutant that none of them catches
 has survived: read it, and add a test, or a reason why it changes nothing. docs/testing.md has a
-sample. Results are appended, and a mutant that has one is not repeated. The status is 1 if any
-mutant survived.
+sample. A test that fails is run again without the change: if it fails there too, the run ends,
+because it catches nothing. Results are appended, and a mutant that has one is not repeated. The
+status is 1 if any mutant survived.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +29,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 
 from megalard import cli
 from megalard.errors import UserError
@@ -37,6 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # These need a GPU, or an interpreter that takes minutes for a test.
 _LEFT_OUT = ("kernels/relation_kl/triton/", "kernels/relation_kl/hopper/")
 _WHOLE_RUNS = ("tests/settings", "tests/parity/test_parity.py")
+# A line of pytest about a test that failed. The test's name may have spaces.
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 # Folders next to the tests that are installed once and only read.
 _INSTALLED = (".transformers-4.57", ".lm-eval")
 
@@ -58,6 +65,20 @@ def main(arguments: list[str] | None = None) -> int:
         "--python", default=sys.executable, metavar="FILE", help="the Python that runs the tests"
     )
     parser.add_argument(
+        "--jobs",
+        type=command_line.at_least(1),
+        default=1,
+        metavar="N",
+        help="mutants that are tried at the same time, each in a copy of the checkout",
+    )
+    parser.add_argument(
+        "--deselect",
+        nargs="+",
+        default=[],
+        metavar="TEST",
+        help="tests that are not run, because they fail on this machine",
+    )
+    parser.add_argument(
         "--limit-s",
         type=command_line.above(0, float),
         default=600.0,
@@ -74,17 +95,37 @@ def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     mutants = sample(ROOT, package_files(options.changed), options.count, options.seed)
     results = read_results(options.output)
+    left = [mutant for mutant in mutants if mutant.key not in results]
     with tempfile.TemporaryDirectory(prefix="megalard-mutants-") as name:
-        copy = copy_checkout(Path(name) / "checkout")
-        for number, mutant in enumerate(mutants, 1):
-            if mutant.key in results:
-                continue
-            result = try_mutant(mutant, copy, options.python, options.limit_s)
-            results[mutant.key] = result
-            with open(options.output, "a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            outcome = result["caught_by"] or "SURVIVED"
-            print(f"{number}/{len(mutants)} {mutant.path}:{mutant.place[0]} {outcome}", flush=True)
+        pytest = Pytest(options.python, options.limit_s, tuple(options.deselect))
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for number in range(min(options.jobs, len(left))):
+            copies.put(copy_checkout(Path(name) / f"checkout-{number}"))
+
+        def attempt(mutant: Mutant) -> dict:
+            copy = copies.get()
+            try:
+                return try_mutant(mutant, copy, pytest)
+            finally:
+                copies.put(copy)
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            pending = {pool.submit(attempt, mutant): mutant for mutant in left}
+            try:
+                for number, future in enumerate(
+                    as_completed(pending), len(mutants) - len(left) + 1
+                ):
+                    mutant, result = pending[future], future.result()
+                    results[mutant.key] = result
+                    with open(options.output, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(result) + "\n")
+                    outcome = result["caught_by"] or "SURVIVED"
+                    place = f"{mutant.path}:{mutant.place[0]}"
+                    print(f"{number}/{len(mutants)} {place} {outcome}", flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                pytest.stop()
+                raise
     tried = [results[mutant.key] for mutant in mutants]
     survivors = [result for result in tried if not result["caught_by"]]
     for result in survivors:
@@ -144,8 +185,12 @@ def copy_checkout(target: Path) -> Path:
     return target
 
 
-def try_mutant(mutant: Mutant, copy: Path, python: str, limit_s: float) -> dict:
-    """Apply a mutant to the copy, run the tests, and take the mutant back; return the result."""
+def try_mutant(mutant: Mutant, copy: Path, pytest: Pytest) -> dict:
+    """Apply a mutant to the copy, run the tests, and take the mutant back; return the result.
+
+    Raises:
+        UserError: the test that fails with the mutant fails without it too.
+    """
     file, start = copy / mutant.path, time.monotonic()
     before = file.read_text(encoding="utf-8")
     after = mutated(mutant, before)
@@ -156,11 +201,15 @@ def try_mutant(mutant: Mutant, copy: Path, python: str, limit_s: float) -> dict:
     file.write_text(after, encoding="utf-8")
     try:
         for group in tests_of(mutant.path):
-            caught_by = _failure(group, copy, python, limit_s)
+            caught_by = pytest.failure(group, copy)
             if caught_by:
                 break
     finally:
         file.write_text(before, encoding="utf-8")
+    if "::" in caught_by and pytest.failure([caught_by], copy):
+        raise UserError(
+            f"{caught_by} fails without any change: mend it, or leave it out by --deselect"
+        )
     seconds = round(time.monotonic() - start, 1)
     return {
         "key": mutant.key,
@@ -172,32 +221,57 @@ def try_mutant(mutant: Mutant, copy: Path, python: str, limit_s: float) -> dict:
     }
 
 
-def _failure(tests: Sequence[str], copy: Path, python: str, limit_s: float) -> str:
-    """Run tests up to the first that fails; return its name, or nothing if all pass."""
-    words = ["-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", *tests]
-    settings = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [python, *words],
-        cwd=copy,
-        env={**os.environ, **settings},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed, _ = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return f"time ({limit_s:g} s)"
-    finally:
-        # What the tests started is in the same group, unless it has left it.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if process.returncode in (0, 5):  # 5: no test was collected
-        return ""
-    failed = [line.split()[1] for line in printed.splitlines() if line[:6] in ("FAILED", "ERROR ")]
-    return failed[0] if failed else f"exit status {process.returncode}"
+class Pytest:
+    """Starts of pytest on copies of the checkout.
+
+    Args:
+        python: the interpreter.
+        limit_s: seconds for one start.
+        deselected: tests that are not run.
+    """
+
+    def __init__(self, python: str, limit_s: float, deselected: Sequence[str] = ()):
+        self.python, self.limit_s, self.deselected = python, limit_s, deselected
+        self._running: set[subprocess.Popen] = set()
+
+    def failure(self, tests: Sequence[str], copy: Path) -> str:
+        """Run tests up to the first that fails; return its name, or nothing if all pass."""
+        words = ["-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", *tests]
+        words += [f"--deselect={test}" for test in self.deselected]
+        settings = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [self.python, *words],
+            cwd=copy,
+            env={**os.environ, **settings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._running.add(process)
+        try:
+            printed, _ = process.communicate(timeout=self.limit_s)
+        except subprocess.TimeoutExpired:
+            return f"time ({self.limit_s:g} s)"
+        finally:
+            self._running.discard(process)
+            _kill_group(process)
+            process.wait()
+        if process.returncode in (0, 5):  # 5: no test was collected
+            return ""
+        names = _FAILED.findall(printed)
+        return names[0] if names else f"exit status {process.returncode}"
+
+    def stop(self) -> None:
+        """End everything that runs."""
+        for process in list(self._running):
+            _kill_group(process)
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    # What the tests started is in the same group, unless it has left it.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def read_results(path: Path) -> dict[str, dict]:

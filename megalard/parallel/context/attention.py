@@ -94,8 +94,7 @@ def _overlaps_exchange(q, k, v, window, shard: SequenceShard, documents) -> bool
         return True
     # Pieces of this length take four cuDNN calls if they are gathered first, and three here.
     is_long = shard.piece_length >= attention.LONG_QUERIES
-    is_half = q.dtype != torch.float32 and attention.flash_attn_varlen_func is None
-    return is_half and is_long and uses_cudnn(q, k, v)
+    return q.dtype != torch.float32 and is_long and uses_cudnn(q, k, v)
 
 
 class _LocalChunkFirst(torch.autograd.Function):
@@ -123,7 +122,7 @@ class _LocalChunkFirst(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
-        axis, grad, out = ctx.axis, grad.transpose(1, 2), out.transpose(1, 2)
+        axis, grad, out = ctx.axis, grad.contiguous().transpose(1, 2), out.transpose(1, 2)
         grad_q, *remote_grads = map(torch.zeros_like, (q, k, v))
         for rows, pieces in _remote_parts(axis, q.shape[2]):
             row_tensors = (x[:, :, rows] for x in (grad, q, out, lse))

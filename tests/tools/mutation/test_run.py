@@ -12,6 +12,8 @@ from tests.command_line import user_error
 from tools.mutation import run
 from tools.mutation.places import DROP_STATEMENT, Mutant
 
+PYTEST = run.Pytest(sys.executable, 60)
+
 
 @pytest.mark.parametrize(
     ("path", "first", "second"),
@@ -47,7 +49,7 @@ def copy(tmp_path):
     folder = tmp_path / "copy"
     (folder / "tests").mkdir(parents=True)
     (folder / "code.py").write_text("def f(x):\n    x += 1\n    x *= 1\n    return x\n")
-    test = "from code_under_test import f\n\n\ndef test_f():\n    assert f(1) == 2\n"
+    test = "from code_under_test import f\n\n\ndef test_f():\n    assert f(1) == 2, 'a - b'\n"
     (folder / "tests" / "test_code.py").write_text(test)
     (folder / "code_under_test.py").write_text((folder / "code.py").read_text())
     return folder
@@ -57,10 +59,26 @@ def test_a_mutant_is_caught_or_survives_and_is_taken_back(copy, monkeypatch):
     monkeypatch.setattr(run, "tests_of", lambda path: [["tests/test_code.py"]])
     before = (copy / "code_under_test.py").read_text()
     mutants = [Mutant("code_under_test.py", DROP_STATEMENT, n, (2, 4)) for n in range(2)]
-    results = [run.try_mutant(mutant, copy, sys.executable, 60) for mutant in mutants]
+    results = [run.try_mutant(mutant, copy, PYTEST) for mutant in mutants]
     assert results[0]["caught_by"] == "tests/test_code.py::test_f" and not results[1]["caught_by"]
     assert "-    x *= 1" in results[1]["diff"] and "+    pass" in results[1]["diff"]
     assert (copy / "code_under_test.py").read_text() == before
+
+
+def test_a_test_that_fails_without_a_change_ends_the_run(copy, monkeypatch):
+    monkeypatch.setattr(run, "tests_of", lambda path: [["tests/test_code.py"]])
+    (copy / "tests" / "test_code.py").write_text("def test_f():\n    assert False\n")
+    mutant = Mutant("code_under_test.py", DROP_STATEMENT, 0, (2, 4))
+    sentence = user_error(run.try_mutant, mutant, copy, PYTEST)
+    assert "tests/test_code.py::test_f fails without any change" in sentence
+    without = run.Pytest(sys.executable, 60, ["tests/test_code.py::test_f"])
+    assert run.try_mutant(mutant, copy, without)["caught_by"] == ""
+
+
+def test_the_name_of_a_test_may_have_spaces():
+    printed = "..F\nFAILED tests/test_a.py::test_f[with two-words] - assert 1 - 2\n1 failed\n"
+    assert run._FAILED.findall(printed) == ["tests/test_a.py::test_f[with two-words]"]
+    assert run._FAILED.findall("ERROR tests/test_a.py\n") == ["tests/test_a.py"]
 
 
 def test_a_mutant_that_takes_too_long_is_caught(copy, monkeypatch):
@@ -68,10 +86,11 @@ def test_a_mutant_that_takes_too_long_is_caught(copy, monkeypatch):
     sleeping = "import time\n\n\ndef test_f():\n    time.sleep(99)\n"
     (copy / "tests" / "test_code.py").write_text(sleeping)
     mutant = Mutant("code_under_test.py", DROP_STATEMENT, 0, (2, 4))
-    assert run.try_mutant(mutant, copy, sys.executable, 3)["caught_by"] == "time (3 s)"
+    assert run.try_mutant(mutant, copy, run.Pytest(sys.executable, 3))["caught_by"] == "time (3 s)"
 
 
-def test_results_are_kept_and_survivors_give_status_1(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_results_are_kept_and_survivors_give_status_1(jobs, tmp_path, monkeypatch, capsys):
     mutants = [Mutant("megalard/cli.py", DROP_STATEMENT, n, (n, 0)) for n in range(2)]
     tried = []
 
@@ -85,10 +104,20 @@ def test_results_are_kept_and_survivors_give_status_1(tmp_path, monkeypatch, cap
     monkeypatch.setattr(run, "try_mutant", answer)
     monkeypatch.setattr(run.signal, "signal", lambda *arguments: None)
     options = argparse.Namespace(
-        changed=None, count=2, seed=0, output=tmp_path / "x.jsonl", python="python", limit_s=1.0
+        changed=None,
+        count=2,
+        seed=0,
+        output=tmp_path / "x.jsonl",
+        python="python",
+        limit_s=1.0,
+        jobs=jobs,
+        deselect=[],
     )
-    assert run.run(options) == run.run(options) == 1 and tried == mutants
+    assert run.run(options) == run.run(options) == 1
+    assert sorted(tried, key=lambda mutant: mutant.occurrence) == mutants
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 2
     printed = capsys.readouterr().out
     assert "diff 0\n1 of 2 mutants survived" in printed and "diff 1" not in printed
-    assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0])["caught_by"] == ""
+    lines = (tmp_path / "x.jsonl").read_text().splitlines()
+    caught = [json.loads(line)["caught_by"] for line in lines]
+    assert sorted(caught) == ["", "tests/test_cli.py"]
