@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         check_complete(model.weights, model.spec)
         weights = model.trained if is_adapter and model.trained else model.weights
         if is_import:
-            convert.weight_layouts(weights, model.spec, mesh.tp)
+            convert.weight_slices(weights, model.spec, mesh.tp)
         if is_adapter:
             convert.check_adapter(model)
     total = size_of(weights)

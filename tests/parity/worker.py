@@ -61,11 +61,11 @@ def _fill_lora_b(student) -> None:
     """Give B fixed values: it starts at zero, which would make A's gradient zero."""
     for name, parameter in student.trained.items():
         if name.endswith("lora_B"):
-            layout = student.decoder.layouts[name]
+            held = student.decoder.slices[name]
             generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
-            full = torch.randn(layout.full_shape, generator=generator) * 0.1
-            if layout.dim is not None:
-                full = full.narrow(layout.dim, layout.start, layout.length)
+            full = torch.randn(held.full_shape, generator=generator) * 0.1
+            if held.dim is not None:
+                full = full.narrow(held.dim, held.start, held.length)
             parameter.data.copy_(full)
 
 
@@ -73,9 +73,9 @@ def full_tensors(
     distiller: Distiller, local: Callable[[str], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Return the full tensors of the slices that ``local`` returns by name; a collective call."""
-    layouts, axis = distiller.student.decoder.layouts, distiller.mesh.tp
+    slices, axis = distiller.student.decoder.slices, distiller.mesh.tp
     return {
-        name: gather_full(local(name).detach(), layouts[name], axis).clone().cpu()
+        name: gather_full(local(name).detach(), slices[name], axis).clone().cpu()
         for name in distiller.student.trained
     }
 
