@@ -140,8 +140,8 @@ _UPDATE_SHARE = 0.79
 # The exchanges of tp in docs/figures/step_tp2.json: 28.5 GB in some 0.12 s.
 _NVLINK = 240e9
 
-# The host rates of 60 GB/s follow from 32768 tokens in docs/figures/step_long.json and
-# step_long_offload.json: 68 GB take 1.14 s. The others are those of PCIe 4.
+# The host rates of 60 GB/s follow from 32768 tokens in docs/figures/step_long.json and a step whose
+# copies to the host and back were not hidden: 68 GB took 1.14 s. The others are those of PCIe 4.
 # Memory is what torch.cuda.get_device_properties reports, to within 0.3 GiB.
 GPUS = (
     Gpu("B200", 178.3 * GIB, 2250e12, 8.0e12, 2250 / 989, False, 2 * _NVLINK),

@@ -166,7 +166,7 @@ class _Work:
         local = length / layout.cp
         again, attention_again = self._computed_again()
         attention = flops.attention_forward * (1 + attention_again)
-        return Seconds(
+        seconds = Seconds(
             float,
             {
                 PRODUCTS: (flops.products + again) * share * slower / gpu.products,
@@ -184,9 +184,12 @@ class _Work:
                 ),
                 POINTWISE: self._pointwise_bytes() / gpu.pointwise,
                 EXCHANGE: self._exchange_seconds(),
-                OFFLOAD: 2 * self._offloaded_bytes() / gpu.host,
             },
         )
+        # The copies run next to the computation; only what takes longer than it is waited for.
+        copies = 2 * self._offloaded_bytes() / gpu.host
+        seconds[OFFLOAD] = max(0.0, copies - sum(seconds.values()))
+        return seconds
 
     def backward_seconds(self) -> float:
         """Return the seconds of the backward pass that hide exchanges: products and attention."""

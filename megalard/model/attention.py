@@ -71,7 +71,7 @@ def attend(
         return _zeros_that_depend_on(q, k, v)
     batch, _, length, _ = q.shape
     sees_all_keys = window is None or window >= k.shape[2]
-    kernel = kernel_for(q, not sees_all_keys)
+    kernel = kernel_for(q)
     if kernel is flash_attention_3:  # the fastest for every shape
         return variable_length_attention(kernel, q, k, v, spans, window)
     rows_are_documents = length == k.shape[2] and len(spans) == batch
@@ -127,7 +127,7 @@ def attend_span_by_span(q, k, v, spans: Sequence[QuerySpan], window: int | None)
             rows[row].append(q.new_zeros(heads, span.start - filled[row], dim))
         queries = q[row : row + 1, :, span.start : span.end]
         keys = (slice(row, row + 1), slice(None), slice(span.key_start, span.key_end))
-        rows[row].append(_causal(queries, k[keys], v[keys], window)[0])
+        rows[row].append(_causal(queries, k[keys], v[keys], window).squeeze(0))
         filled[row] = span.end
     for row, end in enumerate(filled):
         if end < length:

@@ -24,7 +24,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(x.dtype)
-        # On Hopper torch's kernel is faster and rounds less (docs/performance.md).
+        # On Hopper torch's kernel is faster and rounds less (docs/packages.md).
         if apex_rms_norm is not None and x.is_cuda and not is_hopper(x.device):
             return apex_rms_norm(x, weight, weight.shape, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)

@@ -1,7 +1,7 @@
 """Causal attention of several documents in one call of a variable-length kernel, on a GPU.
 
 There are three kernels: FlashAttention-3 (the module ``flash_attn_interface``), flash-attn 2, and
-torch's. docs/performance.md has their speeds.
+torch's. docs/packages.md has their speeds.
 """
 
 from __future__ import annotations
@@ -67,23 +67,16 @@ def _packing(spans: tuple, batch: int, queries: int, keys: int, device: torch.de
     )
 
 
-def kernel_for(q: torch.Tensor, has_window: bool) -> Callable | None:
-    """Return the fastest kernel that takes such queries; None if there is none.
-
-    Args:
-        q: [b, Hq, s, d].
-        has_window: whether a sliding window hides keys. torch's kernel is then faster than
-            flash-attn 2, which is faster otherwise.
-    """
+def kernel_for(q: torch.Tensor) -> Callable | None:
+    """Return the fastest kernel that takes such queries; None if there is none."""
     dim = q.shape[-1]
     if not q.is_cuda or q.dtype == torch.float32 or dim % 8 or dim > 256:
         return None
     if flash_attn_3_varlen_func is not None and is_hopper(q.device):
         return flash_attention_3
-    takes_windows = "window_size" in _torch_options()
-    if flash_attn_varlen_func is not None and not (has_window and takes_windows):
+    if flash_attn_varlen_func is not None:
         return flash_attention
-    return torch_attention if takes_windows else None
+    return torch_attention if "window_size" in _torch_options() else None
 
 
 def variable_length_attention(

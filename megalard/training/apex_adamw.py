@@ -22,7 +22,7 @@ def is_chosen(device: torch.device) -> bool:
     """Whether to use apex for parameters on a device.
 
     It needs apex with its CUDA extensions, and a GPU that is not of the Hopper family, where
-    torch's update takes two thirds of the time (docs/performance.md).
+    torch's update takes two thirds of the time (docs/packages.md).
     """
     is_installed = multi_tensor_adam_capturable is not None
     return is_installed and device.type == "cuda" and not is_hopper(device)
