@@ -69,11 +69,11 @@ def test_the_state_is_weights_moments_and_generators(make):
     steps = {f"optimizer.step.{name}" for name in weights}
     assert set(state) == weights | moments | steps | {"rng.cpu.00000"}
     part = state[f"optimizer.exp_avg.{A}"]
-    assert part.value.shape == (4, 32) and part.layout.full_shape == (4, 32)
-    # Live tensors and not copies; what is equal on all ranks has no layout.
+    assert part.value.shape == (4, 32) and part.held.full_shape == (4, 32)
+    # Live tensors and not copies; what is equal on all ranks has no slice.
     moment = distiller.optimizer.state[distiller.student.trained[A]]["exp_avg"]
     assert part.value.data_ptr() == moment.data_ptr()
-    assert state[f"optimizer.step.{A}"].layout is None and state["rng.cpu.00000"].layout is None
+    assert state[f"optimizer.step.{A}"].held is None and state["rng.cpu.00000"].held is None
 
 
 @pytest.mark.parametrize("offload", [("false", "false"), ("true", "true"), ("true", "false")])
