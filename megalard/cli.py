@@ -1,7 +1,8 @@
 """One way for every command of the project to start, fail and end.
 
 The exit status is 0 for success, 1 for bad input or a difference that the command looks for, 2 for
-wrong arguments, and 130 after Ctrl-C. A ``UserError`` is printed as one sentence on one rank.
+wrong arguments, and 130 after Ctrl-C. A ``UserError`` is printed as one sentence on one rank, or by
+``megalard.launcher``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,21 @@ or train with launch/train.sh, which also does several nodes, restarts and signa
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, whatever words it was given."""
+    """A parser whose errors are one line, whatever words it was given.
+
+    Attributes:
+        takes_overrides: whether the help describes the configuration's keys. The description is
+            made when it is printed, because it reads the sources of the configuration.
+    """
+
+    takes_overrides = False
+
+    def format_help(self) -> str:
+        if self.takes_overrides:
+            from megalard.config.help import describe_keys
+
+            self.epilog = "configuration keys:\n\n" + describe_keys()
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
@@ -78,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        subparser.takes_overrides = _takes_overrides(module)
         module.add_arguments(subparser)
     # argparse would remove the value -- from such a word and then fail.
     empty = [word for word in words if word.startswith("--") and word.endswith("=--")]
@@ -86,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(words)
     options.rest = rest
     module = modules[options.command]
-    if rest and not getattr(module, "TAKES_OVERRIDES", False):
+    if rest and not _takes_overrides(module):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     return run(lambda: module.run(options))
 
@@ -104,17 +120,21 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
     """Call a command and return its exit status, with every expected failure in one sentence."""
     rank = int(os.environ.get("RANK", "0"))
 
-    def report(sentence: str) -> None:
+    def report(sentence: str, is_bad_input: bool = False, is_for_every_rank: bool = False) -> None:
+        """Leave a sentence for the launcher, or print it if the launcher does not."""
         sentence = printable(sentence)
-        leave_reason(sentence, is_bad_input=False)
-        print(f"{name}: error: {sentence}", file=sys.stderr, flush=True)
+        is_printed_by_launcher = leave_reason(sentence, is_bad_input)
+        if not is_printed_by_launcher and (rank == 0 or not is_for_every_rank):
+            print(f"{name}: error: {sentence}", file=sys.stderr, flush=True)
 
     try:
         return command() or 0
     except UserError as error:
-        leave_reason(str(error), is_bad_input=not isinstance(error, DiskError))
-        if rank == 0 or isinstance(error, RankError):
-            report(str(error))
+        report(
+            str(error),
+            is_bad_input=not isinstance(error, DiskError),
+            is_for_every_rank=not isinstance(error, RankError),
+        )
         return 1
     except KeyboardInterrupt:
         if rank == 0:
@@ -164,6 +184,11 @@ def _leave_process_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _takes_overrides(module: ModuleType) -> bool:
+    """Whether a command's words may be keys of the configuration."""
+    return getattr(module, "TAKES_OVERRIDES", False)
 
 
 def _command(name: str) -> ModuleType:

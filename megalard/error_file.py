@@ -22,11 +22,20 @@ class Failure:
     is_bad_input: bool = False
 
 
-def leave_reason(sentence: str, is_bad_input: bool) -> None:
-    """Write the reason where torchrun looks for it; outside torchrun nothing is written."""
+# The launcher makes this file in the directory below which torchrun places the files of the ranks.
+PRINTS_REASONS = "launcher-prints-reasons"
+
+
+def leave_reason(sentence: str, is_bad_input: bool) -> bool:
+    """Write the reason where torchrun looks for it; outside torchrun nothing is written.
+
+    Returns:
+        Whether ``megalard.launcher`` prints the sentence at its end, so that the rank does not have
+        to. A rank that is started again prints its sentence itself.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path or os.path.exists(path):
-        return
+        return False
     extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
     content = {
         "message": {"message": sentence, "extraInfo": extra},
@@ -35,7 +44,11 @@ def leave_reason(sentence: str, is_bad_input: bool) -> None:
     try:
         Path(path).write_text(json.dumps(content))
     except OSError:
-        return  # the reason has been printed
+        return False
+    if not any((folder / PRINTS_REASONS).exists() for folder in Path(path).parents):
+        return False
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return is_bad_input or restarts >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 def failure_of(error_file: str) -> Failure:

@@ -3,8 +3,8 @@
 It is torchrun with four differences. On one node nothing listens on the network: the processes find
 each other through files in a private directory. The ranks end when the launcher ends, and the
 launcher when its own parent ends. Ranks that bad input ended are not started again, however many
-restarts are allowed. The sentence that explains a failure is printed last, in place of torchrun's
-report.
+restarts are allowed. The sentence that explains a failure is printed once and last, in place of
+torchrun's report.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api
 
-from megalard.error_file import failure_of
+from megalard.error_file import PRINTS_REASONS, failure_of
 from megalard.parents import end_with_parent
 
 VERBOSE = "--verbose"
@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     api.LocalElasticAgent = _Agent  # type: ignore[misc]
     with tempfile.TemporaryDirectory(prefix="megalard-launch-") as folder:
-        options.log_dir = options.log_dir or folder
+        if not options.log_dir:
+            options.log_dir = folder
+            Path(folder, PRINTS_REASONS).touch()
         if options.nnodes in ("1", "1:1"):
             options.rdzv_backend, options.rdzv_conf = "c10d", "store_type=file"
             options.rdzv_endpoint = str(Path(folder, "rendezvous"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("tests.quick_interpreter")
 
 # Files and folders that take a minute or more. They begin first, so that no process is left with
 # one of them when the others have nothing to do any more.
@@ -43,6 +47,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Let evaluations write a file in place of a picture, which takes half a second to draw.
+
+    ``tests/evaluation/test_plots.py`` and ``tests/test_train.py`` look at pictures.
+    """
+    from megalard.evaluation import comparison
+    from megalard.training import evaluator
+
+    def draw(path: Path, *arguments: object) -> None:
+        path.write_bytes(b"no picture")
+
+    for module in (comparison, evaluator):
+        monkeypatch.setattr(module, "draw", draw)
 
 
 @pytest.hookimpl(optionalhook=True)

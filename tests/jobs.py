@@ -17,9 +17,10 @@ NATIVE, CONTEXT, BATCH, STEPS = 64, 32, 4, 8
 save_tokenizer = save_byte_tokenizer
 
 
-def make_job(folder: Path) -> Path:
+def make_job(folder: Path, layers: int = 2) -> Path:
     """Write ``model/``, ``train.txt`` and ``heldout.txt`` of a job; return the folder."""
-    make_model("llama", folder / "model", vocab_size=257, max_position_embeddings=NATIVE)
+    sizes = {"vocab_size": 257, "num_hidden_layers": layers, "max_position_embeddings": NATIVE}
+    make_model("llama", folder / "model", **sizes)
     save_byte_tokenizer(folder / "model")
     words = ["tensor", "rank", "row", "mask", "rope", "loss", "of", "the", "and"]
     for number, (name, count) in enumerate((("train", 1500), ("heldout", 300))):

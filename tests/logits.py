@@ -11,7 +11,7 @@ from megalard.checkpoint.build import load_decoder
 from megalard.checkpoint.open import open_model
 from megalard.data.batch import collate
 from megalard.model.decoder import Decoder
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.rope import rope_table
 from megalard.parallel.mesh import SINGLE, Axis
 from megalard.training.export import gather_full
@@ -41,8 +41,8 @@ def decoder_logits(decoder: Decoder, token_bs: torch.Tensor) -> torch.Tensor:
     blocks = collate([(row.numpy(), [(0, length)]) for row in token_bs])
     local = decoder.logits(decoder(blocks, torch.float32)).T
     start, vocab = decoder.first_vocab_row, decoder.spec.vocab_size
-    layout = Layout((vocab, batch * length), 0, start, local.shape[0], 1)
-    return gather_full(local, layout, decoder.ops.axis).T.reshape(batch, length, vocab)
+    held = ParameterSlice((vocab, batch * length), 0, start, local.shape[0], 1)
+    return gather_full(local, held, decoder.ops.axis).T.reshape(batch, length, vocab)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ SERVER.set_forkserver_preload(
         "megalard.commands.convert",
         "megalard.evaluation.comparison",
         "tests.models",
+        *(["tests.quick_interpreter"] if os.environ.get("TRITON_INTERPRET") else []),
         "torch.utils.tensorboard",
         # A rank imports these when it first needs them, which takes two seconds.
         "torch._inductor",

@@ -94,8 +94,8 @@ def shift(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 def pretend_to_train(student: Student) -> None:
     """Add to each trained tensor its ``shift``, of which a rank takes its slice."""
     for name, parameter in student.trained.items():
-        layout = student.decoder.layouts[name]
-        full = shift(name, layout.full_shape)
-        if layout.dim is not None:
-            full = full.narrow(layout.dim, layout.start, layout.length)
+        held = student.decoder.slices[name]
+        full = shift(name, held.full_shape)
+        if held.dim is not None:
+            full = full.narrow(held.dim, held.start, held.length)
         parameter.add_(full)

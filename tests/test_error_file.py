@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megalard import cli
-from megalard.error_file import Failure, failure_of, leave_reason
+from megalard.error_file import PRINTS_REASONS, Failure, failure_of, leave_reason
 from megalard.errors import DiskError, UserError
 
 
@@ -67,3 +67,33 @@ def test_a_command_leaves_its_reason_on_every_rank(rank, error, is_bad_input, fi
     monkeypatch.setenv("RANK", rank)
     assert cli.run(fail) == 1
     assert failure_of(str(file)) == Failure("a wrong key", is_bad_input)
+
+
+@pytest.mark.parametrize(
+    ("error", "restarts", "is_printed"),
+    [
+        (UserError("a wrong key"), ("0", "3"), False),
+        (DiskError("the disk is full"), ("0", "3"), True),
+        (DiskError("the disk is full"), ("3", "3"), False),
+    ],
+)
+def test_a_sentence_that_the_launcher_prints_is_not_printed_by_the_rank(
+    error, restarts, is_printed, tmp_path, monkeypatch, capsys
+):
+    """Bad input is not tried again; after another error the launcher prints the last try's."""
+
+    def fail():
+        raise error
+
+    (tmp_path / "attempt").mkdir()
+    file = tmp_path / "attempt" / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts[0])
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts[1])
+    sentence = f"megalard: error: {error}\n"
+    assert cli.run(fail) == 1
+    assert capsys.readouterr().err == sentence, "torchrun itself prints no sentence"
+    file.unlink()
+    (tmp_path / PRINTS_REASONS).touch()
+    assert cli.run(fail) == 1
+    assert capsys.readouterr().err == (sentence if is_printed else "")

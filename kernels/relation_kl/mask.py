@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class IntervalMask:
         col_lo, col_hi, row_lo, row_hi = (x.to(device) for x in self._tensors())
         return IntervalMask(col_lo, col_hi, row_lo, row_hi, causal=self.causal)
 
-    def cached(self, make: Callable, *arguments) -> object:
+    def cached(self, make: Callable[..., Result], *arguments) -> Result:
         """Return ``make(self, *arguments)``, computed once: one mask serves many layers."""
         results, key = self.__dict__.setdefault("_results", {}), (make, arguments)
         if key not in results:

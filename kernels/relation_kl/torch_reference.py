@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .mask import IntervalMask
+from .mask import IntervalMask, split_into_blocks
 from .operands import Operands
 from .statistics import Partials, RelationStatistics, finish, merge
 
@@ -161,22 +161,10 @@ def _tile_partials(s: Tensor, t: Tensor, allowed: Tensor | None) -> Partials:
 
 
 def _blocks(mask: IntervalMask, i: int, heads: int) -> Iterator[list[Tile]]:
-    """Yield the tiles that each block of rows of sequence i visits; skip blocks that visit none.
-
-    The host reads the extremes of the intervals once per sequence.
-    """
+    """Yield the tiles that each block of rows of sequence i visits; skip blocks that visit none."""
     n, width = mask.n, max(16, TILE_ELEMENTS // (heads * BLOCK_ROWS))
     lo, hi = mask.col_lo_bn[i], mask.col_hi_bn[i]
-    nonempty = lo < hi
-    extremes = torch.stack(
-        [
-            _per_block(lo.masked_fill(~nonempty, mask.m), mask.m).amin(1),
-            _per_block(lo.masked_fill(~nonempty, mask.m), 0).amax(1),
-            _per_block(hi.masked_fill(~nonempty, 0), mask.m).amin(1),
-            _per_block(hi.masked_fill(~nonempty, 0), 0).amax(1),
-        ],
-        dim=1,
-    ).tolist()
+    extremes = mask.cached(_extremes, BLOCK_ROWS)[i]
     for block, (visible_start, full_start, full_end, visible_end) in enumerate(extremes):
         rows = slice(block * BLOCK_ROWS, min(n, (block + 1) * BLOCK_ROWS))
         tiles = []
@@ -191,6 +179,18 @@ def _blocks(mask: IntervalMask, i: int, heads: int) -> Iterator[list[Tile]]:
             yield tiles
 
 
-def _per_block(x: Tensor, fill: int) -> Tensor:
-    """Return [n] as [blocks, BLOCK_ROWS], with the last block padded by ``fill``."""
-    return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK_ROWS), value=fill).view(-1, BLOCK_ROWS)
+def _extremes(mask: IntervalMask, block_rows: int) -> list[list[tuple[int, int, int, int]]]:
+    """Return the columns of each block of rows of each sequence, which the host reads once.
+
+    They are (visible_start, full_start, full_end, visible_end): some row of the block sees the
+    columns from visible_start to visible_end, and every row sees those from full_start to full_end.
+    """
+    is_empty = mask.col_lo_bn >= mask.col_hi_bn
+    lo, hi = mask.col_lo_bn.masked_fill(is_empty, mask.m), mask.col_hi_bn.masked_fill(is_empty, 0)
+    extremes = [
+        split_into_blocks(lo, block_rows, mask.m).amin(2),
+        split_into_blocks(lo, block_rows, 0).amax(2),
+        split_into_blocks(hi, block_rows, mask.m).amin(2),
+        split_into_blocks(hi, block_rows, 0).amax(2),
+    ]
+    return torch.stack(extremes, dim=2).tolist()

@@ -10,24 +10,24 @@ from torch import nn
 from megalard.checkpoint.weights import Weights, is_finite
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.rope import RopeTable, rope_table
 from megalard.model.spec import ModelSpec
 from megalard.parallel.mesh import SINGLE, Axis
 from megalard.parallel.ops import ParallelOps
-from megalard.parallel.tensor.layout import parameter_layout
+from megalard.parallel.tensor.slices import slice_of_parameter
 
 
 def empty_decoder(spec: ModelSpec, rope: RopeTable, axis: Axis) -> Decoder:
     """Return a decoder for this rank of the tp axis whose parameters have no storage."""
-    layout = partial(parameter_layout, spec=spec, rank=axis.rank, tp=axis.size)
+    slice_of = partial(slice_of_parameter, spec=spec, rank=axis.rank, tp=axis.size)
     with torch.device("meta"):
-        return Decoder(spec, rope, ParallelOps(axis), layout)
+        return Decoder(spec, rope, ParallelOps(axis), slice_of)
 
 
-def full_layouts(spec: ModelSpec) -> dict[str, Layout]:
-    """Return the layout of every parameter of a model in a single process, by name."""
-    return dict(empty_decoder(spec, rope_table(spec), SINGLE).layouts)
+def full_slices(spec: ModelSpec) -> dict[str, ParameterSlice]:
+    """Return the slice of every parameter of a model in a single process, by name."""
+    return dict(empty_decoder(spec, rope_table(spec), SINGLE).slices)
 
 
 def load_decoder(
@@ -44,7 +44,7 @@ def load_decoder(
         UserError: a tensor is missing or has another shape than config.json implies.
     """
     decoder = empty_decoder(spec, rope, axis)
-    for name in decoder.layouts:
+    for name in decoder.slices:
         tensor = read_parameter(decoder, name, weights).to(device=device, dtype=dtype)
         set_parameter(decoder, name, nn.Parameter(tensor, requires_grad=False))
     return decoder
@@ -56,9 +56,9 @@ def read_parameter(decoder: Decoder, name: str, weights: Weights) -> torch.Tenso
     Raises:
         UserError: the tensor is missing, has another shape, or holds NaN or infinity.
     """
-    layout = decoder.layouts[name]
-    check_shape(name, layout.full_shape, weights)
-    value = weights.read(name, layout)
+    held = decoder.slices[name]
+    check_shape(name, held.full_shape, weights)
+    value = weights.read(name, held)
     if not is_finite(value):
         raise UserError(
             f"tensor {name} in {weights.directory} holds NaN or infinity: download the model "
@@ -87,8 +87,8 @@ def check_complete(weights: Weights, spec: ModelSpec) -> None:
     Raises:
         UserError: a tensor does not fit; the message names the first one.
     """
-    for name, layout in full_layouts(spec).items():
-        check_shape(name, layout.full_shape, weights)
+    for name, held in full_slices(spec).items():
+        check_shape(name, held.full_shape, weights)
 
 
 def get_parameter(root: nn.Module, name: str) -> nn.Parameter:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megalard.checkpoint.build import check_complete, full_layouts
+from megalard.checkpoint.build import check_complete, full_slices
 from megalard.checkpoint.companions import Companion, for_window
 from megalard.checkpoint.huggingface import write_huggingface
 from megalard.checkpoint.open import StoredModel
@@ -24,12 +24,12 @@ from megalard.checkpoint.weights import Weights
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.errors import UserError, shown
 from megalard.model.export_config import export_config
-from megalard.model.layout import Layout, full_layout
+from megalard.model.parameter_slice import ParameterSlice, full_slice
 from megalard.model.rope import rope_table
 from megalard.model.spec import ModelSpec
 from megalard.parallel.agreement import checked_meanwhile
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
-from megalard.parallel.tensor.layout import check_divisible, parameter_layout
+from megalard.parallel.tensor.slices import check_divisible, slice_of_parameter
 
 
 def import_model(
@@ -50,14 +50,14 @@ def import_model(
         UserError: on every rank, for bad input, or if any rank cannot write.
     """
     check_complete(source.weights, source.spec)
-    layouts = weight_layouts(source.weights, source.spec, mesh.tp)
+    slices = weight_slices(source.weights, source.spec, mesh.tp)
     tensors = {
         name: as_dtensor(
-            torch.empty(layout.local_shape, dtype=source.weights.dtype(name), device="meta"),
-            layout,
+            torch.empty(held.local_shape, dtype=source.weights.dtype(name), device="meta"),
+            held,
             mesh,
         )
-        for name, layout in layouts.items()
+        for name, held in slices.items()
     }
     sections = {
         "kind": "model",
@@ -90,30 +90,30 @@ def _read_box(weights: Weights, name: str, start, size) -> torch.Tensor:
     if not split_dims:
         return weights.read(name)
     (dim,) = split_dims
-    return weights.read(name, Layout(shape, dim, start[dim], size[dim], 1))
+    return weights.read(name, ParameterSlice(shape, dim, start[dim], size[dim], 1))
 
 
-def weight_layouts(weights: Weights, spec: ModelSpec, axis: Axis) -> dict[str, Layout]:
+def weight_slices(weights: Weights, spec: ModelSpec, axis: Axis) -> dict[str, ParameterSlice]:
     """Return the slice of every tensor on this rank. Tensors that are not the model's are full.
 
     Raises:
         UserError: the model cannot be split over this many ranks.
     """
     check_divisible(spec, axis.size)
-    unknown, layouts = set(unknown_tensors(weights, spec)), {}
+    unknown, slices = set(unknown_tensors(weights, spec)), {}
     for name in weights.names():
         shape = weights.shape(name)
-        layouts[name] = (
-            full_layout(shape, axis.size)
+        slices[name] = (
+            full_slice(shape, axis.size)
             if name in unknown
-            else parameter_layout(name, shape, spec, axis.rank, axis.size)
+            else slice_of_parameter(name, shape, spec, axis.rank, axis.size)
         )
-    return layouts
+    return slices
 
 
 def unknown_tensors(weights: Weights, spec: ModelSpec) -> list[str]:
     """Return the tensors in the files that are not part of the model, such as ``inv_freq``."""
-    model_names = {*full_layouts(spec), "lm_head.weight"}
+    model_names = {*full_slices(spec), "lm_head.weight"}
     return [name for name in weights.names() if name not in model_names]
 
 

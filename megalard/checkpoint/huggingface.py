@@ -27,7 +27,7 @@ from megalard.files.safetensors import (
     write_tensor_file,
 )
 from megalard.files.writing import cannot_write, sync_files
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import SINGLE, Axis
 
@@ -132,13 +132,13 @@ class HuggingFaceWeights:
     def files(self) -> list[Path]:
         return list(self._files)
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """Return the tensor, or the slice of a layout, in the dtype of the file."""
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
+        """Return the tensor, or a slice of it, in the dtype of the file."""
         tensor = self._slice(name)
         index: tuple[slice, ...] = (slice(None),)
-        if layout is not None and layout.dim is not None:
-            local = slice(layout.start, layout.start + layout.length)
-            index = (local,) if layout.dim == 0 else (slice(None), local)
+        if held is not None and held.dim is not None:
+            local = slice(held.start, held.start + held.length)
+            index = (local,) if held.dim == 0 else (slice(None), local)
         try:
             return tensor[index]
         except OSError as error:

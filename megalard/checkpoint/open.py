@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megalard.checkpoint.build import full_layouts
+from megalard.checkpoint.build import full_slices
 from megalard.checkpoint.companions import GENERATION_CONFIG, Companion, find_companions
 from megalard.checkpoint.huggingface import HuggingFaceWeights
 from megalard.checkpoint.peft import ADAPTER_CONFIG, AdapterWeights
@@ -201,10 +201,10 @@ def _open_base(
 
 def _check_shapes(base: StoredModel, spec: ModelSpec, directory: Path) -> None:
     """Refuse a base whose tensors do not have the shapes that the trained model implies."""
-    for name, layout in full_layouts(spec).items():
+    for name, full in full_slices(spec).items():
         shape = base.weights.shape(name)
-        if shape != layout.full_shape:
+        if shape != full.full_shape:
             raise UserError(
                 f"tensor {name} in {base.directory} has shape {list(shape)}, but {directory} is "
-                f"for {list(layout.full_shape)}: give the model it was trained on with --base"
+                f"for {list(full.full_shape)}: give the model it was trained on with --base"
             )

@@ -20,7 +20,7 @@ from megalard.files.atomic_folder import AtomicFolder
 from megalard.files.reading import cannot_read, read_json
 from megalard.files.safetensors import DamagedFile, Entry, TensorFile, write_tensor_file
 from megalard.files.writing import cannot_write, sync_files
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -141,11 +141,11 @@ class AdapterWeights:
     def files(self) -> list[Path]:
         return [self._file.path]
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """Return the tensor, or the slice of a layout, in fp32."""
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
+        """Return the tensor, or a slice of it, in fp32."""
         try:
             tensor = self._file.read(self._names[name]).float()
-            return tensor if layout is None else layout.cut(tensor)
+            return tensor if held is None else held.cut(tensor)
         except OSError as error:
             raise cannot_read(self._file.path, error) from None
         except DamagedFile as error:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from megalard.checkpoint.build import full_layouts
+from megalard.checkpoint.build import full_slices
 from megalard.checkpoint.weights import Weights, no_tensor
 from megalard.errors import UserError
 from megalard.model.families import FAMILIES
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.spec import ModelSpec
 
 _PREFIX = "model."
@@ -56,17 +56,17 @@ class RenamedWeights:
     def files(self) -> list[Path]:
         return self._files.files()
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """Return the tensor, or the slice of a layout, in the dtype of the file."""
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
+        """Return the tensor, or a slice of it, in the dtype of the file."""
         place = self._place(name)
         if place.rows is None:
-            return self._files.read(place.stored, layout)
+            return self._files.read(place.stored, held)
         start, length = place.start, place.rows
-        if layout is not None and layout.dim == 0:
-            start, length = start + layout.start, layout.length
-        stored = Layout(self._files.shape(place.stored), 0, start, length, 1)
+        if held is not None and held.dim == 0:
+            start, length = start + held.start, held.length
+        stored = ParameterSlice(self._files.shape(place.stored), 0, start, length, 1)
         tensor = self._files.read(place.stored, stored)
-        return tensor if layout is None or layout.dim in (None, 0) else layout.cut(tensor)
+        return tensor if held is None or held.dim in (None, 0) else held.cut(tensor)
 
     def _place(self, name: str) -> _Place:
         if name not in self._places:
@@ -81,11 +81,11 @@ def under_our_names(files: Weights, spec: ModelSpec) -> Weights:
         UserError: the files hold a tensor twice, or a stored tensor does not have as many rows as
             the tensors that it holds.
     """
-    layouts = full_layouts(spec)
+    slices = full_slices(spec)
     places: dict[str, _Place] = {}
     for stored in files.names():
-        name = _with_prefix(stored, layouts, spec)
-        for part, place in _parts(stored, name, files, layouts, spec).items():
+        name = _with_prefix(stored, slices, spec)
+        for part, place in _parts(stored, name, files, slices, spec).items():
             if part in places:
                 raise UserError(
                     f"tensor {part} is stored twice in {files.directory}, in {places[part].stored} "
@@ -100,14 +100,14 @@ def under_our_names(files: Weights, spec: ModelSpec) -> Weights:
     return RenamedWeights(files, places)
 
 
-def _with_prefix(stored: str, layouts: dict[str, Layout], spec: ModelSpec) -> str:
+def _with_prefix(stored: str, slices: dict[str, ParameterSlice], spec: ModelSpec) -> str:
     """Return a tensor's name in a model with a head; transformers changes the prefix likewise."""
 
     def is_known(name: str) -> bool:
         head, _, kind = name.rpartition(".")
         module = name if kind in ("weight", "bias") else f"{head}.weight"
         parts = _fused_parts(name, spec)
-        return module in layouts or (parts is not None and parts[0] in layouts)
+        return module in slices or (parts is not None and parts[0] in slices)
 
     if not is_known(stored):
         for name in (_PREFIX + stored, stored.removeprefix(_PREFIX)):
@@ -129,16 +129,16 @@ def _fused_parts(name: str, spec: ModelSpec) -> tuple[str, ...] | None:
 
 
 def _parts(
-    stored: str, name: str, files: Weights, layouts: dict[str, Layout], spec: ModelSpec
+    stored: str, name: str, files: Weights, slices: dict[str, ParameterSlice], spec: ModelSpec
 ) -> dict[str, _Place]:
     """Return the places of the tensors that one stored tensor holds."""
     weights = _fused_parts(name, spec)
-    if weights is None or any(weight not in layouts for weight in weights):
+    if weights is None or any(weight not in slices for weight in weights):
         return {name: _Place(stored)}
     kind = name.rpartition(".")[2]
     parts, start = {}, 0
     for weight in weights:
-        rows = layouts[weight].full_shape[0]
+        rows = slices[weight].full_shape[0]
         part = f"{weight.removesuffix('weight')}{kind}"
         # A LoRA pair of the stored tensor is one A for all parts, and some rows of B for each.
         parts[part] = _Place(stored) if kind == "lora_A" else _Place(stored, start, rows)
@@ -183,9 +183,9 @@ class StoredWeights:
     def files(self) -> list[Path]:
         return self._weights.files()
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
         """Return the full tensor."""
-        assert layout is None, "models are written as full tensors"
+        assert held is None, "models are written as full tensors"
         tensors = [self._weights.read(part) for part in self.parts[name]]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
@@ -199,7 +199,7 @@ class _StoredPairs:
 
     def __init__(self, pairs: Weights, modules: dict[str, list[str]], spec: ModelSpec, rank: int):
         self._pairs, self._modules, self._rank = pairs, modules, rank
-        self._layouts, self.directory = full_layouts(spec), pairs.directory
+        self._slices, self.directory = full_slices(spec), pairs.directory
         self.rank = rank * max(map(len, modules.values()))
 
     def names(self) -> list[str]:
@@ -207,7 +207,7 @@ class _StoredPairs:
 
     def shape(self, name: str) -> tuple[int, ...]:
         parts, is_a = self._parts(name)
-        shapes = [self._layouts[f"{part}.weight"].full_shape for part in parts]
+        shapes = [self._slices[f"{part}.weight"].full_shape for part in parts]
         return (self.rank, shapes[0][1]) if is_a else (sum(s[0] for s in shapes), self.rank)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -216,13 +216,13 @@ class _StoredPairs:
     def files(self) -> list[Path]:
         return self._pairs.files()
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
         """Return the full tensor."""
-        assert layout is None, "adapters are written as full tensors"
+        assert held is None, "adapters are written as full tensors"
         full, row = torch.zeros(self.shape(name)), 0
         parts, is_a = self._parts(name)
         for number, part in enumerate(parts):
-            rows = self._layouts[f"{part}.weight"].full_shape[0]
+            rows = self._slices[f"{part}.weight"].full_shape[0]
             place = slice(number * self._rank, (number + 1) * self._rank)
             kind = "lora_A" if is_a else "lora_B"
             if f"{part}.{kind}" in self._pairs.names():

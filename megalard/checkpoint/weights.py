@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from megalard.errors import UserError, shown
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 
 BLOCK_ELEMENTS = 2**22  # 16 MiB of fp32
 
@@ -39,8 +39,8 @@ class Weights(Protocol):
         """Return the files that the tensors are read from."""
         ...
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """Return the full tensor, or the slice of a layout, on the CPU."""
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
+        """Return the full tensor, or a slice of it, on the CPU."""
         ...
 
 
@@ -82,7 +82,7 @@ def are_equal(weights: Weights, name: str, other: str) -> bool:
         return False
     rows = max(1, BLOCK_ELEMENTS // shape[1])
     for start in range(0, shape[0], rows):
-        block = Layout(shape, 0, start, min(rows, shape[0] - start), 1)
+        block = ParameterSlice(shape, 0, start, min(rows, shape[0] - start), 1)
         x, y = weights.read(name, block), weights.read(other, block)
         if not torch.equal(x.float(), y.float()):
             return False
@@ -235,16 +235,16 @@ class MergedWeights:
     def files(self) -> list[Path]:
         return [*self.trained.files(), *self.base.files()]
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """Return the tensor, or the slice of a layout, in the base's dtype."""
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
+        """Return the tensor, or a slice of it, in the base's dtype."""
         parts, dtype = trained_parts(name, self._trained_names), self.base.dtype(name)
         if not parts:
-            return self.base.read(name, layout)
+            return self.base.read(name, held)
         if parts == [name]:
-            return self.trained.read(name, layout).to(dtype)
+            return self.trained.read(name, held).to(dtype)
         # The full tensor is merged and then cut, because a product of slices may round differently.
         # If an earlier stage changed the weight itself, the pair is added to the changed weight.
         lora_a, lora_b = (self.trained.read(part) for part in parts[-2:])
         original = self.trained.read(name) if name in parts else self.base.read(name)
         merged = merge_lora(name, original, lora_a, lora_b, self.scale).to(dtype)
-        return merged if layout is None else layout.cut(merged).contiguous()
+        return merged if held is None else held.cut(merged).contiguous()

@@ -1,8 +1,9 @@
 """The commands of ``megalard``, one module each: what they take, and what they do.
 
 A command module has ``NAME``, ``HELP``, ``add_arguments(parser)`` and ``run(options)``, which
-returns the exit status. Modules with heavy imports are imported in ``run``, so that ``--help`` is
-fast.
+returns the exit status. With ``TAKES_OVERRIDES`` a command takes keys of the configuration too, and
+its ``--help`` describes them. Modules with heavy imports are imported in ``run``, so that the help
+is printed fast.
 """
 
 from __future__ import annotations

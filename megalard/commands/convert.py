@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("hf", "peft"),
         default="hf",
-        help="hf: merged weights (default); peft: the LoRA pairs alone with the student's "
-        "config.json, since an adapter carries no RoPE",
+        help="hf: merged weights; peft: the LoRA pairs alone with the student's "
+        "config.json, since an adapter carries no RoPE (default: hf)",
     )
 
 
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         check_complete(model.weights, model.spec)
         weights = model.trained if is_adapter and model.trained else model.weights
         if is_import:
-            convert.weight_layouts(weights, model.spec, mesh.tp)
+            convert.weight_slices(weights, model.spec, mesh.tp)
         if is_adapter:
             convert.check_adapter(model)
     total = size_of(weights)

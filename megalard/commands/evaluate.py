@@ -52,14 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help=".txt, .md, .py and .jsonl files, directories of them, or one prepared token store",
     )
-    add("--text-key", default="text", metavar="KEY", help="key of the text in .jsonl files (text)")
+    add(
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in .jsonl files (default: text)",
+    )
     add(
         "--max-tokens",
         type=tokens,
         default=262_144,
         metavar="N",
         help="tokens of the text to read, as 262144 or 256K; at least one window of the longest "
-        "length (256K)",
+        "length (default: 256K)",
     )
     add(
         "--lengths",
@@ -76,41 +81,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TASK",
         help=f"some of {', '.join(TASKS)}, or nothing for none (default: all)",
     )
-    add("--task-lengths", nargs="+", metavar="N", help="lengths of the tasks, if not --lengths")
+    add("--task-lengths", nargs="+", metavar="N", help="lengths of the tasks (default: --lengths)")
     add(
         "--depths",
         nargs="+",
         type=float,
         default=[0, 0.25, 0.5, 0.75, 1],
         metavar="D",
-        help="places of the statement asked for, 0 (first) to 1 (last) (0 0.25 0.5 0.75 1)",
+        help="places of the statement asked for, 0 (first) to 1 (last) (default: 0 0.25 0.5 "
+        "0.75 1)",
     )
     add(
         "--samples",
         type=int,
         default=10,
         metavar="N",
-        help="samples for each task, length and depth (10)",
+        help="samples for each task, length and depth (default: 10)",
     )
     add(
         "--filler",
         choices=("sentences", "text"),
         default="sentences",
-        help="what the statements are hidden in: neutral sentences over and over, or --text",
+        help="what the statements are hidden in: neutral sentences over and over, or --text "
+        "(default: sentences)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="another seed makes other samples (0)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="another seed makes other samples (default: 0)",
+    )
     add(
         "--bos",
         choices=("auto", "yes", "no"),
         default="auto",
-        help="whether documents, windows and tasks begin with the BOS token (auto: as the "
-        "tokenizer does)",
+        help="whether documents, windows and tasks begin with the BOS token; auto: as the "
+        "tokenizer does (default: auto)",
     )
     add(
         "--eos",
         choices=("auto", "yes", "no"),
         default="auto",
-        help="whether documents end with the EOS token (auto: as the tokenizer does)",
+        help="whether documents end with the EOS token; auto: as the tokenizer does "
+        "(default: auto)",
     )
     add("--tokenizer", type=Path, metavar="DIR", help="one for all models (default: their own)")
     add(
@@ -119,9 +133,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="base model of runs' checkpoints and adapters, if it has moved",
     )
-    add("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
-    add("--cp", type=int, default=1, metavar="N", help="context-parallel size (1)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    add("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (default: 1)")
+    add("--cp", type=int, default=1, metavar="N", help="context-parallel size (default: 1)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run; auto takes a GPU if torch sees one (default: auto)",
+    )
     add(
         "--dtype",
         choices=("bfloat16", "float32"),

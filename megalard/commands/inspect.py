@@ -84,7 +84,8 @@ def run(options: argparse.Namespace) -> int:
             _print(path, facts)
         for path in leftovers:
             print(printable(f"{path}: a save that was not finished; the next start removes it"))
-        print(f"{len(checkpoints)} complete checkpoints; {newest}")
+        number = len(checkpoints)
+        print(f"{number} complete checkpoint{'' if number == 1 else 's'}; {newest}")
     return 0 if all(is_good for *_, is_good in results) else 1
 
 

@@ -16,7 +16,6 @@ import math
 from pathlib import Path
 
 from megalard.config.file import load_config
-from megalard.config.help import describe_keys
 from megalard.errors import UserError
 
 NAME, HELP = "plan", "estimate memory and time of a run on given GPUs, from config.json alone"
@@ -25,7 +24,6 @@ TAKES_OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
-    parser.epilog = "configuration keys:\n\n" + describe_keys()
     parser.add_argument(
         "--model",
         metavar="MODEL",

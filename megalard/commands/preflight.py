@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 
 from megalard.commands import train
-from megalard.config.help import describe_keys
 
 NAME, HELP = "preflight", "check a run and measure two steps, without writing"
 TAKES_OVERRIDES = True
@@ -19,7 +18,6 @@ TAKES_OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
-    parser.epilog = "configuration keys:\n\n" + describe_keys()
     parser.add_argument(
         "--config",
         metavar="FILE",

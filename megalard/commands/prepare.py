@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}",
             choices=("auto", "yes", "no"),
             default="auto",
-            help=f"whether every document {token} token (auto: as the tokenizer does)",
+            help=f"whether every document {token} token; auto: as the tokenizer does "
+            "(default: auto)",
         )
     parser.add_argument(
         "--end-token",
@@ -80,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("text", "chat"),
         default="text",
-        help="chat: the key names a list of messages (default: messages), of which the model's "
-        "chat template makes the text",
+        help="chat: the key names a list of messages, which is messages without --text-key, and "
+        "the model's chat template makes the text of it (default: text)",
     )
 
 

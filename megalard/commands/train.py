@@ -13,7 +13,6 @@ import argparse
 import signal
 
 from megalard.config.file import load_config
-from megalard.config.help import describe_keys
 
 NAME, HELP = "train", "restore a model, or resume the run in the output directory"
 TAKES_OVERRIDES = True
@@ -21,7 +20,6 @@ TAKES_OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
-    parser.epilog = "configuration keys:\n\n" + describe_keys()
     parser.add_argument(
         "--config",
         metavar="FILE",

@@ -23,6 +23,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
+from functools import cache
 from typing import Any
 
 from megalard.errors import UserError, shown
@@ -134,6 +135,14 @@ def help_texts(cls: type) -> dict[str, str]:
     return texts
 
 
+def type_hints(cls: Any) -> dict[str, Any]:
+    """Return the type of every field of a class; the caller must not change the dictionary."""
+    return _type_hints(cls)
+
+
+_type_hints = cache(typing.get_type_hints)
+
+
 def without_none(hint: Any) -> tuple[Any, bool]:
     """Return X and True for the type hint ``X | None``, and any other hint with False."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
@@ -157,7 +166,7 @@ def check_fields(section: Any, prefix: str = "", has_files: bool = True) -> None
 
 
 def _walk(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any, Allowed]]:
-    hints = typing.get_type_hints(type(section))
+    hints = type_hints(type(section))
     for field in dataclasses.fields(section):
         value, key = getattr(section, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):

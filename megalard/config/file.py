@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megalard.config.fields import allowed_of, without_none
+from megalard.config.fields import allowed_of, type_hints, without_none
 from megalard.config.lengths import parse_length
 from megalard.config.objective import RELATIONS
 from megalard.config.recipes import find_config
@@ -142,7 +142,7 @@ def _hint_of(key: str) -> tuple[Any, bool]:
         if typing.get_origin(hint) is dict:
             hint = typing.get_args(hint)[1]
         else:
-            hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+            hint = type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
     return without_none(hint)
 
 
@@ -298,7 +298,7 @@ def _build(cls: Any, tree: Any, prefix: str) -> Any:
         tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"'{prefix.rstrip('.')}' is a section, got the value {shown(tree)}")
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     names = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
     for key, value in tree.items():
@@ -375,7 +375,7 @@ def _nearest(key: str, names: set[str], prefix: str) -> str:
 
 def _paths(cls: Any, prefix: str) -> list[str]:
     paths = []
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in type_hints(cls).items():
         paths += _paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else []
         paths.append(prefix + name)
     return paths

@@ -8,7 +8,7 @@ import textwrap
 import typing
 from typing import Any
 
-from megalard.config.fields import allowed_of, default_of, help_texts, without_none
+from megalard.config.fields import allowed_of, default_of, help_texts, type_hints, without_none
 from megalard.config.file import STREAM_BATCHES
 from megalard.config.recipes import recipes, title
 from megalard.config.schema import Config, StageConfig, StreamConfig
@@ -43,7 +43,7 @@ def _summary(cls: type) -> str:
 
 def _describe(cls: type, prefix: str) -> list[str]:
     lines, texts = [], help_texts(cls)
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     for field in dataclasses.fields(cls):
         default = default_of(field)
         if dataclasses.is_dataclass(default):
@@ -83,7 +83,7 @@ def _describe_entries(name: str, text: str) -> list[str]:
     """Describe a section of named entries: ``streams`` or ``stages``."""
     cls = {"streams": StreamConfig, "stages": StageConfig}[name]
     lines = _heading(name, f"{text} {_summary(cls)}")
-    texts, hints = help_texts(cls), typing.get_type_hints(cls)
+    texts, hints = help_texts(cls), type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     sections = [n for n, field in fields.items() if dataclasses.is_dataclass(default_of(field))]
     keys = ", ".join(f"--{name}.NAME.{section}.KEY" for section in sections)

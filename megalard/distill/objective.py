@@ -69,7 +69,7 @@ class StreamObjective:
 
     Args:
         stream: the weights of the terms.
-        student: the student, or any decoder of its shape and layout.
+        student: the student, or any decoder of its shape and slices.
         kv_replicas: the number of tp ranks that hold the same K/V heads.
         dtype: dtype of the activations.
         activation_checkpointing: whether only the input of each student layer is kept.

@@ -29,7 +29,7 @@ from megalard.model.projection import Projection
 from megalard.model.rope import RopeTable
 from megalard.model.spec import ModelSpec
 from megalard.parallel.mesh import Axis
-from megalard.parallel.tensor.layout import parameter_layout
+from megalard.parallel.tensor.slices import slice_of_parameter
 
 
 class MasterValues(Protocol):
@@ -127,7 +127,7 @@ def build_student(
     device, dtype = embedding.device, dtype or embedding.dtype
     trained: dict[str, nn.Parameter] = {}
     carried: dict[str, torch.Tensor] = {}
-    for name in list(decoder.layouts):
+    for name in list(decoder.slices):
         if _is_trained_weight(name, trainable) and is_reached(name):
             files = weights or masters
             if name in earlier:
@@ -220,7 +220,7 @@ def _add_lora(
             if target not in lora.targets or not is_reached(f"{prefix}.weight"):
                 continue
             projection = cast(Projection, decoder.get_submodule(prefix))
-            out_features, in_features = decoder.layouts[f"{prefix}.weight"].full_shape
+            out_features, in_features = decoder.slices[f"{prefix}.weight"].full_shape
             pair_seed = (seed * 1_000_003 + layer * 4 + number) & 0x7FFFFFFF
             full_pair = {
                 "lora_A": initial_a(lora.rank, in_features, pair_seed),
@@ -228,11 +228,11 @@ def _add_lora(
             }
             for kind, value in full_pair.items():
                 name = f"{prefix}.{kind}"
-                layout = parameter_layout(name, tuple(value.shape), spec, axis.rank, axis.size)
-                local = layout.cut(value).to(device, copy=True).contiguous()
+                held = slice_of_parameter(name, tuple(value.shape), spec, axis.rank, axis.size)
+                local = held.cut(value).to(device, copy=True).contiguous()
                 trained[name] = nn.Parameter(local)
                 setattr(projection, kind, trained[name])
-                decoder.layouts[name] = layout
+                decoder.slices[name] = held
             projection.lora_scale = lora.alpha / lora.rank
             # q, k and v read the same input and share its dropout mask.
             place = 2 * layer + (target == "o")

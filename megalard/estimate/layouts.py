@@ -13,7 +13,7 @@ from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.time import StepTime, run_times
 from megalard.model.spec import ModelSpec
 from megalard.parallel.context.schedule import COVERS
-from megalard.parallel.tensor.layout import tensor_parallel_sizes
+from megalard.parallel.tensor.slices import tensor_parallel_sizes
 
 Check = Callable[[Config, RankLayout], None]
 """Raises a UserError if a configuration cannot run on a layout."""

@@ -13,11 +13,11 @@ from megalard.distill.objective import reaches_of
 from megalard.distill.student import changed_weights
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.trained import Trained, TrainedTensor
-from megalard.model.layout import Layout
 from megalard.model.names import projection_name
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.rope import RopeTable, rope_table
 from megalard.model.spec import ModelSpec
-from megalard.parallel.tensor.layout import parameter_layout
+from megalard.parallel.tensor.slices import slice_of_parameter
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def _rope(spec: ModelSpec) -> RopeTable:
 
 def weights_of(spec: ModelSpec, layout: RankLayout) -> Mapping[str, int]:
     """Return the number of elements of each weight on one rank, by name."""
-    layouts = _layouts_over(spec, layout.tp)
-    return {name: prod(layout.local_shape) for name, layout in layouts.items()}
+    slices = _slices_over(spec, layout.tp)
+    return {name: prod(held.local_shape) for name, held in slices.items()}
 
 
 @cache
-def _layouts_over(spec: ModelSpec, tp: int) -> Mapping[str, Layout]:
-    """Return the layout of each weight on the first of ``tp`` ranks, in the order of the model."""
-    return empty_decoder(spec, _rope(spec), RankLayout(tp=tp).tp_axis).layouts
+def _slices_over(spec: ModelSpec, tp: int) -> Mapping[str, ParameterSlice]:
+    """Return the slice of each weight on the first of ``tp`` ranks, in the order of the model."""
+    return empty_decoder(spec, _rope(spec), RankLayout(tp=tp).tp_axis).slices
 
 
 def _reached(stage: Config, spec: ModelSpec) -> Callable[[str], bool]:
@@ -98,18 +98,18 @@ def trained_of(stage: Config, spec: ModelSpec, layout: RankLayout) -> Trained:
     """Return the trained tensors of a stage on one rank."""
     reached = _reached(stage, spec)
     if stage.trainable.mode == "lora":
-        layouts = _lora_pairs(stage.trainable, spec, layout, reached)
+        slices = _lora_pairs(stage.trainable, spec, layout, reached)
     else:
-        weights = _layouts_over(spec, layout.tp)
+        weights = _slices_over(spec, layout.tp)
         names = changed_weights(weights, stage.trainable, reached)
-        layouts = {name: weights[name] for name in weights if name in names}
-    tensors = {
-        name: _trained_tensor(held, stage.parallel, layout) for name, held in layouts.items()
-    }
+        slices = {name: weights[name] for name in weights if name in names}
+    tensors = {name: _trained_tensor(held, stage.parallel, layout) for name, held in slices.items()}
     return Trained(tensors, stage.trainable.lora.rank if stage.trainable.mode == "lora" else 0)
 
 
-def _trained_tensor(held: Layout, parallel: ParallelConfig, layout: RankLayout) -> TrainedTensor:
+def _trained_tensor(
+    held: ParameterSlice, parallel: ParallelConfig, layout: RankLayout
+) -> TrainedTensor:
     holders = layout.data * held.replicas
     is_divided = parallel.offload_optimizer or (parallel.shard_optimizer and holders > 1)
     return TrainedTensor(held.local_shape, holders, is_divided)
@@ -120,8 +120,8 @@ def _lora_pairs(
     spec: ModelSpec,
     layout: RankLayout,
     reached: Callable[[str], bool],
-) -> dict[str, Layout]:
-    """Return the layouts of the LoRA pairs on the first tp rank, in the order of the model."""
+) -> dict[str, ParameterSlice]:
+    """Return the slices of the LoRA pairs on the first tp rank, in the order of the model."""
     q_features, kv_features = (
         heads * spec.head_dim for heads in (spec.num_heads, spec.num_kv_heads)
     )
@@ -139,7 +139,7 @@ def _lora_pairs(
                 continue
             for kind, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
                 name = f"{prefix}.{kind}"
-                pairs[name] = parameter_layout(name, shape, spec, 0, layout.tp)
+                pairs[name] = slice_of_parameter(name, shape, spec, 0, layout.tp)
     return pairs
 
 

@@ -25,7 +25,7 @@ from megalard.model.decoder import Decoder
 from megalard.model.rope import rope_table
 from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks
 from megalard.parallel.mesh import Mesh
-from megalard.parallel.tensor.layout import check_divisible
+from megalard.parallel.tensor.slices import check_divisible
 from megalard.progress import token_bar
 from megalard.reporter import Reporter
 

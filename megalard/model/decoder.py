@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from megalard.model.layers import LAYERS, DecoderLayer
-from megalard.model.layout import Layout
 from megalard.model.norm import RmsNorm
 from megalard.model.ops import BlockBatch, Context, Ops
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.projection import Projection
 from megalard.model.rope import RopeTable
 from megalard.model.spec import ModelSpec
@@ -36,7 +36,7 @@ class Decoder(nn.Module):
         spec: shape and flags.
         rope: the table of rotary positions.
         ops: the operations of this rank.
-        layout: ``layout(name, full_shape)`` returns this rank's slice of a parameter.
+        slice_of: ``slice_of(name, full_shape)`` returns this rank's slice of a parameter.
     """
 
     def __init__(
@@ -44,18 +44,18 @@ class Decoder(nn.Module):
         spec: ModelSpec,
         rope: RopeTable,
         ops: Ops,
-        layout: Callable[[str, tuple[int, ...]], Layout],
+        slice_of: Callable[[str, tuple[int, ...]], ParameterSlice],
     ):
         super().__init__()
         self.spec, self.rope, self.ops = spec, rope, ops
         self.model = DecoderBody(spec)
         if not spec.tied_embeddings:
             self.lm_head = Projection(spec.hidden_size, spec.vocab_size, bias=False)
-        self.layouts: dict[str, Layout] = {
-            name: layout(name, tuple(parameter.shape))
+        self.slices: dict[str, ParameterSlice] = {
+            name: slice_of(name, tuple(parameter.shape))
             for name, parameter in self.named_parameters()
         }
-        self.first_vocab_row = self.layouts["model.embed_tokens.weight"].start
+        self.first_vocab_row = self.slices["model.embed_tokens.weight"].start
 
     @property
     def layers(self) -> nn.ModuleList:

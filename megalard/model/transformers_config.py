@@ -6,8 +6,10 @@ together. Reading through its classes gives the same defaults and the same refus
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
@@ -27,13 +29,8 @@ def as_transformers_reads(config: dict, where: str) -> PretrainedConfig:
         UserError: transformers refuses the file.
     """
     try:
-        with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
-            Path(folder, "config.json").write_text(json.dumps(config))
-            read = AutoConfig.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-            # A model repeats this call, after which a key next to the RoPE section has priority.
-            read.standardize_rope_params()
+        # The caller may change what it gets.
+        return copy.deepcopy(_read(json.dumps(config)))
     # What is tried is code of transformers alone, which raises errors of all kinds at odd values.
     except Exception as error:
         reason = reason_of(error, 300)
@@ -41,4 +38,14 @@ def as_transformers_reads(config: dict, where: str) -> PretrainedConfig:
             f"{where}/config.json is refused by transformers ({reason}): correct "
             "it, or download it again"
         ) from None
-    return read
+
+
+@lru_cache(maxsize=8)
+def _read(text: str) -> PretrainedConfig:
+    """Return what transformers reads from a file; a run asks a dozen times for the same content."""
+    with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(text)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        # A model repeats this call, after which a key next to the RoPE section has priority.
+        config.standardize_rope_params()
+    return config

@@ -72,6 +72,6 @@ def _watch(rank: int, others: dict[int, tuple[int, int]], patience_s: float) -> 
         f"rank {rank} ends: rank {number} (process {pid}) ended {patience_s:.0f} s ago, and what "
         "this rank waits for will not come: run the same command to resume from the last checkpoint"
     )
-    leave_reason(sentence, is_bad_input=False)
-    print(f"megalard: error: {sentence}", file=sys.stderr, flush=True)
+    if not leave_reason(sentence, is_bad_input=False):
+        print(f"megalard: error: {sentence}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -14,8 +14,8 @@ from megalard.training.run import Run
 def report_start(run: Run) -> None:
     """Print what a run is about to do."""
     config, plan, mesh = run.config, run.plan, run.mesh
-    spec, layouts = plan.teacher.spec, run.student.decoder.layouts
-    parameters = sum(math.prod(layouts[name].full_shape) for name in run.student.trained)
+    spec, slices = plan.teacher.spec, run.student.decoder.slices
+    parameters = sum(math.prod(slices[name].full_shape) for name in run.student.trained)
     first = run.stages[0].config
     lines = [
         f"model     {spec.family}, {spec.num_layers} layers of {spec.hidden_size}: "

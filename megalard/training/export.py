@@ -21,7 +21,7 @@ from megalard.checkpoint.weights import Weights, is_finite, merge_lora, trained_
 from megalard.checkpoint.write_options import FILE_BYTES, WriteOptions
 from megalard.distill.student import Student
 from megalard.errors import UserError
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.projection import Projection
 from megalard.parallel.agreement import from_rank_0
 from megalard.parallel.collectives import all_gather_tokens
@@ -121,9 +121,9 @@ class _MergedTensors:
             if trained_parts(name, self.student.changed):
                 self._gather(name)
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
         """Return the merged tensor on the CPU, in the dtype in which it is stored."""
-        assert layout is None, "the student is exported as full tensors"
+        assert held is None, "the student is exported as full tensors"
         self.pending.remove(name)
         parts, dtype = trained_parts(name, self.student.changed), self.dtype(name)
         source = self.source.read(name)
@@ -160,20 +160,20 @@ class _MergedTensors:
         student, decoder = self.student, self.student.decoder
         device = decoder.model.embed_tokens.weight.device
         return {
-            part: gather_full(student.value(part).to(device), decoder.layouts[part], self.axis)
+            part: gather_full(student.value(part).to(device), decoder.slices[part], self.axis)
             for part in trained_parts(name, student.changed)
         }
 
 
-def gather_full(local: torch.Tensor, layout: Layout, axis: Axis) -> torch.Tensor:
+def gather_full(local: torch.Tensor, held: ParameterSlice, axis: Axis) -> torch.Tensor:
     """Return the full tensor of this rank's slice; a collective call over the tp axis."""
-    if layout.dim is None or axis.size == 1:
+    if held.dim is None or axis.size == 1:
         return local
-    parts = axis.size // layout.replicas
-    longest = -(-layout.full_shape[layout.dim] // parts)
-    moved = local.movedim(layout.dim, 0)
+    parts = axis.size // held.replicas
+    longest = -(-held.full_shape[held.dim] // parts)
+    moved = local.movedim(held.dim, 0)
     padded = moved.new_zeros(longest, *moved.shape[1:])
     padded[: moved.shape[0]] = moved
     gathered = all_gather_tokens(padded, axis).unflatten(0, (axis.size, longest))
-    full = gathered[:: layout.replicas].flatten(0, 1)[: layout.full_shape[layout.dim]]
-    return full.movedim(0, layout.dim).contiguous()
+    full = gathered[:: held.replicas].flatten(0, 1)[: held.full_shape[held.dim]]
+    return full.movedim(0, held.dim).contiguous()

@@ -81,9 +81,9 @@ def student_to_restore(
     start = first_with_same_parameters(stages, number)
     if start == 0:
         return first
-    layouts = empty_decoder(plan.student, rope_table(plan.student), mesh.tp).layouts
-    changed = weights_changed_before(stages, start, layouts, plan.student.num_layers)
-    earlier = {name: torch.zeros(layouts[name].local_shape) for name in sorted(changed)}
+    slices = empty_decoder(plan.student, rope_table(plan.student), mesh.tp).slices
+    changed = weights_changed_before(stages, start, slices, plan.student.num_layers)
+    earlier = {name: torch.zeros(slices[name].local_shape) for name in sorted(changed)}
     return _build(stages[start], plan, mesh, first.decoder, earlier=earlier)
 
 

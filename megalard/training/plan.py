@@ -20,7 +20,7 @@ from megalard.model.spec import ModelSpec, spec_from_config
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Mesh
-from megalard.parallel.tensor.layout import check_divisible, tensor_parallel_sizes
+from megalard.parallel.tensor.slices import check_divisible, tensor_parallel_sizes
 from megalard.training.origins import Origins
 from megalard.training.trackers import check_installed
 

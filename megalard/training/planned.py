@@ -14,7 +14,7 @@ from megalard.estimate.remedies import more_gpus, remedies
 from megalard.estimate.report import PlanResult
 from megalard.model.rope import scaled_config, window_of
 from megalard.model.spec import ModelSpec, read_spec, spec_from_config, spec_from_file
-from megalard.parallel.tensor.layout import check_divisible
+from megalard.parallel.tensor.slices import check_divisible
 from megalard.training.plan import check_stream, naming_stream
 
 

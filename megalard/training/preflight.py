@@ -107,8 +107,8 @@ def _print_stage(
 ) -> float:
     """Print what two steps of a stage showed; return the minutes of the whole stage."""
     config, trained = distiller.config, distiller.student.trained
-    layouts = distiller.student.decoder.layouts
-    total = sum(math.prod(layouts[name].full_shape) for name in trained)
+    slices = distiller.student.decoder.slices
+    total = sum(math.prod(slices[name].full_shape) for name in trained)
     console.print(f"trained: {total:,} parameters in {len(trained)} tensors")
     for kind, count, shape in _kinds(distiller):
         console.print(f"  {count:4d} x {kind} {list(shape)}")
@@ -170,10 +170,10 @@ def _print_rope(console: Console, teacher: RopeTable, student: RopeTable, plan: 
 
 
 def _kinds(distiller: Distiller):
-    layouts = distiller.student.decoder.layouts
+    slices = distiller.student.decoder.slices
     counts: dict[tuple, int] = {}
     for name in distiller.student.trained:
         kind = ".".join(part for part in name.split(".") if not part.isdigit())
-        key = (kind, layouts[name].full_shape)
+        key = (kind, slices[name].full_shape)
         counts[key] = counts.get(key, 0) + 1
     return [(kind, count, shape) for (kind, shape), count in counts.items()]

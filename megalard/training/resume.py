@@ -182,7 +182,7 @@ def describe_run(
         progress: what the run has done.
     """
     student = distiller.student
-    layouts, trainable = student.decoder.layouts, stage.config.trainable
+    slices, trainable = student.decoder.slices, stage.config.trainable
     lora = {
         "rank": trainable.lora.rank,
         "alpha": trainable.lora.alpha,
@@ -201,7 +201,7 @@ def describe_run(
         "trained": {
             "mode": trainable.mode,
             "lora": lora if trainable.mode == "lora" else None,
-            "tensors": {name: list(layouts[name].full_shape) for name in student.changed},
+            "tensors": {name: list(slices[name].full_shape) for name in student.changed},
         },
         "training": {
             "step": step,

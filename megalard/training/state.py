@@ -13,7 +13,7 @@ import torch
 from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.checkpoint.sharded.save_load import as_dtensor, load_sharded
 from megalard.errors import UserError, shown
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.parallel.mesh import Axis, Mesh
 from megalard.training.step import Distiller
 
@@ -27,20 +27,20 @@ class StateTensor:
 
     Attributes:
         value: the tensor.
-        layout: the layout of the parameter that it belongs to; None if it is equal on all ranks
-            that have it.
+        held: the slice of the parameter that it belongs to; None if it is equal on all
+            ranks that have it.
         is_sharded: whether the ranks that hold the parameter have divided it among them.
     """
 
     value: torch.Tensor
-    layout: Layout | None = None
+    held: ParameterSlice | None = None
     is_sharded: bool = False
 
     def as_tensor(self, mesh: Mesh) -> torch.Tensor:
         """Return the tensor in the form that torch.distributed.checkpoint takes."""
-        if self.layout is None:
+        if self.held is None:
             return self.value
-        return as_dtensor(self.value, self.layout, mesh, self.is_sharded)
+        return as_dtensor(self.value, self.held, mesh, self.is_sharded)
 
 
 State = dict[str, StateTensor]
@@ -53,20 +53,20 @@ def training_state(distiller: Distiller) -> State:
     The tensors of the optimizer are called ``optimizer.<key>.<parameter>``, those of random
     generators ``rng.<device>.<rank>``.
     """
-    layouts = distiller.student.decoder.layouts
+    slices = distiller.student.decoder.slices
     state: State = {}
     for name, part in distiller.masters.parts.items():
-        state[name] = StateTensor(part.value, layouts[name], part.is_sharded)
+        state[name] = StateTensor(part.value, slices[name], part.is_sharded)
         for key, value in distiller.optimizer.state.get(part.parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 full_name = f"optimizer.{key}.{name}"
                 if value.shape == part.parameter.shape:
                     moment = part.of(value.detach())
-                    state[full_name] = StateTensor(moment, layouts[name], part.is_sharded)
+                    state[full_name] = StateTensor(moment, slices[name], part.is_sharded)
                 else:
                     state[full_name] = StateTensor(value.detach())
     for name, value in distiller.student.carried.items():
-        state[name] = StateTensor(value, layouts[name])
+        state[name] = StateTensor(value, slices[name])
     mesh = distiller.mesh
     state[_rng_name("cpu", mesh.world.rank)] = StateTensor(torch.get_rng_state())
     if mesh.device.type == "cuda":
@@ -93,7 +93,7 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
         UserError: on every rank, if a tensor is missing, has another shape or cannot be read.
     """
     _check_optimizer(weights)
-    layouts, masters = distiller.student.decoder.layouts, distiller.masters
+    slices, masters = distiller.student.decoder.slices, distiller.masters
     saved, mesh = weights.manifest.tensors, distiller.mesh
     different = set(weights.names()) ^ set(distiller.student.changed)
     if different:
@@ -102,14 +102,14 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
             f"{min(different)}: choose another run.output"
         )
     tensors = {
-        name: as_dtensor(value, layouts[name], mesh)
+        name: as_dtensor(value, slices[name], mesh)
         for name, value in distiller.student.carried.items()
     }
     parameters = masters.parameters
     moments: dict[int, dict[str, torch.Tensor]] = {}
     numbers = {parameter: number for number, parameter in enumerate(parameters)}
     for name, part in masters.parts.items():
-        tensors[name] = as_dtensor(part.value, layouts[name], mesh, part.is_sharded)
+        tensors[name] = as_dtensor(part.value, slices[name], mesh, part.is_sharded)
         state = moments.setdefault(numbers[part.parameter], {})
         for key in ("exp_avg", "exp_avg_sq", "step"):
             full_name = f"optimizer.{key}.{name}"
@@ -121,7 +121,7 @@ def restore_state(distiller: Distiller, weights: ShardedWeights, axis: Axis) -> 
                 if key not in state:
                     state[key] = torch.zeros_like(part.parameter.detach())
                 value = part.of(state[key])
-                tensors[full_name] = as_dtensor(value, layouts[name], mesh, part.is_sharded)
+                tensors[full_name] = as_dtensor(value, slices[name], mesh, part.is_sharded)
     generators = {}
     has_same_ranks = weights.manifest.body["written_by"]["ranks"] == mesh.world.size
     for device_type in ("cpu", "cuda"):

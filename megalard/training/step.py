@@ -20,7 +20,7 @@ from megalard.model.decoder import Decoder
 from megalard.parallel.agreement import gather_objects
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import Mesh
-from megalard.parallel.tensor.layout import kv_replicas
+from megalard.parallel.tensor.slices import kv_replicas
 from megalard.training.activation_offload import ActivationOffload
 from megalard.training.masters.masters import Masters
 from megalard.training.optimizer import learning_rate, make_optimizer, update_where

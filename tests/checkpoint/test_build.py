@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from megalard.checkpoint.build import (
     check_shape,
     empty_decoder,
-    full_layouts,
+    full_slices,
     get_parameter,
     load_decoder,
     set_parameter,
@@ -34,13 +34,13 @@ def test_an_empty_decoder_has_no_storage(model):
     spec = read_spec(model)
     decoder = empty_decoder(spec, rope_table(spec), Axis(None, 1, 2))
     assert all(parameter.is_meta for parameter in decoder.parameters())
-    assert decoder.layouts[Q_PROJ].local_shape == (16, 32)
+    assert decoder.slices[Q_PROJ].local_shape == (16, 32)
 
 
-def test_the_layouts_of_a_model_are_its_tensors(model):
+def test_the_slices_of_a_model_are_its_tensors(model):
     shapes = {name: tuple(x.shape) for name, x in load_file(model / "model.safetensors").items()}
-    layouts = full_layouts(read_spec(model))
-    assert {name: layout.full_shape for name, layout in layouts.items()} == shapes
+    slices = full_slices(read_spec(model))
+    assert {name: held.full_shape for name, held in slices.items()} == shapes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

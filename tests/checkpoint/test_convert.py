@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from megalard.checkpoint.build import check_complete, full_layouts
+from megalard.checkpoint.build import check_complete, full_slices
 from megalard.checkpoint.convert import check_target, parse_size, unknown_tensors
 from megalard.checkpoint.inspection import describe_checkpoint
 from megalard.checkpoint.open import open_model
@@ -107,8 +107,8 @@ def _convert_within(folder: str, allowed: int) -> None:
     source = Path(folder) / "hf"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(config.to_dict(), default=str))
-    layouts = full_layouts(read_spec(source))
-    entries = {name: Entry(torch.bfloat16, layout.full_shape) for name, layout in layouts.items()}
+    slices = full_slices(read_spec(source))
+    entries = {name: Entry(torch.bfloat16, held.full_shape) for name, held in slices.items()}
     zeros = (torch.zeros(entry.shape, dtype=entry.dtype) for entry in entries.values())
     size, _ = write_tensor_file(source / "model.safetensors", entries, zeros, {"format": "pt"})
     assert size > 250e6

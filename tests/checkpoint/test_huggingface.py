@@ -88,21 +88,21 @@ def test_every_rank_reads_only_its_slices(tp, model, reads):
         decoder = load(model, Axis(None, rank, tp))
         assert sorted(name for name, _ in reads) == sorted(full)
         for name, value in reads:
-            layout = decoder.layouts[name]
-            assert tuple(value.shape) == layout.local_shape
-            if layout.dim is None:
+            held = decoder.slices[name]
+            assert tuple(value.shape) == held.local_shape
+            if held.dim is None:
                 assert torch.equal(value, full[name])
                 continue
             # An uneven vocabulary may cost one row more.
-            assert value.numel() <= math.ceil(full[name].numel() * layout.replicas / tp) + 32
-            stop = layout.start + layout.length
-            index = torch.arange(layout.start, stop)
-            assert torch.equal(value, full[name].index_select(layout.dim, index))
-            parts[name].append((layout, value))
+            assert value.numel() <= math.ceil(full[name].numel() * held.replicas / tp) + 32
+            stop = held.start + held.length
+            index = torch.arange(held.start, stop)
+            assert torch.equal(value, full[name].index_select(held.dim, index))
+            parts[name].append((held, value))
     for name, slices in parts.items():
         if slices:
-            layout = slices[0][0]
-            joined = torch.cat([v for _, v in slices[:: layout.replicas]], layout.dim)
+            held = slices[0][0]
+            joined = torch.cat([v for _, v in slices[:: held.replicas]], held.dim)
             assert torch.equal(joined, full[name])
 
 

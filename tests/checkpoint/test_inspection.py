@@ -51,7 +51,7 @@ def test_a_model_is_described(job):
     facts = describe_checkpoint(read_manifest(job / "sharded"))
     tensors = load_file(job / "model" / "model.safetensors")
     size = sum(x.nbytes for x in tensors.values())
-    assert facts["kind"] == "a whole model" and facts["model"] == "llama, 3 layers of 32"
+    assert facts["kind"] == "a whole model" and facts["model"] == "llama, 2 layers of 32"
     assert facts["tensors"] == f"{len(tensors)} weights ({readable(size)})"
     assert facts["trained"] == "nothing" and facts["step"] == facts["base"] == "none"
     assert facts["complete"] == "yes" and "teacher" not in facts
@@ -63,15 +63,15 @@ def test_a_run_s_checkpoint_is_described(job):
     facts = describe_checkpoint(read_manifest(checkpoint_path(job / "run" / "checkpoints", 2)))
     assert facts["kind"] == "a run's state"
     assert facts["step"] == "2 of 4, seed 0, 8 blocks read"
-    assert facts["trained"] == "lora rank 4, alpha 8 on q, k, v: 1,920 parameters in 18 tensors"
+    assert facts["trained"] == "lora rank 4, alpha 8 on q, k, v: 1,280 parameters in 12 tensors"
     assert facts["base"] == str(job / "model") and facts["teacher"] == "the base"
-    # exp_avg, exp_avg_sq and step of 18 tensors, and one generator.
-    assert "18 weights (7.7 kB), 54 optimizer (15.4 kB), 1 rng" in facts["tensors"]
+    # exp_avg, exp_avg_sq and step of 12 tensors, and one generator.
+    assert "12 weights (5.1 kB), 36 optimizer (10.3 kB), 1 rng" in facts["tensors"]
 
 
 def test_a_hugging_face_directory_is_described(job, tmp_path):
     facts = describe_model(job / "model")
-    assert facts["kind"] == "a Hugging Face model" and facts["model"] == "llama, 3 layers of 32"
+    assert facts["kind"] == "a Hugging Face model" and facts["model"] == "llama, 2 layers of 32"
     assert facts["files"] == 1 and facts["checksums"] == "none are recorded"
     assert facts["bytes"] == (job / "model" / "model.safetensors").stat().st_size
     assert "not in model" not in facts

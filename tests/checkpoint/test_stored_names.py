@@ -9,7 +9,7 @@ import torch
 
 from megalard.checkpoint.stored_names import StoredWeights, stored_pairs, under_our_names
 from megalard.errors import UserError
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.spec import ModelSpec
 from tests.model.families.configs import spec_of
 
@@ -39,8 +39,8 @@ class InMemory:
     def files(self) -> list[Path]:
         return []
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        return self.tensors[name] if layout is None else layout.cut(self.tensors[name])
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
+        return self.tensors[name] if held is None else held.cut(self.tensors[name])
 
 
 def phi(**changes) -> ModelSpec:
@@ -79,9 +79,9 @@ def test_a_fused_tensor_is_read_in_parts():
         assert weights.shape(full) == (ROWS[name], 32)
         assert torch.equal(weights.read(full), part)
         # Rows and columns of a part.
-        rows = Layout((ROWS[name], 32), 0, 3, 9, 1)
+        rows = ParameterSlice((ROWS[name], 32), 0, 3, 9, 1)
         assert torch.equal(weights.read(full, rows), part[3:12])
-        columns = Layout((ROWS[name], 32), 1, 3, 9, 1)
+        columns = ParameterSlice((ROWS[name], 32), 1, 3, 9, 1)
         assert torch.equal(weights.read(full, columns), part[:, 3:12])
     gate, up = tensors[f"{LAYER}mlp.gate_up_proj.weight"].split(48)
     assert torch.equal(weights.read(f"{LAYER}mlp.gate_proj.weight"), gate)

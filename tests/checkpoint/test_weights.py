@@ -16,7 +16,7 @@ from megalard.checkpoint.weights import (
     size_of,
     trained_parts,
 )
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from tests.command_line import user_error
 
 
@@ -89,9 +89,9 @@ class Tensors:
     def files(self) -> list[Path]:
         return [self.directory / "file"]
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
         value = self.tensors[name].clone()
-        return value if layout is None else layout.cut(value)
+        return value if held is None else held.cut(value)
 
 
 def base() -> Tensors:
@@ -121,8 +121,8 @@ def test_lora_pairs_are_merged_before_a_slice_is_cut():
     merged = MergedWeights(base(), Tensors("/run", q__lora_A=a, q__lora_B=b), 0.5, tied=False)
     expected = (base().read("q.weight").float() + 0.5 * b @ a).bfloat16()
     assert torch.equal(merged.read("q.weight"), expected)
-    layout = Layout((6, 4), 0, 2, 3, 1)
-    assert torch.equal(merged.read("q.weight", layout), expected[2:5])
+    held = ParameterSlice((6, 4), 0, 2, 3, 1)
+    assert torch.equal(merged.read("q.weight", held), expected[2:5])
 
 
 def test_a_tied_head_in_the_files_is_left_out():

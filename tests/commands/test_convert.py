@@ -17,7 +17,6 @@ from megalard.training.run_folder import checkpoint_path
 from tests.command_line import megalard, megalard_on_ranks, refusal
 from tests.jobs import arguments, flip_bit, make_job, train
 from tests.models import make_model
-from tests.processes import torchrun
 from tests.ranks import run_ranks
 
 
@@ -33,10 +32,10 @@ def verify(*words: object) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with ``hf`` and, written by two processes of torchrun, ``sharded``."""
+    """A folder with ``hf`` and, written by two ranks, ``sharded``."""
     folder = tmp_path_factory.mktemp("convert")
     make_model("qwen2", folder / "hf", vocab_size=1003)
-    torchrun(2, "-m", "megalard", "convert", "import", folder / "hf", folder / "sharded")
+    megalard_on_ranks(2, "convert", "import", folder / "hf", folder / "sharded")
     return folder
 
 

@@ -140,8 +140,8 @@ def _update(distiller: Distiller, config: Config) -> None:
 
 def _decoder(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Decoder:
     decoder = empty_decoder(spec, rope_table(spec), mesh.tp)
-    for name, layout in decoder.layouts.items():
-        value = torch.empty(layout.local_shape, dtype=dtype, device=META)
+    for name, held in decoder.slices.items():
+        value = torch.empty(held.local_shape, dtype=dtype, device=META)
         set_parameter(decoder, name, torch.nn.Parameter(value, requires_grad=False))
     return decoder
 

@@ -84,7 +84,7 @@ def _tensor_parallel_logits(folder: str, names: list[str], results: str) -> None
             decoder = load(f"{folder}/{name}", mesh.tp)
             tokens = random_tokens(4, 9, decoder.spec.vocab_size)
             logits[tp, name] = decoder_logits(decoder, tokens)
-            rows = decoder.layouts["model.embed_tokens.weight"].length
+            rows = decoder.slices["model.embed_tokens.weight"].length
             if name == SMALL_VOCAB and mesh.world.rank == 3:
                 assert rows == (0 if tp == 4 else 2)
     if mesh.world.rank == 0:

@@ -22,7 +22,15 @@ from megalard.model.spec import read_spec, spec_from_config
 from megalard.parallel.mesh import Mesh, build_mesh
 from megalard.training.export import gather_full
 from megalard.training.step import Distiller
-from tests.parity.cases import ALL_CASES, STEPS, Case, batch_of, make_config, streams_of
+from tests.parity.cases import (
+    ALL_CASES,
+    MICRO_BATCH,
+    STEPS,
+    Case,
+    batch_of,
+    make_config,
+    streams_of,
+)
 
 
 def make_distiller(config: Config, mesh: Mesh) -> Distiller:
@@ -53,11 +61,11 @@ def _fill_lora_b(student) -> None:
     """Give B fixed values: it starts at zero, which would make A's gradient zero."""
     for name, parameter in student.trained.items():
         if name.endswith("lora_B"):
-            layout = student.decoder.layouts[name]
+            held = student.decoder.slices[name]
             generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
-            full = torch.randn(layout.full_shape, generator=generator) * 0.1
-            if layout.dim is not None:
-                full = full.narrow(layout.dim, layout.start, layout.length)
+            full = torch.randn(held.full_shape, generator=generator) * 0.1
+            if held.dim is not None:
+                full = full.narrow(held.dim, held.start, held.length)
             parameter.data.copy_(full)
 
 
@@ -65,9 +73,9 @@ def full_tensors(
     distiller: Distiller, local: Callable[[str], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Return the full tensors of the slices that ``local`` returns by name; a collective call."""
-    layouts, axis = distiller.student.decoder.layouts, distiller.mesh.tp
+    slices, axis = distiller.student.decoder.slices, distiller.mesh.tp
     return {
-        name: gather_full(local(name).detach(), layouts[name], axis).clone().cpu()
+        name: gather_full(local(name).detach(), slices[name], axis).clone().cpu()
         for name in distiller.student.trained
     }
 
@@ -83,7 +91,7 @@ def micro_batches(case: Case, step: int, mesh: Mesh, micro_batch: int) -> dict[s
     return by_stream
 
 
-def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
+def run_case(case: Case, config: Config, mesh: Mesh, micro_batch: int) -> dict:
     """Return loss, parts and gradients of the first step, and the weights before and after."""
     distiller = make_distiller(config, mesh)
     masters, clip = distiller.masters, distiller.masters.clip
@@ -98,7 +106,7 @@ def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
 
     masters.clip = note_and_clip
     for step in range(STEPS):
-        batches = micro_batches(case, step, mesh, config.optimizer.micro_batch)
+        batches = micro_batches(case, step, mesh, micro_batch)
         result = distiller.step(batches, step)
         if step == 0:
             out["loss"], out["parts"] = result.loss, result.parts
@@ -116,12 +124,17 @@ def run_case(case: Case, config: Config, mesh: Mesh) -> dict:
 
 @dataclass(frozen=True)
 class Run:
-    """Cases on one layout (dp, cp, tp), whose results rank 0 writes to ``file``."""
+    """Cases on one layout (dp, cp, tp), whose results rank 0 writes to ``file``.
+
+    Attributes:
+        micro_batch: the blocks of a micro-batch.
+    """
 
     layout: tuple[int, int, int]
     names: list[str]
     dtype: str
     file: str
+    micro_batch: int = MICRO_BATCH
 
 
 def run_all(folder: str, device: str, runs: list[Run]) -> None:
@@ -131,6 +144,6 @@ def run_all(folder: str, device: str, runs: list[Run]) -> None:
         mesh, results = build_mesh(device, tp, cp), {}
         for name in run.names:
             config = make_config(ALL_CASES[name], Path(folder) / name, tp, cp, run.dtype)
-            results[name] = run_case(ALL_CASES[name], config, mesh)
+            results[name] = run_case(ALL_CASES[name], config, mesh, run.micro_batch)
         if mesh.world.rank == 0:
             torch.save(results, run.file)

@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib import pyplot
 
 from megalard.report.collect import RunRecord, collect
 from megalard.report.figures import curves, heat_map, rope_curves, validation_curves
@@ -18,9 +19,18 @@ from tests.command_line import megalard, refusal
 from tests.jobs import NATIVE, STEPS, arguments, make_job, metrics, train
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain_figures():
+    """Figures without the arrangement of their panels, which takes half of the time of a report."""
+    make = pyplot.subplots
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot, "subplots", lambda *sizes, layout, **rest: make(*sizes, **rest))
+        yield
+
+
 @pytest.fixture(scope="module")
 def small_job(tmp_path_factory):
-    return make_job(tmp_path_factory.mktemp("report-job"))
+    return make_job(tmp_path_factory.mktemp("report-job"), layers=3)
 
 
 @pytest.fixture(scope="module")

@@ -10,20 +10,30 @@ from megalard import cli
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     """Return the long options of a parser and of its subcommands, except ``--help``."""
-    flags = set()
+    words = {word for action in options_of(parser) for word in action.option_strings}
+    return {word for word in words if word.startswith("--")} - {"--help"}
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return the options of a parser and of its subcommands."""
+    options = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for subparser in action.choices.values():
-                flags |= flags_of(subparser)
-        else:
-            flags |= {word for word in action.option_strings if word.startswith("--")}
-    return flags - {"--help"}
+                options += options_of(subparser)
+        elif action.option_strings:
+            options.append(action)
+    return options
+
+
+def parser_of_command(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"megalard.commands.{name}").add_arguments(parser)
+    return parser
 
 
 def flags_of_command(name: str) -> set[str]:
-    parser = argparse.ArgumentParser()
-    importlib.import_module(f"megalard.commands.{name}").add_arguments(parser)
-    return flags_of(parser)
+    return flags_of(parser_of_command(name))
 
 
 def all_flags() -> dict[str, set[str]]:

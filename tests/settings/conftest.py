@@ -7,6 +7,11 @@ import pytest
 from tests.settings.tiny_run import make_tiny_job, tiny_run
 
 
+@pytest.fixture(autouse=True)
+def quick(no_pictures):
+    """Draw nothing: a picture takes longer than a tiny run."""
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     return make_tiny_job(tmp_path_factory.mktemp("settings"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalard.data.token_store import TokenStore
-from tests.command_line import megalard, refusal
-from tests.settings.command_flags import all_flags
+from tests.command_line import COMMANDS, megalard, refusal
+from tests.settings.command_flags import all_flags, options_of, parser_of_command
 from tests.settings.test_every_key import FOLDER, names_of_tests
 from tests.settings.tiny_run import make_tiny_job, settings_of
 
@@ -28,6 +30,19 @@ def test_every_flag_has_a_test():
     ]
     assert len(flags) > 35
     assert [name for name in flags if name not in tests] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_are_written_in_one_way(command):
+    """As ``(default: 10)``, at the end of the help text of an option."""
+    for action in options_of(parser_of_command(command)):
+        text = " ".join((action.help or "").split())
+        if action.default not in (None, False, [], argparse.SUPPRESS):
+            assert re.search(r"\(default: [^()]+\)$", text), (action.option_strings, text)
+        assert text.count("(default") == text.count("(default: ") <= 1, (
+            action.option_strings,
+            text,
+        )
 
 
 @pytest.fixture(scope="module")

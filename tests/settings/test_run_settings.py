@@ -224,7 +224,7 @@ def test_evaluation_best(run, job):
     """Short text is best after another step than short and long text together."""
     long = ("evaluation.lengths=[32, 256]", "checkpoint.keep_best=true", *WORSE[1:])
     # Which steps are best depends on rounding, so several rates are tried.
-    for rate in (3, 1, 5, 10):
+    for rate in (5, 3, 1, 10):
         options = [o for o in validating(job) if o != HELD_OUT]
         options += [*long, f"optimizer.learning_rate={rate}"]
         short = run(*options)

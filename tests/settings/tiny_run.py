@@ -105,7 +105,7 @@ def make_tiny_job(folder: Path) -> Path:
         save_byte_tokenizer(folder / name)
     text = " ".join(f"number {n} and {n * n % 97}" for n in range(400))
     (folder / "text.txt").write_text(text)
-    (folder / "heldout.txt").write_text(text[::-1])
+    (folder / "heldout.txt").write_text(text[:-1601:-1])
     return folder
 
 

@@ -32,6 +32,11 @@ def small_job(tmp_path_factory):
     return make_job(tmp_path_factory.mktemp("small-job"))
 
 
+@pytest.fixture(autouse=True)
+def quick(no_pictures):
+    """Draw nothing: a picture takes longer than a tiny run."""
+
+
 @pytest.fixture
 def planned(small_job, tmp_path):
     """A function that plans a run of the small job with some overrides."""

@@ -25,17 +25,17 @@ def test_a_run_prints_what_it_is_about_to_do(job, tmp_path, capsys):
         for name, parameter in model.named_parameters()
         if any(f".{p}_proj." in name for p in "qkv")
     ]
-    # A pair of rank 4 for q, k and v of three layers.
+    # A pair of rank 4 for q, k and v of two layers.
     trained = sum(4 * (rows + columns) for rows, columns in shapes)
     assert lines[:4] == [
-        f"model     llama, 3 layers of 32: {job / 'model'}",
+        f"model     llama, 2 layers of 32: {job / 'model'}",
         "window    64 -> 256 tokens (RoPE yarn)",
         "ranks     1 on cpu: dp 1 x cp 1 x tp 1",
         lines[3],
     ]
     assert lines[3].startswith("kernels   ")
     assert lines[4:7] == [
-        f"trained   {trained:,} parameters in 18 tensors (lora)",
+        f"trained   {trained:,} parameters in 12 tensors (lora)",
         "text      2 steps of 128 tokens: 256 tokens",
         f"output    {tmp_path / 'output'}",
     ]

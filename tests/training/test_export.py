@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from megalard.checkpoint.companions import Companion
 from megalard.errors import UserError
-from megalard.model.layout import Layout, full_layout
 from megalard.model.lora import initial_a
+from megalard.model.parameter_slice import ParameterSlice, full_slice
 from megalard.model.spec import read_spec
 from megalard.parallel.mesh import Mesh, build_mesh
 from megalard.training import export
@@ -312,11 +312,11 @@ def _interrupted(made):
     """Press Ctrl-C while the tenth tensor is read."""
     read, names = made.source.read, []
 
-    def stop(name, layout=None):
+    def stop(name, held=None):
         names.append(name)
         if len(names) == 10:
             raise KeyboardInterrupt
-        return read(name, layout)
+        return read(name, held)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(made.source, "read", stop)
@@ -376,6 +376,6 @@ def _gather(replicas: int, sizes: list[int]) -> None:
     full = torch.arange(2.0 * sum(sizes[::replicas])).view(2, -1).T.contiguous()
     for dim, tensor in ((0, full), (1, full.T.contiguous())):
         start, length = starts[axis.rank], sizes[axis.rank]
-        layout = Layout(tuple(tensor.shape), dim, start, length, replicas)
-        assert torch.equal(export.gather_full(layout.cut(tensor), layout, axis), tensor)
-    assert export.gather_full(full, full_layout(tuple(full.shape), 4), axis) is full
+        held = ParameterSlice(tuple(tensor.shape), dim, start, length, replicas)
+        assert torch.equal(export.gather_full(held.cut(tensor), held, axis), tensor)
+    assert export.gather_full(full, full_slice(tuple(full.shape), 4), axis) is full

@@ -22,7 +22,7 @@ from megalard.checkpoint.sharded.save_load import (
     save_sharded,
 )
 from megalard.checkpoint.write_options import WriteOptions
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.parallel.mesh import build_mesh
 from megalard.train import main
 from megalard.training.run_folder import checkpoint_path, checkpoints, discard, unfinished
@@ -46,14 +46,14 @@ def _save_forever(folder: str, world: int) -> None:
     """Save again and again, with the step in every element, and remove old checkpoints."""
     mesh = build_mesh("cpu", world)
     axis, share = checkpoint_axis(mesh), ROWS // world
-    layout = Layout((ROWS, 16), 0, mesh.tp.rank * share, share, 1)
+    held = ParameterSlice((ROWS, 16), 0, mesh.tp.rank * share, share, 1)
     saved = checkpoints(Path(folder))
     start = saved[-1][0] + 1 if saved else 1
     for step in range(start, start + 10_000):
         local = torch.full((share, 16), float(step))
         sections = {"kind": "model", "config": {}, "base": None, "trained": None, "training": None}
         sections |= {"written_by": {}, "step": step}
-        path, tensors = checkpoint_path(Path(folder), step), {"x": as_dtensor(local, layout, mesh)}
+        path, tensors = checkpoint_path(Path(folder), step), {"x": as_dtensor(local, held, mesh)}
         save_sharded(path, tensors, sections, axis, WriteOptions(file_bytes=1))
         if axis.rank == 0:
             for _, old in checkpoints(Path(folder))[:-2]:

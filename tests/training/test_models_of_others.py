@@ -26,7 +26,7 @@ M, STUDENT = 64, 256
 
 @pytest.fixture
 def job(tmp_path) -> Path:
-    return make_job(tmp_path)
+    return make_job(tmp_path, layers=3)
 
 
 @pytest.fixture

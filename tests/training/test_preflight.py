@@ -23,8 +23,8 @@ def test_a_preflight_reports_and_writes_nothing(small_job, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert not (tmp_path / "output").exists() and snapshot(small_job) == before
     for line in (
-        "trained: 1,920 parameters in 18 tensors",
-        "gradients: finite and not zero for all 18 trained tensors",
+        "trained: 1,280 parameters in 12 tensors",
+        "gradients: finite and not zero for all 12 trained tensors",
         "ranks: dp 1 x cp 1 x tp 1 on cpu",
         "preflight passed; nothing was written",
     ):
@@ -33,8 +33,8 @@ def test_a_preflight_reports_and_writes_nothing(small_job, tmp_path, capsys):
     assert re.search(r"time: .* s per step of 128 tokens .* for 8 steps \(1,024 tokens\)", printed)
     assert re.search(r"peak memory: \d+\.\d\d GiB on the rank that uses most", printed)
     # By kind and full shape, counted over the layers.
-    assert "     3 x model.layers.self_attn.q_proj.lora_A [4, 32]" in printed.splitlines()
-    assert "     3 x model.layers.self_attn.k_proj.lora_B [16, 4]" in printed.splitlines()
+    assert "     2 x model.layers.self_attn.q_proj.lora_A [4, 32]" in printed.splitlines()
+    assert "     2 x model.layers.self_attn.k_proj.lora_B [16, 4]" in printed.splitlines()
 
 
 def test_the_frequencies_before_and_after_are_printed(small_job, tmp_path, capsys):

@@ -14,7 +14,7 @@ from megalard.checkpoint.build import load_decoder
 from megalard.data.batch import collate
 from megalard.distill.objective import is_reached
 from megalard.distill.student import build_student
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.rope import rope_table, scaled_config
 from megalard.model.spec import spec_from_config
 from megalard.parallel.mesh import Mesh
@@ -47,7 +47,7 @@ class StateWeights:
     def files(self) -> list[Path]:
         return []
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
         """Return the full tensor: one process holds all of it."""
         return self._state[name].cpu()
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megalard.checkpoint.build import empty_decoder, full_layouts, set_parameter
+from megalard.checkpoint.build import empty_decoder, full_slices, set_parameter
 from megalard.model.decoder import Decoder
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.rope import rope_table
 from megalard.model.spec import ModelSpec, spec_from_config
 from megalard.parallel.mesh import Mesh
@@ -49,8 +49,8 @@ def random_decoder(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Decoder:
     """Return a frozen decoder on the device of this rank; its norms are ones."""
     decoder = empty_decoder(spec, rope_table(spec), mesh.tp)
     torch.manual_seed(0)
-    for name, layout in decoder.layouts.items():
-        value = torch.empty(layout.local_shape, dtype=dtype, device=mesh.device)
+    for name, held in decoder.slices.items():
+        value = torch.empty(held.local_shape, dtype=dtype, device=mesh.device)
         value.fill_(1.0) if _is_norm(name) else value.normal_(0, _STANDARD_DEVIATION)
         set_parameter(decoder, name, nn.Parameter(value, requires_grad=False))
     return decoder
@@ -65,7 +65,7 @@ class RandomWeights:
 
     def __init__(self, spec: ModelSpec, shape: str):
         self.directory = Path(f"random-{shape}")
-        self._layouts = full_layouts(spec)
+        self._slices = full_slices(spec)
 
     @cached_property
     def _noise(self) -> torch.Tensor:
@@ -73,10 +73,10 @@ class RandomWeights:
         return (noise * _STANDARD_DEVIATION).to(torch.bfloat16)
 
     def names(self) -> list[str]:
-        return list(self._layouts)
+        return list(self._slices)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._layouts[name].full_shape
+        return self._slices[name].full_shape
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.bfloat16
@@ -84,8 +84,8 @@ class RandomWeights:
     def files(self) -> list[Path]:
         return []
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        shape = self.shape(name) if layout is None else layout.local_shape
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
+        shape = self.shape(name) if held is None else held.local_shape
         if _is_norm(name):
             return torch.ones(shape, dtype=torch.bfloat16)
         count = torch.Size(shape).numel()

@@ -14,7 +14,7 @@ from megalard.distill.student import build_student
 from megalard.model.rope import rope_table, scaled_config
 from megalard.model.spec import ModelSpec, spec_from_config
 from megalard.parallel.mesh import Mesh
-from megalard.parallel.tensor.layout import check_divisible
+from megalard.parallel.tensor.slices import check_divisible
 from megalard.training.step import Distiller
 from tools.bench.random_model import random_decoder
 

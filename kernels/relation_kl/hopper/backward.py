@@ -83,7 +83,7 @@ from .tiles import (
 SECTION_HEADS = 8
 # From this many columns on, the heads of a group add to one buffer, in turns. Shorter sequences
 # have too few tiles to hide the turns: one buffer per head is faster by a third at 8192 columns, by
-# 8 % at 16384, and 7 % slower at 32768 (docs/performance.md).
+# 8 % at 16384, and 7 % slower at 32768 (docs/performance_history.md).
 SHARED_BUFFER_FROM_COLUMNS = 32768
 # One buffer per head may take this many bytes; if it took more, the heads of a group share one.
 BUFFER_PER_HEAD_BYTES = 1 << 30

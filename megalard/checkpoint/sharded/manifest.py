@@ -15,6 +15,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
@@ -93,7 +94,6 @@ def identity(sections: dict) -> str:
 
 def written_by(mesh: Mesh) -> dict:
     """Return the layout of ranks and the versions of libraries, for the manifest."""
-    names = ("torch", "transformers", "safetensors", "numpy")
     return {
         "ranks": mesh.world.size,
         "dp": mesh.dp.size,
@@ -103,9 +103,16 @@ def written_by(mesh: Mesh) -> dict:
         "libraries": {
             "megalard": __version__,
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in names},
+            **_versions_of_packages(),
         },
     }
+
+
+@cache
+def _versions_of_packages() -> dict[str, str]:
+    """Return the versions of the packages that write a checkpoint; finding them takes a while."""
+    names = ("torch", "transformers", "safetensors", "numpy")
+    return {name: metadata.version(name) for name in names}
 
 
 def write_manifest(directory: Path, body: dict) -> None:

@@ -23,7 +23,7 @@ from megalard.errors import UserError
 from megalard.files.reading import cannot_read
 from megalard.files.safetensors import DTYPES, DamagedFile, TensorFile
 from megalard.files.writing import Progress, no_progress
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.parallel.mesh import SINGLE, Axis
 
 
@@ -59,12 +59,12 @@ class ShardedWeights:
         """Return the paths of all files of the checkpoint, the manifest included."""
         return [self.directory / name for name in (*self.manifest.files, MANIFEST)]
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """Return the tensor, or the slice of a layout, in its dtype, on the CPU."""
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
+        """Return the tensor, or a slice of it, in its dtype, on the CPU."""
         shape = self.shape(name)
         start, size = [0] * len(shape), list(shape)
-        if layout is not None and layout.dim is not None:
-            start[layout.dim], size[layout.dim] = layout.start, layout.length
+        if held is not None and held.dim is not None:
+            start[held.dim], size[held.dim] = held.start, held.length
         return self.read_box(name, tuple(start), tuple(size))
 
     def read_box(self, name: str, start: Box, size: Box) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Sharded checkpoints: saved by all ranks together, and read by any number of ranks.
 
-A parameter is a local tensor and a ``Layout``. Here it becomes a DTensor, so that
+A parameter is a local tensor and a ``ParameterSlice``. Here it becomes a DTensor, so that
 ``torch.distributed.checkpoint`` decides which rank writes which slice, and what a rank on another
-layout must read. ``checkpoint.sharded.read`` reads slices without any other rank.
+layout of ranks must read. ``checkpoint.sharded.read`` reads slices without any other rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megalard.checkpoint.sharded.read import ShardedWeights
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.errors import UserError
 from megalard.files.safetensors import DamagedFile
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
 
@@ -43,26 +43,26 @@ def checkpoint_axis(mesh: Mesh) -> Axis:
 
 
 def as_dtensor(
-    local: torch.Tensor, layout: Layout, mesh: Mesh, is_sharded: bool = False
+    local: torch.Tensor, held: ParameterSlice, mesh: Mesh, is_sharded: bool = False
 ) -> torch.Tensor:
     """Return the full parameter as a DTensor over all ranks; a plain tensor in a single process.
 
     Args:
         local: this rank's slice of the parameter, or its part of the slice.
-        layout: which slice this is.
+        held: which slice this is.
         is_sharded: whether the ranks that hold the slice have divided it along dim 0, as
             torch.chunk does. Otherwise the DTensor is replicated over these ranks.
     """
-    assert is_sharded or tuple(local.shape) == layout.local_shape
+    assert is_sharded or tuple(local.shape) == held.local_shape
     if mesh.world.size == 1:
         return local
     placements: list[Placement] = [Replicate(), Shard(0) if is_sharded else Replicate()]
     replicas = mesh.tp.size
-    if layout.dim is not None:
-        placements[0], replicas = Shard(layout.dim), layout.replicas
+    if held.dim is not None:
+        placements[0], replicas = Shard(held.dim), held.replicas
     device_type = mesh.device.type if local.is_meta else local.device.type
     stride, strides = 1, []
-    for size in reversed(layout.full_shape):
+    for size in reversed(held.full_shape):
         strides.insert(0, stride)
         stride *= max(1, size)
     return DTensor.from_local(
@@ -70,7 +70,7 @@ def as_dtensor(
         _device_mesh(device_type, mesh.world.size, mesh.tp.size, replicas),
         placements,
         run_check=False,
-        shape=torch.Size(layout.full_shape),
+        shape=torch.Size(held.full_shape),
         stride=tuple(strides),
     )
 

@@ -80,7 +80,7 @@ class Term(ABC):
 
     Args:
         objective: the weights and settings of all terms.
-        student: the student, or any decoder of its shape and layout.
+        student: the student, or any decoder of its shape and slices.
         kv_replicas: the number of tp ranks that hold the same K/V heads.
     """
 

@@ -81,7 +81,7 @@ class Masters:
         plain: dict[int, list[nn.Parameter]] = {}
         sharded: list[tuple[nn.Parameter, Axis]] = []
         for name, parameter in student.trained.items():
-            replicas = student.decoder.layouts[name].replicas
+            replicas = student.decoder.slices[name].replicas
             axis = holders[replicas]
             if self._is_offloaded or (config.shard_optimizer and axis.size > 1):
                 sharded.append((parameter, axis))
@@ -115,7 +115,7 @@ class Masters:
         shares = []
         for name, part in self.parts.items():
             if part.value.numel():
-                copies = student.decoder.layouts[name].replicas * self.mesh.data.size
+                copies = student.decoder.slices[name].replicas * self.mesh.data.size
                 share = 1.0 if part.is_sharded else 1.0 / copies
                 shares.append([share * (kind_of(name) == kind) for kind in self.kinds])
         return torch.tensor(shares).view(-1, len(self.kinds)).T

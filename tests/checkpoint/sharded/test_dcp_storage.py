@@ -24,7 +24,7 @@ from megalard.checkpoint.sharded.save_load import (
     save_sharded,
 )
 from megalard.checkpoint.write_options import WriteOptions
-from megalard.model.layout import Layout, full_layout
+from megalard.model.parameter_slice import ParameterSlice, full_slice
 from megalard.parallel.mesh import SINGLE, build_mesh
 from tests.checkpoint.sharded.test_save_load import SECTIONS
 from tests.ranks import run_ranks
@@ -36,10 +36,10 @@ def _save_on_four_ranks(directory: str) -> None:
     """Two slices, each held by two neighboring ranks, and a tensor that all ranks hold."""
     mesh = build_mesh("cpu", 4)
     half = mesh.tp.rank // 2
-    layout = Layout((10, 4), 0, 5 * half, 5, 2)
+    held = ParameterSlice((10, 4), 0, 5 * half, 5, 2)
     tensors = {
-        "split": as_dtensor(layout.cut(FULL), layout, mesh),
-        "full": as_dtensor(torch.ones(3), full_layout((3,), 4), mesh),
+        "split": as_dtensor(held.cut(FULL), held, mesh),
+        "full": as_dtensor(torch.ones(3), full_slice((3,), 4), mesh),
     }
     save_sharded(directory, tensors, SECTIONS, checkpoint_axis(mesh), WriteOptions())
 

@@ -8,7 +8,7 @@ import torch
 from megalard.checkpoint.build import check_complete, load_decoder
 from megalard.model.rope import rope_table
 from megalard.parallel.mesh import SINGLE, build_mesh
-from megalard.parallel.tensor.layout import parameter_layout
+from megalard.parallel.tensor.slices import slice_of_parameter
 from tools.bench.random_model import RandomWeights, random_decoder, random_spec
 from tools.bench.shapes import SHAPES
 
@@ -28,8 +28,8 @@ def test_weights_are_read_by_slice():
     query = decoder.layers[0].self_attn.q_proj.weight
     assert 0.015 < query.std() < 0.025 and bool((decoder.model.norm.weight == 1).all())
     name = "model.layers.0.self_attn.q_proj.weight"
-    layout = parameter_layout(name, weights.shape(name), spec, 1, 2)
-    assert weights.read(name, layout).shape == (128, 256)
+    held = slice_of_parameter(name, weights.shape(name), spec, 1, 2)
+    assert weights.read(name, held).shape == (128, 256)
     assert weights.files() == []
 
 

@@ -1,4 +1,4 @@
-"""Which slice of a parameter a rank holds; ``megalard.parallel.tensor.layout`` decides it."""
+"""Which slice of a parameter a rank holds; ``megalard.parallel.tensor.slices`` decides it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParameterSlice:
     """This rank's slice of a parameter.
 
     Attributes:
@@ -38,6 +38,6 @@ class Layout:
         return full if self.dim is None else full.narrow(self.dim, self.start, self.length)
 
 
-def full_layout(full_shape: tuple[int, ...], tp: int = 1) -> Layout:
-    """Return the layout of a tensor that each of ``tp`` ranks holds in full."""
-    return Layout(full_shape, None, 0, 0, tp)
+def full_slice(full_shape: tuple[int, ...], tp: int = 1) -> ParameterSlice:
+    """Return the slice of a tensor that each of ``tp`` ranks holds in full."""
+    return ParameterSlice(full_shape, None, 0, 0, tp)

@@ -1,7 +1,7 @@
 """Decide which slice of each parameter a tensor-parallel rank holds.
 
-A parameter is a local tensor with the name that it has at Hugging Face. Its ``Layout`` says which
-slice of the full tensor it is, and how many ranks hold the same slice. Each of these replicas
+A parameter is a local tensor with the name that it has at Hugging Face. Its ``ParameterSlice`` says
+which slice of the full tensor it is, and how many ranks hold the same slice. Each of these replicas
 computes only a part of the slice's gradient, so the gradient has to be summed over them.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megalard.errors import UserError
-from megalard.model.layout import Layout, full_layout
 from megalard.model.names import (
     COLUMN_PARALLEL,
     NORMS,
@@ -19,6 +18,7 @@ from megalard.model.names import (
     VOCAB_PARALLEL,
     ParameterName,
 )
+from megalard.model.parameter_slice import ParameterSlice, full_slice
 from megalard.model.spec import ModelSpec
 
 
@@ -60,29 +60,29 @@ def kv_replicas(spec: ModelSpec, tp: int) -> int:
     return max(1, tp // spec.num_kv_heads)
 
 
-def parameter_layout(
+def slice_of_parameter(
     name: str, full_shape: tuple[int, ...], spec: ModelSpec, rank: int, tp: int
-) -> Layout:
-    """Return the layout of a parameter on one rank of ``tp``."""
+) -> ParameterSlice:
+    """Return the slice of a parameter on one rank of ``tp``."""
     parsed = ParameterName.parse(name)
     module, kind = parsed.module, parsed.kind
     if module in NORMS or (module in QK_NORMS and spec.qk_norm == "head"):
-        return full_layout(full_shape, tp)
+        return full_slice(full_shape, tp)
     if module in VOCAB_PARALLEL:
         # The uneven split of torch.chunk and of DTensor: the last ranks may hold fewer rows.
         chunk = -(-full_shape[0] // tp)
         start = min(rank * chunk, full_shape[0])
-        return Layout(full_shape, 0, start, min(chunk, full_shape[0] - start), 1)
+        return ParameterSlice(full_shape, 0, start, min(chunk, full_shape[0] - start), 1)
     if module in COLUMN_PARALLEL or module in QK_NORMS:
         if kind == "lora_A":
-            return full_layout(full_shape, tp)
+            return full_slice(full_shape, tp)
         is_kv = module in ("k_proj", "v_proj", "k_norm")
         replicas = kv_replicas(spec, tp) if is_kv else 1
         length = full_shape[0] // (tp // replicas)
-        return Layout(full_shape, 0, rank // replicas * length, length, replicas)
+        return ParameterSlice(full_shape, 0, rank // replicas * length, length, replicas)
     if module in ROW_PARALLEL:
         if kind in ("bias", "lora_B"):
-            return full_layout(full_shape, tp)
+            return full_slice(full_shape, tp)
         length = full_shape[1] // tp
-        return Layout(full_shape, 1, rank * length, length, 1)
-    raise AssertionError(f"no layout for parameter {name}")
+        return ParameterSlice(full_shape, 1, rank * length, length, 1)
+    raise AssertionError(f"no slice for parameter {name}")

@@ -1,13 +1,13 @@
-"""Layouts against slices that are written out by hand."""
+"""The slices of ranks, against slices that are written out by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megalard.model.layout import Layout, full_layout
+from megalard.model.parameter_slice import ParameterSlice, full_slice
 from megalard.model.spec import ModelSpec, spec_from_config
-from megalard.parallel.tensor.layout import check_divisible, kv_replicas, parameter_layout
+from megalard.parallel.tensor.slices import check_divisible, kv_replicas, slice_of_parameter
 from tests.command_line import user_error
 
 
@@ -30,7 +30,7 @@ def spec(
 
 # For four ranks: the name and the full shape, then dim, (start, length) of each rank, and replicas.
 EVERYWHERE = (None, [(0, 0)] * 4, 4)
-LAYOUTS = {
+SLICES = {
     "self_attn.q_proj.weight": ((32, 32), (0, [(0, 8), (8, 8), (16, 8), (24, 8)], 1)),
     "self_attn.q_proj.bias": ((32,), (0, [(0, 8), (8, 8), (16, 8), (24, 8)], 1)),
     # Two K/V heads: two ranks hold each of them.
@@ -51,12 +51,12 @@ Q_NORM = ("olmo2", (32,), (0, [(0, 8), (8, 8), (16, 8), (24, 8)], 1))
 K_NORM = ("olmo2", (16,), (0, [(0, 8), (0, 8), (8, 8), (8, 8)], 2))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", SLICES)
 def test_a_rank_holds_its_slice(name):
-    shape, (dim, slices, replicas) = LAYOUTS[name]
+    shape, (dim, slices, replicas) = SLICES[name]
     for rank, (start, length) in enumerate(slices):
-        layout = parameter_layout(f"model.layers.1.{name}", shape, spec(), rank, 4)
-        assert layout == Layout(shape, dim, start, length, replicas)
+        held = slice_of_parameter(f"model.layers.1.{name}", shape, spec(), rank, 4)
+        assert held == ParameterSlice(shape, dim, start, length, replicas)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_norms_of_queries_and_keys_are_split_if_they_span_all_heads(name, case):
     family, shape, (dim, slices, replicas) = case
     for rank, (start, length) in enumerate(slices):
         full_name = f"model.layers.1.self_attn.{name}.weight"
-        layout = parameter_layout(full_name, shape, spec(family=family), rank, 4)
-        assert layout == Layout(shape, dim, start, length, replicas)
+        held = slice_of_parameter(full_name, shape, spec(family=family), rank, 4)
+        assert held == ParameterSlice(shape, dim, start, length, replicas)
 
 
 @pytest.mark.parametrize("rows", [67, 5, 4])
@@ -78,16 +78,16 @@ def test_a_vocabulary_is_split_as_torch_chunk_splits_it(rows):
     chunks = [*full.chunk(4), full[:0], full[:0]][:4]
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         for rank, chunk in enumerate(chunks):
-            layout = parameter_layout(name, (rows, 32), spec(), rank, 4)
-            assert layout.cut(full).tolist() == chunk.tolist()
-            assert layout.local_shape == (len(chunk), 32)
+            held = slice_of_parameter(name, (rows, 32), spec(), rank, 4)
+            assert held.cut(full).tolist() == chunk.tolist()
+            assert held.local_shape == (len(chunk), 32)
 
 
 def test_a_cut_is_the_slice_of_the_full_tensor():
     full = torch.arange(12).view(3, 4)
-    assert Layout((3, 4), 1, 2, 2, 1).cut(full).tolist() == [[2, 3], [6, 7], [10, 11]]
-    assert full_layout((3, 4), 2).cut(full) is full
-    assert full_layout((3, 4), 2).local_shape == (3, 4)
+    assert ParameterSlice((3, 4), 1, 2, 2, 1).cut(full).tolist() == [[2, 3], [6, 7], [10, 11]]
+    assert full_slice((3, 4), 2).cut(full) is full
+    assert full_slice((3, 4), 2).local_shape == (3, 4)
 
 
 def test_kv_heads_are_held_by_several_ranks_where_they_are_few():
@@ -110,6 +110,6 @@ def test_sizes_that_do_not_divide_the_model_are_refused():
     assert user_error(check_divisible, six, 4, [4096, 30]).endswith("use one of 1, 2")
 
 
-def test_a_parameter_without_a_layout_is_a_programming_error():
-    with pytest.raises(AssertionError, match="no layout for parameter"):
-        parameter_layout("model.layers.0.mlp.gate_up_proj.weight", (4, 4), spec(), 0, 1)
+def test_a_parameter_without_a_rule_is_a_programming_error():
+    with pytest.raises(AssertionError, match="no slice for parameter"):
+        slice_of_parameter("model.layers.0.mlp.gate_up_proj.weight", (4, 4), spec(), 0, 1)
