@@ -15,13 +15,12 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tools.campaigns.campaign import Campaign
 from tools.campaigns.material import Material, make_material
-from tools.campaigns.mutations import remove
-from tools.campaigns.tally import Tally, main_of, numbers
+from tools.campaigns.tally import Outcome
 from tools.campaigns.trial import Trial, judge, try_call, try_command
 
 _TRAIN = Path(__file__).parents[2] / "launch" / "train.sh"
@@ -173,8 +172,6 @@ def disturbed(rng: random.Random, groups: list[list[str]]) -> list[str]:
 def try_case(seed: int, material: Material, scratch: Path) -> tuple[str, Trial]:
     """Draw a command line and run it; return it and how it ended."""
     rng = random.Random(seed)
-    remove(scratch)
-    scratch.mkdir()
     way = rng.random()
     if way < 0.03:
         words = disturbed(rng, _script(material, scratch))
@@ -215,22 +212,23 @@ def _run_script(words: list[str]) -> Trial:
     return judge(done.returncode, out, err)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the campaign; return the exit status."""
-    tally = Tally()
-    with tempfile.TemporaryDirectory(prefix="megalard-campaign-") as name:
-        material = make_material(Path(name, "material"))
-        os.chdir(name)  # names such as ``x`` are made here
-        for number in numbers(options, tally):
-            case, trial = try_case(number, material, Path(name, "scratch"))
-            tally.add(trial.kind, trial.is_good, f"seed {number}: {case}", trial.detail)
-        os.chdir("/")
-    return tally.report()
+def _prepare_material(folder: Path, options: argparse.Namespace) -> Material:
+    return make_material(folder)
+
+
+def _outcomes(
+    seed: int, material: Material, scratch: Path, options: argparse.Namespace
+) -> Iterator[Outcome]:
+    case, trial = try_case(seed, material, scratch)
+    yield Outcome(trial.kind, trial.is_good, case, trial.detail)
+
+
+CAMPAIGN = Campaign(__doc__, 3000, _outcomes, _prepare_material)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    return main_of(__doc__, run, 3000, arguments)
+    return CAMPAIGN.main(arguments)
 
 
 if __name__ == "__main__":

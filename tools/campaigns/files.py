@@ -17,12 +17,13 @@ import argparse
 import random
 import resource
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from tools.campaigns.campaign import Campaign
 from tools.campaigns.material import Material, make_material
-from tools.campaigns.mutations import mutate, remove, sign_manifest, sign_store
-from tools.campaigns.tally import Tally, main_of, numbers
+from tools.campaigns.mutations import mutate, sign_manifest, sign_store
+from tools.campaigns.tally import Outcome
 from tools.campaigns.trial import Trial, try_call, try_command
 
 # Memory in addition to what the process has when the cases begin. A small model takes some MiB.
@@ -35,8 +36,6 @@ def try_case(seed: int, material: Material, scratch: Path) -> tuple[str, Trial]:
     """Draw a case and run its commands; return its description, and the first bad or last trial."""
     rng = random.Random(seed)
     target = rng.choice(TARGETS)
-    remove(scratch)
-    scratch.mkdir()
     if target == "table":
         return _try_table(rng, scratch)
     if target == "text":
@@ -127,18 +126,6 @@ def _prepare(text: Path, model: Path, scratch: Path) -> list:
     return ["prepare", text, "--model", model, "--output", scratch / "tokens"]
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the campaign; return the exit status."""
-    tally = Tally()
-    with tempfile.TemporaryDirectory(prefix="megalard-campaign-") as name:
-        material = make_material(Path(name, "material"))
-        _limit_memory()
-        for number in numbers(options, tally):
-            case, trial = try_case(number, material, Path(name, "scratch"))
-            tally.add(trial.kind, trial.is_good, f"seed {number}: {case}", trial.detail)
-    return tally.report()
-
-
 def _limit_memory() -> None:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmSize:"):
@@ -147,9 +134,23 @@ def _limit_memory() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
+def _prepare_material(folder: Path, options: argparse.Namespace) -> Material:
+    return make_material(folder)
+
+
+def _outcomes(
+    seed: int, material: Material, scratch: Path, options: argparse.Namespace
+) -> Iterator[Outcome]:
+    case, trial = try_case(seed, material, scratch)
+    yield Outcome(trial.kind, trial.is_good, case, trial.detail)
+
+
+CAMPAIGN = Campaign(__doc__, 20_000, _outcomes, _prepare_material, _limit_memory)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    return main_of(__doc__, run, 20_000, arguments)
+    return CAMPAIGN.main(arguments)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ import argparse
 import dataclasses
 import random
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megalard.config.file import load_config
 from megalard.config.schema import Config
 from megalard.errors import UserError
-from tools.campaigns.tally import Tally, main_of, numbers
+from tools.campaigns.campaign import Campaign
+from tools.campaigns.tally import Outcome
 
 SLOWEST_S = 1.0
 
@@ -174,32 +175,31 @@ def draw(rng: random.Random, folder: Path) -> tuple[str | None, list[str]]:
     return path, overrides
 
 
-def run(options: argparse.Namespace) -> int:
-    """Try configurations; return the exit status."""
-    tally = Tally()
-    with tempfile.TemporaryDirectory() as name:
-        for number in numbers(options, tally):
-            path, overrides = draw(random.Random(number), Path(name))
-            start = time.process_time()
-            try:
-                load_config(path, overrides)
-                kind, detail = "read", ""
-            except UserError as error:
-                kind, detail = "refused", str(error)
-            except Exception as error:
-                kind, detail = "traceback", f"{type(error).__name__}: {error}"[:300]
-            if kind == "refused" and ("\n" in detail or len(detail) > 2000):
-                kind = "sentence of several lines"
-            if time.process_time() - start > SLOWEST_S:
-                kind = "slow"
-            case = f"seed {number}: {overrides!r}"[:300]
-            tally.add(kind, kind in ("read", "refused"), case, detail)
-    return tally.report()
+def _outcomes(
+    seed: int, material: None, scratch: Path, options: argparse.Namespace
+) -> Iterator[Outcome]:
+    path, overrides = draw(random.Random(seed), scratch)
+    start = time.process_time()
+    try:
+        load_config(path, overrides)
+        kind, detail = "read", ""
+    except UserError as error:
+        kind, detail = "refused", str(error)
+    except Exception as error:
+        kind, detail = "traceback", f"{type(error).__name__}: {error}"[:300]
+    if kind == "refused" and ("\n" in detail or len(detail) > 2000):
+        kind = "sentence of several lines"
+    if time.process_time() - start > SLOWEST_S:
+        kind = "slow"
+    yield Outcome(kind, kind in ("read", "refused"), f"{overrides!r}"[:300], detail)
+
+
+CAMPAIGN = Campaign(__doc__, 15_000, _outcomes)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    return main_of(__doc__, run, 15_000, arguments)
+    return CAMPAIGN.main(arguments)
 
 
 if __name__ == "__main__":
