@@ -78,7 +78,7 @@ def killed_until_done(
 
 
 def _leftovers(folder: Path) -> list[str]:
-    marks = (".partial", ".removed", ".old-", ".unfinished")
+    marks = (".partial", ".removed", ".old-", ".done-", ".unfinished")
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
@@ -157,9 +157,8 @@ def _try_convert(rng: random.Random, material: Material, scratch: Path) -> tuple
     check.start()
     check.join()
     problem = _problem_of(check.exitcode, log)
-    leftovers = [name for name in _leftovers(scratch) if not name.endswith("target/.unfinished")]
-    if not problem and leftovers:
-        problem = f"left behind: {leftovers}"
+    if not problem and _leftovers(scratch):
+        problem = f"left behind: {_leftovers(scratch)}"
     return f"{direction}, {kills} kills", kills, problem
 
 
