@@ -21,15 +21,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools.campaigns.campaign import Campaign
+from tools.campaigns.drawn_tokenizers import make_piece_tokenizer
 from tools.campaigns.material import Material, make_material
 from tools.campaigns.mutations import mutate, sign_manifest, sign_store
+from tools.campaigns.records import try_record
 from tools.campaigns.tally import Outcome
+from tools.campaigns.texts import make_texts, try_text
 from tools.campaigns.trial import Trial, try_call, try_command
 
 # Memory in addition to what the process has when the cases begin. A small model takes some MiB.
 _MEMORY_BYTES = 4 * 2**30
 
-TARGETS = ("model", "model", "indexed", "sharded", "sharded", "adapter", "run", "table", "text")
+TARGETS = (
+    *("model", "model", "indexed", "sharded", "sharded", "adapter", "run", "run", "pieces"),
+    *("table", "text", "text", "record", "record"),
+)
+
+
+_PLANNED = ("--optimizer.steps", "3", "--data.context_length", "32")
 
 
 def try_case(seed: int, material: Material, scratch: Path) -> tuple[str, Trial]:
@@ -39,7 +48,9 @@ def try_case(seed: int, material: Material, scratch: Path) -> tuple[str, Trial]:
     if target == "table":
         return _try_table(rng, scratch)
     if target == "text":
-        return _try_text(rng, material, scratch)
+        return try_text(rng, material, scratch)
+    if target == "record":
+        return try_record(rng, material, scratch)
     folder = scratch / target
     if target == "run":
         material.unfinished_run(folder)
@@ -75,6 +86,8 @@ def _read(
                     ["convert", "import", folder, scratch / "sharded-copy"],
                     ["convert", "export", folder, scratch / "copy"],
                     _prepare(material.folder / "text.txt", folder, scratch),
+                    _evaluate(folder, material.folder / "text.txt", scratch),
+                    ["plan", "--model", folder, "--gpus", "2 x H100 80GB", *_PLANNED],
                 )
             )
         )
@@ -113,13 +126,9 @@ def _try_table(rng: random.Random, scratch: Path) -> tuple[str, Trial]:
     return f"table: {path.name} {change}", try_call(read)
 
 
-def _try_text(rng: random.Random, material: Material, scratch: Path) -> tuple[str, Trial]:
-    source = material.folder / rng.choice(["text.txt", "text.jsonl"])
-    path = scratch / source.name
-    path.write_bytes(source.read_bytes())
-    change = mutate(rng, path)
-    command = _prepare(path, material.folder / "model", scratch)
-    return f"text: {path.name} {change}", try_command(command)
+def _evaluate(model: Path, text: Path, scratch: Path) -> list:
+    words = ["--lengths", "16", "--max-tokens", "32", "--tasks", "--device", "cpu"]
+    return ["evaluate", model, "--text", text, *words, "--output", scratch / "evaluation"]
 
 
 def _prepare(text: Path, model: Path, scratch: Path) -> list:
@@ -135,7 +144,14 @@ def _limit_memory() -> None:
 
 
 def _prepare_material(folder: Path, options: argparse.Namespace) -> Material:
-    return make_material(folder)
+    material = make_material(folder)
+    material.add_evaluated_run()
+    make_texts(material)
+    material.copy("model", folder / "pieces")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "pieces" / name).unlink()
+    make_piece_tokenizer(folder / "pieces")
+    return material
 
 
 def _outcomes(
