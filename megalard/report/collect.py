@@ -130,7 +130,7 @@ def collect(directory: Path) -> RunRecord:
     lines = list(_lines(directory / METRICS))
     entries: list[Entry] = []
     restoration = None
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, UserError):
         entries, restoration = read_json(directory / EVALUATION)
     return RunRecord(
         directory,
