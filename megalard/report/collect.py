@@ -145,7 +145,10 @@ def collect(directory: Path) -> RunRecord:
 
 def _lines(path: Path) -> Iterable[dict]:
     """Yield the lines that are complete: a run that goes on may be writing the last one."""
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open(path, encoding="utf-8", errors="replace") as file,
+    ):
         for text in file:
             with contextlib.suppress(ValueError):
                 line = json.loads(text)

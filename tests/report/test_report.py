@@ -170,7 +170,8 @@ def test_a_run_that_has_not_ended_has_a_report(output, tmp_path):
     copy.mkdir()
     shutil.copy(output / "run.json", copy)
     lines = (output / "metrics.jsonl").read_text().splitlines()
-    (copy / "metrics.jsonl").write_text("\n".join(lines[:4]) + '\n{"step": 7, "lo')
+    text = "\n".join(lines[:4]) + '\n{"step": 7, "lo'
+    (copy / "metrics.jsonl").write_bytes(text.encode() + b"\xff")
     page = write_report(copy).read_text()
     assert "The run has not ended. Its last report is of step 3." in page
     read(page)

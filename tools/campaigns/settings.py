@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import random
 import sys
 import time
@@ -17,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megalard.config.file import load_config
-from megalard.config.schema import Config
+from megalard.config.file import load_config, recorded_config
+from megalard.config.schema import Config, to_dict
 from megalard.errors import UserError
 from tools.campaigns.campaign import Campaign
+from tools.campaigns.drawn_settings import draw_tree, write_yaml
 from tools.campaigns.tally import Outcome
 
 SLOWEST_S = 1.0
@@ -152,6 +154,8 @@ def keys_of(cls: Any, prefix: str = "") -> list[str]:
 
 def draw(rng: random.Random, folder: Path) -> tuple[str | None, list[str]]:
     """Return a configuration file, or None, and overrides."""
+    if rng.random() < 0.4:
+        return _draw_whole(rng, folder)
     keys = [*keys_of(Config), "optimizer.lr", "no.such.key", "streams.s.data.packing", "stages.a.x"]
     path = None
     if rng.random() < 0.5:
@@ -175,14 +179,24 @@ def draw(rng: random.Random, folder: Path) -> tuple[str | None, list[str]]:
     return path, overrides
 
 
+def _draw_whole(rng: random.Random, folder: Path) -> tuple[str, list[str]]:
+    path = folder / "config.yaml"
+    text = write_yaml(rng, draw_tree(rng))
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    return str(path), [*_COMPLETE] if rng.random() < 0.8 else []
+
+
 def _outcomes(
     seed: int, material: None, scratch: Path, options: argparse.Namespace
 ) -> Iterator[Outcome]:
     path, overrides = draw(random.Random(seed), scratch)
     start = time.process_time()
     try:
-        load_config(path, overrides)
+        config = load_config(path, overrides)
         kind, detail = "read", ""
+        # A run resumes with what it recorded.
+        if recorded_config(json.loads(json.dumps(to_dict(config)))) != config:
+            kind = "recorded differently"
     except UserError as error:
         kind, detail = "refused", str(error)
     except Exception as error:
@@ -191,7 +205,8 @@ def _outcomes(
         kind = "sentence of several lines"
     if time.process_time() - start > SLOWEST_S:
         kind = "slow"
-    yield Outcome(kind, kind in ("read", "refused"), f"{overrides!r}"[:300], detail)
+    case = f"{overrides!r}"[:300] if path is None else f"{Path(path).read_bytes()!r}"[:600]
+    yield Outcome(kind, kind in ("read", "refused"), case, detail)
 
 
 CAMPAIGN = Campaign(__doc__, 15_000, _outcomes)
