@@ -17,10 +17,10 @@ from megalard.checkpoint.open import StoredModel
 from megalard.checkpoint.peft import check_lora, write_adapter
 from megalard.checkpoint.read_back import reading_back
 from megalard.checkpoint.sharded.dcp_storage import LazySavePlanner
-from megalard.checkpoint.sharded.manifest import written_by
+from megalard.checkpoint.sharded.manifest import naming_bad_entries, written_by
 from megalard.checkpoint.sharded.save_load import as_dtensor, save_sharded
 from megalard.checkpoint.stored_names import StoredWeights, stored_pairs
-from megalard.checkpoint.weights import Weights
+from megalard.checkpoint.weights import ConvertedWeights, Weights, dtype_name
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.errors import UserError, shown
 from megalard.model.export_config import export_config
@@ -30,6 +30,8 @@ from megalard.model.spec import ModelSpec
 from megalard.parallel.agreement import checked_meanwhile
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
 from megalard.parallel.tensor.layout import check_divisible, parameter_layout
+
+EXPORT_DTYPES = ("source", "float32", "bfloat16", "float16")
 
 
 def import_model(
@@ -117,22 +119,57 @@ def unknown_tensors(weights: Weights, spec: ModelSpec) -> list[str]:
     return [name for name in weights.names() if name not in model_names]
 
 
+def dtype_of_export(model: StoredModel, chosen: str | None) -> torch.dtype | None:
+    """Return the dtype of all floating-point tensors of an export; None keeps each tensor's dtype.
+
+    Args:
+        chosen: ``source`` or the name of a dtype. None takes ``checkpoint.export_dtype`` of the run
+            whose checkpoint the model is, and otherwise ``source``.
+
+    Raises:
+        UserError: the checkpoint records something that is no dtype.
+    """
+    if chosen is None and model.kind == "training":
+        with naming_bad_entries(model.manifest):
+            settings = model.manifest.training["config"].get("checkpoint", {})
+            chosen = settings.get("export_dtype", "source")  # earlier versions had no setting
+            if chosen not in EXPORT_DTYPES:
+                raise ValueError(f"checkpoint.export_dtype is {shown(chosen)}")
+    return None if chosen in (None, "source") else getattr(torch, chosen)
+
+
+def weights_to_export(model: StoredModel, dtype: torch.dtype | None) -> Weights:
+    """Return the merged weights under the names of the files, in the dtype of the export."""
+    weights = model.weights if dtype is None else ConvertedWeights(model.weights, dtype)
+    return StoredWeights(weights, model.spec)
+
+
 def export_model(
-    model: StoredModel, directory: str | Path, axis: Axis, options: WriteOptions
+    model: StoredModel,
+    directory: str | Path,
+    axis: Axis,
+    options: WriteOptions,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write any model as a Hugging Face directory with merged weights; ranks share the files.
 
     The checksums that the model records are compared meanwhile, and nothing appears if one does not
     hold.
 
+    Args:
+        dtype: the dtype of all floating-point tensors; None keeps that of each tensor.
+
     Raises:
         UserError: on every rank, for bad input, or if any rank cannot write.
     """
+    config = export_config(model.spec)
+    if dtype is not None:
+        config |= dict.fromkeys(("dtype", "torch_dtype"), dtype_name(dtype))
     with checked_meanwhile(partial(model.check_sums, axis), axis) as wait_for_checksums:
         write_huggingface(
             directory,
-            StoredWeights(model.weights, model.spec),
-            export_config(model.spec),
+            weights_to_export(model, dtype),
+            config,
             replace(
                 options,
                 companions=_companions(model),

@@ -205,19 +205,28 @@ class MergedWeights:
     """A base model in which trained weights replace its own, and LoRA pairs are merged.
 
     Args:
-        base: the untrained model, whose dtypes the result has.
+        base: the untrained model, whose dtypes the result has unless another one is chosen.
         trained: fp32 tensors under the names of the base, or under the names of LoRA pairs
             (``...q_proj.lora_A`` and ``lora_B``).
         scale: LoRA's alpha / rank.
         tied: whether the embedding is also the head. A head in the files of the base is then left
             out, because it would no longer be equal to a trained embedding.
+        chosen_dtype: the dtype of all floating-point tensors; None takes that of the base.
 
     Raises:
         UserError: a trained tensor does not belong to the base, or has another shape.
     """
 
-    def __init__(self, base: Weights, trained: Weights, scale: float, tied: bool):
-        self.base, self.trained, self.scale = base, trained, scale
+    def __init__(
+        self,
+        base: Weights,
+        trained: Weights,
+        scale: float,
+        tied: bool,
+        chosen_dtype: torch.dtype | None = None,
+    ):
+        self.base, self.trained, self.scale, self.tied = base, trained, scale, tied
+        self._chosen_dtype = chosen_dtype
         self.directory = trained.directory
         self._trained_names = set(trained.names())
         self._names = [n for n in base.names() if not (tied and n == "lm_head.weight")]
@@ -230,21 +239,59 @@ class MergedWeights:
         return self.base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.base.dtype(name)
+        stored = self.base.dtype(name)
+        return self._chosen_dtype if self._chosen_dtype and stored.is_floating_point else stored
 
     def files(self) -> list[Path]:
         return [*self.trained.files(), *self.base.files()]
 
     def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
-        """Return the tensor, or the slice of a layout, in the base's dtype."""
-        parts, dtype = trained_parts(name, self._trained_names), self.base.dtype(name)
+        """Return the tensor, or the slice of a layout, in its dtype."""
+        parts, dtype = trained_parts(name, self._trained_names), self.dtype(name)
         if not parts:
-            return self.base.read(name, layout)
+            return self.base.read(name, layout).to(dtype)
         if parts == [name]:
             return self.trained.read(name, layout).to(dtype)
         # The full tensor is merged and then cut, because a product of slices may round differently.
         # If an earlier stage changed the weight itself, the pair is added to the changed weight.
         lora_a, lora_b = (self.trained.read(part) for part in parts[-2:])
         original = self.trained.read(name) if name in parts else self.base.read(name)
-        merged = merge_lora(name, original, lora_a, lora_b, self.scale).to(dtype)
+        merged = merge_lora(name, original, lora_a, lora_b, self.scale, dtype)
         return merged if layout is None else layout.cut(merged).contiguous()
+
+
+class ConvertedWeights:
+    """A model whose floating-point tensors are converted to another dtype when they are read."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype):
+        # Trained weights are rounded once, from their fp32 values.
+        if isinstance(weights, MergedWeights):
+            weights = MergedWeights(
+                weights.base, weights.trained, weights.scale, weights.tied, dtype
+            )
+        self._weights, self._dtype = weights, dtype
+        self.directory = weights.directory
+        self.names, self.shape, self.files = weights.names, weights.shape, weights.files
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._weights.dtype(name)
+        return self._dtype if stored.is_floating_point else stored
+
+    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
+        """Return the tensor, or the slice of a layout, in the chosen dtype.
+
+        Raises:
+            UserError: a value is NaN or infinity, or becomes infinity.
+        """
+        tensor = self._weights.read(name, layout).to(self.dtype(name))
+        if not is_finite(tensor):
+            raise UserError(
+                f"{name} of {self.directory} holds NaN or infinity as {dtype_name(self._dtype)}: "
+                "choose another --dtype"
+            )
+        return tensor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as config.json has it, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tools.campaigns.campaign import Campaign
+from tools.campaigns.drawn_settings import draw_tree, write_yaml
 from tools.campaigns.material import Material, make_material
 from tools.campaigns.tally import Outcome
 from tools.campaigns.trial import Trial, judge, try_call, try_command
@@ -118,6 +119,12 @@ def _command_lines(material: Material, scratch: Path) -> dict[str, list[list[str
             *[["--optimizer.steps", "3"], ["--data.context_length", "32"]],
         ],
         "preflight": [[word] for word in material.command(out)[1:]],
+        "train": [[word] for word in (*material.command(out)[1:], "--optimizer.steps=1")],
+        "report": [[folder / "run"]],
+        "push": [
+            *[[folder / "run"], ["--repo", "a/b"], ["--base-model", "c/d"], ["--card-only"]],
+            *[["--license", "mit"], ["--public"], ["--update"]],
+        ],
     }
     return {
         name: [[str(word) for word in group] for group in groups] for name, groups in lines.items()
@@ -180,11 +187,34 @@ def try_case(seed: int, material: Material, scratch: Path) -> tuple[str, Trial]:
         name, groups = rng.choice(sorted(_tools(material, scratch).items()))
         words = disturbed(rng, groups)
         return f"tools.{name} {words!r}"[:400], try_call(_tool(name, words))
+    if way < 0.25:
+        return _try_configuration(rng, material, scratch)
     name, groups = rng.choice(sorted(_command_lines(material, scratch).items()))
     words = [*name.split(), *disturbed(rng, groups)]
     if rng.random() < 0.03:
         words[0] = rng.choice(VALUES)
     return f"megalard {words!r}"[:400], try_command(words)
+
+
+def _try_configuration(rng: random.Random, material: Material, scratch: Path) -> tuple[str, Trial]:
+    """Give a drawn configuration to the commands that look at all of its settings."""
+    path = scratch / "config.yaml"
+    tree = draw_tree(rng)
+    path.write_text(write_yaml(rng, tree), encoding="utf-8", errors="surrogatepass")
+    given = material.command(scratch / "out")[1:]
+    name = rng.choice(["plan", "plan", "preflight"])
+    if name == "plan":
+        model = ["--model", str(material.folder / "model")]
+        words = ["plan", *model, "--gpus", rng.choice(["1", "8", "3", "64"]) + " x H100 80GB"]
+        words += ["--config", str(path)]
+        words += [] if rng.random() < 0.3 else ["--data.context_length", rng.choice(["32", "64"])]
+    else:
+        # What is not given is left to the drawn configuration; paths are always those of the case.
+        kept = [word for word in given if word.startswith(("--model", "--data.paths", "--run."))]
+        others = [word for word in given if word not in kept and rng.random() < 0.6]
+        words = ["preflight", "--config", str(path), *kept, *others]
+    case = f"{name} {path.read_bytes()!r}"[:800]
+    return case, try_command(words)
 
 
 def _tool(name: str, words: list[str]) -> Callable[[], int]:

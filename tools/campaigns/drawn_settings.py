@@ -59,7 +59,8 @@ def _section(rng: random.Random, cls: Any, share: float) -> dict:
 def _value(rng: random.Random, hint: Any) -> Any:
     if typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint)
-        return [_value(rng, item) for _ in range(rng.choice([0, 1, 2, 2, 3]))]
+        items = [_value(rng, item) for _ in range(rng.choice([0, 1, 2, 2, 3, 3]))]
+        return items if rng.random() < 0.2 else list(dict.fromkeys(items))
     if typing.get_origin(hint) is typing.Literal:
         return rng.choice(typing.get_args(hint))
     if hint is bool:
