@@ -62,7 +62,7 @@ class Evaluator:
         store = open_tokens(evaluation.paths, directory, config.data, plan, mesh, is_resumed)
         lengths = evaluation.lengths or default_lengths(plan.native_window, plan.factor)
         with checked_on_all_ranks(mesh.world):
-            check_lengths(lengths, mesh.tp.size, mesh.cp.size, "evaluation.lengths")
+            check_lengths(lengths, mesh.cp.size, "evaluation.lengths")
             count = min(len(store.tokens), max(evaluation.max_tokens, *lengths))
             start = store.boundaries.before
             windows = cut_windows(store.read(0, count), lengths, evaluation.max_tokens, start)
@@ -74,7 +74,7 @@ class Evaluator:
         """Evaluate on a part of the training text, at the lengths that it is long enough for."""
         mesh, tokens = self.mesh, held_out.tokens
         self.settings = {"training_tokens_held_out": len(tokens)}
-        multiple = length_multiple(mesh.tp.size, mesh.cp.size)
+        multiple = length_multiple(mesh.cp.size)
         lengths = [
             length
             for length in evaluation.lengths or default_lengths(plan.native_window, plan.factor)

@@ -13,14 +13,13 @@ from megalard.data.sampler import check_global_batch
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
 from megalard.distill.objective import reaches_of
 from megalard.errors import UserError
-from megalard.evaluation.measure import length_multiple
 from megalard.model.export_config import export_config
 from megalard.model.rope import rope_table, scaled_config, window_of
 from megalard.model.spec import ModelSpec, spec_from_config
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Mesh
-from megalard.parallel.tensor.layout import check_divisible, tensor_parallel_sizes
+from megalard.parallel.tensor.layout import check_divisible
 from megalard.training.origins import Origins
 from megalard.training.trackers import check_installed
 
@@ -74,7 +73,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         teacher = open_model(config.model.teacher)
         source = open_model(config.model.student) if config.model.student else teacher
         native_window = _native_window(config, teacher)
-        check_divisible(teacher.spec, mesh.tp.size, _tokens_of_ranks(config, mesh))
+        check_divisible(teacher.spec, mesh.tp.size)
         if config.rope.type == "checkpoint":
             window = window_of(source.spec, native_window)
             student_config = export_config(source.spec, window=window)
@@ -122,15 +121,6 @@ def naming_stream(stream: str, config: Config, stage: str = "main") -> Iterator[
         raise type(error)(f"{', '.join(names)}: {error}") from None
 
 
-def _tokens_of_ranks(config: Config, mesh: Mesh) -> list[int]:
-    """Return how many tokens a micro-batch of each stream gives a cp rank."""
-    return [
-        stream.micro_batch * stream.data.context_length // mesh.cp.size
-        for stage in config.all_stages().values()
-        for stream in stage.all_streams().values()
-    ]
-
-
 def check_stream(stream: StreamConfig, native_window: int, student: ModelSpec, mesh: Mesh) -> None:
     """Refuse a stream that the models cannot read or the ranks cannot share.
 
@@ -148,14 +138,6 @@ def check_stream(stream: StreamConfig, native_window: int, student: ModelSpec, m
             f"data.context_length {length} is longer than the student's window: use at most "
             f"{student_window}, or raise rope.factor"
         )
-    rows = stream.micro_batch * SequenceShard(length, mesh.cp).local_length
-    if rows % mesh.tp.size:
-        sizes = [size for size in tensor_parallel_sizes(student) if rows % size == 0]
-        multiple = length_multiple(mesh.tp.size, mesh.cp.size)
-        raise UserError(
-            f"a micro-batch gives each cp rank {rows} tokens, which parallel.tp {mesh.tp.size} "
-            f"does not divide: use parallel.tp {' or '.join(map(str, sizes))}, or a context length "
-            f"such as {max(length // multiple, 1) * multiple}"
-        )
+    SequenceShard(length, mesh.cp)  # refuses a length that the cp ranks cannot share
     check_global_batch(stream.global_batch, mesh.dp.size, stream.micro_batch)
     reaches_of(stream.objective, student.num_layers)
