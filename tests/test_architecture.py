@@ -20,6 +20,7 @@ ORDER = (
     "megalard.quiet",
     "megalard.reporter",
     "megalard.transfer",
+    "megalard.hashing",
     "megalard.kernels",
     "megalard.files",
     "megalard.config",

@@ -80,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of the merged weights; source keeps that of each tensor (default: "
         "checkpoint.export_dtype of the run whose checkpoint is exported, otherwise source)",
     )
+    directions.choices["export"].add_argument(
+        "--rounding",
+        choices=("nearest", "stochastic"),
+        help="how trained weights are rounded to 16 bits; stochastic keeps small changes in the "
+        "mean (default: checkpoint.export_rounding of the run, otherwise nearest)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -110,11 +116,14 @@ def run(options: argparse.Namespace) -> int:
             convert.weight_layouts(weights, model.spec, mesh.tp)
         if is_adapter:
             convert.check_adapter(model)
-            if options.dtype is not None:
-                raise UserError("--dtype is for merged weights: leave it out with --format peft")
+            if options.dtype is not None or options.rounding is not None:
+                raise UserError(
+                    "--dtype and --rounding are for merged weights: leave them out with --format "
+                    "peft"
+                )
         elif not is_import:
-            dtype = convert.dtype_of_export(model, options.dtype)
-            weights = convert.weights_to_export(model, dtype)
+            rounding = convert.export_rounding(model, options.dtype, options.rounding)
+            weights = convert.weights_to_export(model, rounding)
     total = size_of(weights)
     summary = (
         f"{len(weights.names())} tensors, {readable(total)}, of {options.source} ({model.kind})"
@@ -139,7 +148,7 @@ def run(options: argparse.Namespace) -> int:
                 if mesh.is_rank_0:
                     convert.export_adapter(model, options.target, write)
         else:
-            convert.export_model(model, options.target, mesh.world, write, dtype)
+            convert.export_model(model, options.target, mesh.world, write, rounding)
     if mesh.is_rank_0:
         seconds = time.perf_counter() - start
         print(printable(f"{options.target}: {summary}, in {seconds:.1f} s"))

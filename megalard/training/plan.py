@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from megalard.checkpoint.companions import Companion, for_window, tokenizer_companions
 from megalard.checkpoint.open import StoredModel, open_model
-from megalard.config.schema import Config, StreamConfig
+from megalard.config.schema import CheckpointConfig, Config, StreamConfig
 from megalard.data.sampler import check_global_batch
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
 from megalard.distill.objective import reaches_of
@@ -82,6 +84,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         student = spec_from_config(student_config, str(source.directory))
         check_divisible(student, mesh.tp.size)
         rope_table(student)
+        _check_rounding(config.checkpoint, source)
         for stage, stage_config in config.all_stages().items():
             for name, stream in stage_config.all_streams().items():
                 with naming_stream(name, stage_config, stage):
@@ -89,6 +92,17 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         directory = config.model.tokenizer
         tokenizer = load_tokenizer(directory) if directory else teacher.tokenizer
     return Plan(teacher, source, student, student_config, native_window, tokenizer)
+
+
+def _check_rounding(settings: CheckpointConfig, source: StoredModel) -> None:
+    """Refuse stochastic rounding if nothing is rounded."""
+    is_fp32 = source.weights.dtype("model.layers.0.self_attn.q_proj.weight") == torch.float32
+    if settings.export_rounding != "nearest" and settings.export_dtype == "source" and is_fp32:
+        raise UserError(
+            f"checkpoint.export_rounding {settings.export_rounding} rounds to 16 bits, and the "
+            f"files of {source.directory} are float32: set checkpoint.export_dtype bfloat16, or "
+            "leave it out"
+        )
 
 
 def _native_window(config: Config, teacher: StoredModel) -> int:

@@ -280,8 +280,30 @@ def test_convert_dtype(job, run, tmp_path, capsys):
     save_file(teacher | {"model.norm.weight": torch.full((32,), 1e6)}, large / "model.safetensors")
     sentence = refusal(capsys, "convert", "export", large, tmp_path / "inf", "--dtype", "float16")
     assert "model.norm.weight" in sentence and "choose another --dtype" in sentence
-    adapter = ("convert", "export", newest, tmp_path / "adapter", "--format", "peft")
-    assert "leave it out" in refusal(capsys, *adapter, "--dtype", "float32")
+    adapter: tuple = ("convert", "export", newest, tmp_path / "adapter", "--format", "peft")
+    assert "leave them out" in refusal(capsys, *adapter, "--dtype", "float32")
+
+
+def test_convert_rounding(job, run, tmp_path, capsys):
+    """A checkpoint is rounded as its run is, to the same bits, or as it is asked for."""
+    words = ("checkpoint.export_dtype=bfloat16", "checkpoint.export_rounding=stochastic")
+    trained = run(*words, "checkpoint.save_every=7")
+    newest = sorted((trained.output / "checkpoints").iterdir())[-1]
+    exported = {}
+    for rounding in ("", "stochastic", "nearest"):
+        words = ("--rounding", rounding) if rounding else ()
+        target = tmp_path / f"to-{rounding}"
+        assert megalard("convert", "export", newest, target, *words) == 0
+        exported[rounding] = load_file(target / "model.safetensors")
+    for name, value in trained.student.items():
+        assert torch.equal(exported[""][name], value), name
+        assert torch.equal(exported["stochastic"][name], value), name
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(exported["nearest"][name], trained.student[name])
+    sentence = refusal(
+        *(capsys, "convert", "export", job / "teacher", tmp_path / "x", "--rounding", "stochastic")
+    )
+    assert "--rounding stochastic is for trained weights" in sentence
 
 
 def inspected(capsys, *words: object, status: int = 0) -> str:

@@ -22,6 +22,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,37 +31,35 @@ import torch.nn.functional as F
 from megalard import cli
 from megalard.checkpoint.compare import logits_of, read_tokens
 from megalard.checkpoint.open import StoredModel, open_model
-from megalard.checkpoint.rounding import RoundingLoss
-from megalard.checkpoint.weights import ConvertedWeights, Weights, trained_parts
+from megalard.checkpoint.rounding import RoundingLoss, rounded
+from megalard.checkpoint.weights import ConvertedWeights, MergedWeights, Weights, trained_parts
 from megalard.errors import UserError
 from megalard.model.layout import Layout
 
 _DTYPE = torch.bfloat16
-Rounding = Callable[[torch.Tensor], torch.Tensor]
+Rounding = Callable[[torch.Tensor, str], torch.Tensor]
 
 
-def nearest(exact: torch.Tensor) -> torch.Tensor:
+def nearest(exact: torch.Tensor, name: str) -> torch.Tensor:
     """Round to the nearest value of bf16, ties to even."""
-    return exact.to(_DTYPE)
+    return rounded(exact, _DTYPE, name)
 
 
-def stochastic(exact: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Round up or down at random, so that the mean is the exact value."""
-    bits = exact.contiguous().view(torch.int32)
-    noise = torch.randint(0, 2**16, exact.shape, generator=generator, dtype=torch.int32)
-    return ((bits + noise) & -(2**16)).view(torch.float32).to(_DTYPE)
+def stochastic(exact: torch.Tensor, name: str, seed: int) -> torch.Tensor:
+    """Round up or down at random. An export has seed 0."""
+    return rounded(exact, _DTYPE, f"{name}{seed or ''}", 0, stochastic=True)
 
 
-def with_feedback(exact: torch.Tensor) -> torch.Tensor:
+def with_feedback(exact: torch.Tensor, name: str) -> torch.Tensor:
     """Round each row from left to right; the error of a weight is added to the next one."""
     rows = exact.reshape(-1, exact.shape[-1])
-    rounded = torch.empty_like(rows, dtype=_DTYPE)
+    result = torch.empty_like(rows, dtype=_DTYPE)
     error = torch.zeros(len(rows))
     for column in range(rows.shape[1]):
         wanted = rows[:, column] + error
-        rounded[:, column] = wanted.to(_DTYPE)
-        error = wanted - rounded[:, column].float()
-    return rounded.view(exact.shape)
+        result[:, column] = wanted.to(_DTYPE)
+        error = wanted - result[:, column].float()
+    return result.view(exact.shape)
 
 
 class _Replaced:
@@ -94,7 +93,8 @@ class _Comparison:
     def __init__(self, model: StoredModel, text: Path, count: int):
         assert model.trained is not None and model.base is not None
         self.model, self.base = model, model.base.weights
-        self.exact = ConvertedWeights(model.weights, torch.float32)
+        assert isinstance(model.weights, MergedWeights)
+        self.exact = ConvertedWeights(model.weights.rounded_to(torch.float32), torch.float32)
         trained = model.trained.names()
         self.names = [name for name in self.exact.names() if trained_parts(name, trained)]
         self.tokens = read_tokens([model], text, count)
@@ -116,7 +116,7 @@ class _Comparison:
         squares = [0.0, 0.0]
         for name in self.names:
             before, exact = self.base.read(name).float(), self.exact.read(name)
-            tensors[name] = rounding(exact)
+            tensors[name] = rounding(exact, name)
             counted.add(before, exact, tensors[name])
             squares[0] += float((tensors[name].double() - exact).square().sum())
             squares[1] += float((exact.double() - before).square().sum())
@@ -139,10 +139,7 @@ def compare(checkpoint: Path, text: Path, tokens: int, seeds: int) -> None:
     print(f"{'rounding':22}{'lost':>8}{'error':>9}{'KL':>12}{'loss':>12}{'kept':>9}")
     _print("nearest", [comparison.measure(nearest)], comparison.gain)
     _print("error feedback", [comparison.measure(with_feedback)], comparison.gain)
-    results = []
-    for seed in range(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        results.append(comparison.measure(lambda exact, g=generator: stochastic(exact, g)))
+    results = [comparison.measure(partial(stochastic, seed=seed)) for seed in range(seeds)]
     _print(f"stochastic, {seeds} seeds", results, comparison.gain)
 
 
