@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from megalard import __version__
 from megalard.error_file import leave_reason
-from megalard.errors import DiskError, RankError, UserError, printable
+from megalard.errors import DiskError, RankError, UserError, printable, shown
 
 COMMANDS = (
     "train",
@@ -118,7 +118,7 @@ def command(name: str) -> Callable[[Sequence[str] | None], int]:
 
 def run(command: Callable[[], int | None], name: str = "megalard") -> int:
     """Call a command and return its exit status, with every expected failure in one sentence."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = 0
 
     def report(sentence: str, is_bad_input: bool = False, is_for_every_rank: bool = False) -> None:
         """Leave a sentence for the launcher, or print it if the launcher does not."""
@@ -128,6 +128,7 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
             print(f"{name}: error: {sentence}", file=sys.stderr, flush=True)
 
     try:
+        rank = _checked_rank()
         return command() or 0
     except UserError as error:
         report(
@@ -154,6 +155,12 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
             "is untouched"
         )
         return 1
+    except MemoryError:
+        report(
+            f"rank {rank} ran out of host memory: use a machine with more of it, or smaller files, "
+            "lengths or batches; what was saved before is untouched"
+        )
+        return 1
     except Exception as error:
         if not _is_out_of_gpu_memory(error):
             raise
@@ -165,6 +172,29 @@ def run(command: Callable[[], int | None], name: str = "megalard") -> int:
         return 1
     finally:
         _leave_process_group()
+
+
+def _checked_rank() -> int:
+    """Return this process's rank, after a check of the variables that torchrun sets.
+
+    Raises:
+        UserError: a variable is no number, or a rank is not below the number of ranks.
+    """
+    for rank_name, size_name in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        for name in (rank_name, size_name):
+            text = os.environ.get(name, "0")
+            if not (text.isascii() and text.isdecimal() and len(text) < 10):
+                raise UserError(
+                    f"the environment variable {name} is {shown(text)}: torchrun sets it to a "
+                    "number; unset it, or start with torchrun"
+                )
+        rank, size = os.environ.get(rank_name, "0"), os.environ.get(size_name)
+        if size is not None and int(rank) >= int(size):
+            raise UserError(
+                f"the environment variable {rank_name} is {rank} and {size_name} is {size}: a rank "
+                "is below the number of ranks; unset both, or start with torchrun"
+            )
+    return int(os.environ.get("RANK", "0"))
 
 
 def _print_any_name() -> None:

@@ -21,6 +21,7 @@ ORDER = (
     "megalard.reporter",
     "megalard.gpu",
     "megalard.transfer",
+    "megalard.hashing",
     "megalard.kernels",
     "megalard.files",
     "megalard.config",

@@ -95,6 +95,33 @@ def test_a_gpu_without_memory_is_explained(capsys):
     assert "raise parallel.tp or parallel.cp" in printed and printed.count("\n") == 1
 
 
+def test_a_host_without_memory_is_explained(capsys):
+    assert cli.run(fail(MemoryError())) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("megalard: error: rank 0 ran out of host memory: use a machine")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"RANK": "x"}, "the environment variable RANK is 'x': torchrun sets it to a number"),
+        ({"WORLD_SIZE": "-1"}, "the environment variable WORLD_SIZE is '-1'"),
+        ({"LOCAL_RANK": "9" * 5000}, "the environment variable LOCAL_RANK is '999"),
+        ({"RANK": "²"}, "the environment variable RANK is '²'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2: a rank is below"),
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK is 3 and LOCAL_WORLD_SIZE is 1"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(variables, sentence, capsys, monkeypatch):
+    """They would end in a traceback, or wait for ranks that do not exist."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.run(lambda: 0) == 1
+    printed = capsys.readouterr().err
+    assert sentence in printed and printed.count("\n") == 1
+
+
 def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit) as caught:
         megalard("--version")

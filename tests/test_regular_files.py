@@ -141,6 +141,14 @@ def test_in_a_token_store(kind, name, job, tmp_path):
         assert str(store) in user_error(TokenStore.open, store)
 
 
+def test_in_place_of_the_metrics_that_a_report_reads(kind, job, tmp_path, capsys):
+    output = interrupted(job / "run", tmp_path / "output")
+    put(kind, output / "metrics.jsonl")
+    with limited():
+        line = refusal(capsys, "report", output)
+    assert f"{output / 'metrics.jsonl'} is not a regular file" in line
+
+
 def test_in_place_of_a_lock(kind, job, tmp_path, capsys):
     partial = tmp_path / "out.partial"
     partial.mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from megalard.checkpoint.open import StoredModel
 from megalard.checkpoint.peft import check_lora, write_adapter
 from megalard.checkpoint.read_back import reading_back
 from megalard.checkpoint.sharded.dcp_storage import LazySavePlanner
-from megalard.checkpoint.sharded.manifest import written_by
+from megalard.checkpoint.sharded.manifest import naming_bad_entries, written_by
 from megalard.checkpoint.sharded.save_load import as_dtensor, save_sharded
 from megalard.checkpoint.stored_names import StoredWeights, stored_pairs
-from megalard.checkpoint.weights import Weights
+from megalard.checkpoint.weights import ConvertedWeights, MergedWeights, Weights, dtype_name
 from megalard.checkpoint.write_options import WriteOptions
 from megalard.errors import UserError, shown
 from megalard.model.export_config import export_config
@@ -30,6 +30,10 @@ from megalard.model.spec import ModelSpec
 from megalard.parallel.agreement import checked_meanwhile
 from megalard.parallel.mesh import SINGLE, Axis, Mesh
 from megalard.parallel.tensor.slices import check_divisible, slice_of_parameter
+
+# The values of the settings of these names; the first one is the default.
+EXPORT_DTYPES = ("source", "float32", "bfloat16", "float16")
+ROUNDINGS = ("nearest", "stochastic")
 
 
 def import_model(
@@ -117,22 +121,88 @@ def unknown_tensors(weights: Weights, spec: ModelSpec) -> list[str]:
     return [name for name in weights.names() if name not in model_names]
 
 
+@dataclass(frozen=True)
+class ExportRounding:
+    """How the weights of an export are rounded.
+
+    Attributes:
+        dtype: the dtype of all floating-point tensors; None keeps that of each tensor.
+        stochastic: whether trained weights are rounded stochastically.
+    """
+
+    dtype: torch.dtype | None = None
+    stochastic: bool = False
+
+
+def export_rounding(
+    model: StoredModel, dtype: str | None = None, rounding: str | None = None
+) -> ExportRounding:
+    """Return how an export is rounded: as asked for, or as the run of a checkpoint is configured.
+
+    Args:
+        dtype, rounding: as ``checkpoint.export_dtype`` and ``checkpoint.export_rounding``. None
+            takes the setting of the run whose checkpoint the model is, and otherwise ``source`` and
+            ``nearest``.
+
+    Raises:
+        UserError: the checkpoint records something that is neither, or the model has no trained
+            weights that could be rounded stochastically.
+    """
+    recorded: dict = {}
+    if model.kind == "training":
+        with naming_bad_entries(model.manifest):
+            recorded = model.manifest.training["config"].get("checkpoint", {})
+            for key, values in (("export_dtype", EXPORT_DTYPES), ("export_rounding", ROUNDINGS)):
+                if recorded.get(key, values[0]) not in values:  # earlier versions have no such key
+                    raise ValueError(f"checkpoint.{key} is {shown(recorded[key])}")
+    if rounding == "stochastic" and model.trained is None:
+        raise UserError(
+            f"--rounding stochastic is for trained weights, and {model.directory} has none of its "
+            "own: give a checkpoint of a run or an adapter"
+        )
+    dtype = dtype or recorded.get("export_dtype", "source")
+    rounding = rounding or recorded.get("export_rounding", "nearest")
+    return ExportRounding(
+        None if dtype == "source" else getattr(torch, dtype), rounding == "stochastic"
+    )
+
+
+def weights_to_export(model: StoredModel, rounding: ExportRounding) -> Weights:
+    """Return the merged weights under the names of the files, rounded."""
+    weights = model.weights
+    if isinstance(weights, MergedWeights):  # trained weights are rounded once, from fp32
+        weights = weights.rounded_to(rounding.dtype, rounding.stochastic)
+    if rounding.dtype is not None:
+        weights = ConvertedWeights(weights, rounding.dtype)
+    return StoredWeights(weights, model.spec)
+
+
 def export_model(
-    model: StoredModel, directory: str | Path, axis: Axis, options: WriteOptions
+    model: StoredModel,
+    directory: str | Path,
+    axis: Axis,
+    options: WriteOptions,
+    rounding: ExportRounding = ExportRounding(),
 ) -> None:
     """Write any model as a Hugging Face directory with merged weights; ranks share the files.
 
     The checksums that the model records are compared meanwhile, and nothing appears if one does not
     hold.
 
+    Args:
+        rounding: as ``export_rounding`` returns it.
+
     Raises:
         UserError: on every rank, for bad input, or if any rank cannot write.
     """
+    config = export_config(model.spec)
+    if rounding.dtype is not None:
+        config |= dict.fromkeys(("dtype", "torch_dtype"), dtype_name(rounding.dtype))
     with checked_meanwhile(partial(model.check_sums, axis), axis) as wait_for_checksums:
         write_huggingface(
             directory,
-            StoredWeights(model.weights, model.spec),
-            export_config(model.spec),
+            weights_to_export(model, rounding),
+            config,
             replace(
                 options,
                 companions=_companions(model),

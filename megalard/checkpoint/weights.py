@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from megalard.checkpoint.rounding import rounded
 from megalard.errors import UserError, shown
 from megalard.model.parameter_slice import ParameterSlice
 
@@ -102,6 +103,7 @@ def merge_lora(
     lora_b: torch.Tensor,
     scale: float,
     dtype: torch.dtype | None = None,
+    stochastic: bool = False,
     on_block: Callable[[slice, torch.Tensor, torch.Tensor], None] = lambda *_: None,
 ) -> torch.Tensor:
     """Return W + scale B A, computed in fp32 on the device of ``lora_a`` and rounded.
@@ -113,10 +115,11 @@ def merge_lora(
     and is given the full product.
 
     Args:
-        name: the name of W, for the error message.
+        name: the name of W, for error messages and for stochastic rounding.
         original: W, [out, in].
         lora_a, lora_b: A [rank, in] and B [out, rank], fp32.
         dtype: the dtype of the result; None takes that of W.
+        stochastic: as for ``megalard.checkpoint.rounding.rounded``.
         on_block: called with the rows of each block, their exact values and their rounded values.
 
     Raises:
@@ -133,14 +136,14 @@ def merge_lora(
         product = lora_b[block] @ lora_a
         product *= scale
         product += original[block].to(product)
-        rounded = product.to(dtype)
-        if dtype == torch.float16 and bool((rounded.isinf() & product.isfinite()).any()):
+        stored = rounded(product, dtype, name, block.start, stochastic)
+        if dtype == torch.float16 and bool((stored.isinf() & product.isfinite()).any()):
             raise UserError(
                 f"{name} with LoRA merged into it reaches {float(product.abs().max()):.3g}, more "
                 "than float16 holds: convert the base model to bfloat16 first"
             )
-        on_block(block, product, rounded)
-        merged[block] = rounded
+        on_block(block, product, stored)
+        merged[block] = stored
     return merged
 
 
@@ -205,19 +208,30 @@ class MergedWeights:
     """A base model in which trained weights replace its own, and LoRA pairs are merged.
 
     Args:
-        base: the untrained model, whose dtypes the result has.
+        base: the untrained model, whose dtypes the result has unless another one is chosen.
         trained: fp32 tensors under the names of the base, or under the names of LoRA pairs
             (``...q_proj.lora_A`` and ``lora_B``).
         scale: LoRA's alpha / rank.
         tied: whether the embedding is also the head. A head in the files of the base is then left
             out, because it would no longer be equal to a trained embedding.
+        chosen_dtype: the dtype of all floating-point tensors; None takes that of the base.
+        stochastic: whether trained weights are rounded stochastically.
 
     Raises:
         UserError: a trained tensor does not belong to the base, or has another shape.
     """
 
-    def __init__(self, base: Weights, trained: Weights, scale: float, tied: bool):
-        self.base, self.trained, self.scale = base, trained, scale
+    def __init__(
+        self,
+        base: Weights,
+        trained: Weights,
+        scale: float,
+        tied: bool,
+        chosen_dtype: torch.dtype | None = None,
+        stochastic: bool = False,
+    ):
+        self.base, self.trained, self.scale, self.tied = base, trained, scale, tied
+        self._chosen_dtype, self._stochastic = chosen_dtype, stochastic
         self.directory = trained.directory
         self._trained_names = set(trained.names())
         self._names = [n for n in base.names() if not (tied and n == "lm_head.weight")]
@@ -230,21 +244,67 @@ class MergedWeights:
         return self.base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.base.dtype(name)
+        stored = self.base.dtype(name)
+        return self._chosen_dtype if self._chosen_dtype and stored.is_floating_point else stored
 
     def files(self) -> list[Path]:
         return [*self.trained.files(), *self.base.files()]
 
     def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
-        """Return the tensor, or a slice of it, in the base's dtype."""
-        parts, dtype = trained_parts(name, self._trained_names), self.base.dtype(name)
+        """Return the tensor, or a slice of it, in its dtype."""
+        parts, dtype = trained_parts(name, self._trained_names), self.dtype(name)
         if not parts:
-            return self.base.read(name, held)
+            return self.base.read(name, held).to(dtype)
         if parts == [name]:
-            return self.trained.read(name, held).to(dtype)
+            if not self._stochastic:
+                return self.trained.read(name, held).to(dtype)
+            full = rounded(self.trained.read(name), dtype, name, 0, True)
+            return full if held is None else held.cut(full).contiguous()
         # The full tensor is merged and then cut, because a product of slices may round differently.
         # If an earlier stage changed the weight itself, the pair is added to the changed weight.
         lora_a, lora_b = (self.trained.read(part) for part in parts[-2:])
         original = self.trained.read(name) if name in parts else self.base.read(name)
-        merged = merge_lora(name, original, lora_a, lora_b, self.scale).to(dtype)
+        merged = merge_lora(name, original, lora_a, lora_b, self.scale, dtype, self._stochastic)
         return merged if held is None else held.cut(merged).contiguous()
+
+    def rounded_to(self, dtype: torch.dtype | None, stochastic: bool = False) -> MergedWeights:
+        """Return the same model with another rounding of its trained weights.
+
+        Args:
+            dtype: the dtype of all floating-point tensors; None takes that of the base.
+            stochastic: whether trained weights are rounded stochastically.
+        """
+        parts = self.base, self.trained, self.scale, self.tied
+        return MergedWeights(*parts, dtype, stochastic)
+
+
+class ConvertedWeights:
+    """A model whose floating-point tensors are converted to another dtype when they are read."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype):
+        self._weights, self._dtype = weights, dtype
+        self.directory = weights.directory
+        self.names, self.shape, self.files = weights.names, weights.shape, weights.files
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._weights.dtype(name)
+        return self._dtype if stored.is_floating_point else stored
+
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
+        """Return the tensor, or a slice of it, in the chosen dtype.
+
+        Raises:
+            UserError: a value is NaN or infinity, or becomes infinity.
+        """
+        tensor = self._weights.read(name, held).to(self.dtype(name))
+        if not is_finite(tensor):
+            raise UserError(
+                f"{name} of {self.directory} holds NaN or infinity as {dtype_name(self._dtype)}: "
+                "choose another --dtype"
+            )
+        return tensor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as config.json has it, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")

@@ -74,6 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hf: merged weights; peft: the LoRA pairs alone with the student's "
         "config.json, since an adapter carries no RoPE (default: hf)",
     )
+    directions.choices["export"].add_argument(
+        "--dtype",
+        choices=("source", "float32", "bfloat16", "float16"),
+        help="dtype of the merged weights; source keeps that of each tensor (default: "
+        "checkpoint.export_dtype of the run whose checkpoint is exported, otherwise source)",
+    )
+    directions.choices["export"].add_argument(
+        "--rounding",
+        choices=("nearest", "stochastic"),
+        help="how trained weights are rounded to 16 bits; stochastic keeps small changes in the "
+        "mean (default: checkpoint.export_rounding of the run, otherwise nearest)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,10 +96,9 @@ def run(options: argparse.Namespace) -> int:
     from megalard.checkpoint.inspection import readable
     from megalard.checkpoint.open import open_model
     from megalard.checkpoint.sharded.save_load import checkpoint_axis
-    from megalard.checkpoint.stored_names import StoredWeights
     from megalard.checkpoint.weights import size_of
     from megalard.checkpoint.write_options import WriteOptions
-    from megalard.errors import printable
+    from megalard.errors import UserError, printable
     from megalard.parallel.agreement import checked_on_all_ranks
     from megalard.parallel.mesh import build_mesh
     from megalard.progress import byte_bar
@@ -105,6 +116,14 @@ def run(options: argparse.Namespace) -> int:
             convert.weight_slices(weights, model.spec, mesh.tp)
         if is_adapter:
             convert.check_adapter(model)
+            if options.dtype is not None or options.rounding is not None:
+                raise UserError(
+                    "--dtype and --rounding are for merged weights: leave them out with --format "
+                    "peft"
+                )
+        elif not is_import:
+            rounding = convert.export_rounding(model, options.dtype, options.rounding)
+            weights = convert.weights_to_export(model, rounding)
     total = size_of(weights)
     summary = (
         f"{len(weights.names())} tensors, {readable(total)}, of {options.source} ({model.kind})"
@@ -116,8 +135,7 @@ def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     title, share = f"{options.direction} {options.source.name}", total // mesh.world.size
     if not is_import and not is_adapter:
-        stored = StoredWeights(weights, model.spec)
-        share = bytes_of_rank(stored, file_bytes, mesh.world)
+        share = bytes_of_rank(weights, file_bytes, mesh.world)
     if mesh.world.size > 1:
         title += f", one of {mesh.world.size} parts"
     with byte_bar(title, share, mesh.world) as advance:
@@ -130,7 +148,7 @@ def run(options: argparse.Namespace) -> int:
                 if mesh.is_rank_0:
                     convert.export_adapter(model, options.target, write)
         else:
-            convert.export_model(model, options.target, mesh.world, write)
+            convert.export_model(model, options.target, mesh.world, write, rounding)
     if mesh.is_rank_0:
         seconds = time.perf_counter() - start
         print(printable(f"{options.target}: {summary}, in {seconds:.1f} s"))

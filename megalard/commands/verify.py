@@ -87,6 +87,11 @@ def run(options: argparse.Namespace) -> int:
     except UserError as error:
         print(f"megalard: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        name = f" {error.filename}" if error.filename else ""
+        sentence = f"cannot read or write{name}: {error.strerror or error}"
+        print(printable(f"megalard: error: {sentence}"), file=sys.stderr)
+        return 2
     except Exception:
         traceback.print_exc()
         return 2

@@ -45,6 +45,7 @@ def load_config(path: str | None, overrides: list[str], has_files: bool = True) 
             value has the wrong type or is out of range.
     """
     tree = in_present_spelling(parse_file(find_config(path)), _warn) if path is not None else {}
+    _name_entries(tree)
     # The file is checked without the overrides, which may replace a recipe's shared value in the
     # last stream that uses it.
     _check_shared_values(tree, None)
@@ -54,6 +55,7 @@ def load_config(path: str | None, overrides: list[str], has_files: bool = True) 
         if present != key:
             _warn(key, present)
         _override(tree, present, values)
+        _name_entries(tree)
         keys.append(present)
     for key in keys:
         _check_shared_values(tree, key)
@@ -232,6 +234,20 @@ def _has(tree: dict, path: tuple[str, ...]) -> bool:
     return True
 
 
+def _name_entries(tree: dict) -> None:
+    """Make the names of streams and stages text, as overrides spell them, in place.
+
+    The parser has refused names that are the same as text, such as 1 and "1".
+    """
+    for group in ("streams", "stages"):
+        entries = tree.get(group)
+        if isinstance(entries, dict):
+            tree[group] = {str(name): entry for name, entry in entries.items()}
+            for entry in entries.values():
+                if isinstance(entry, dict):
+                    _name_entries(entry)  # a stage may have streams
+
+
 def _complete_streams(tree: dict) -> None:
     """Give each stream the values that it takes from other sections, in place."""
     streams = tree.get("streams")
@@ -253,7 +269,7 @@ def _complete_streams(tree: dict) -> None:
         "objective": {"relations": dict.fromkeys(RELATIONS, 0.0)},
     }
     tree["streams"] = {
-        str(name): _merged(shared, stream or {}) if isinstance(stream, dict | None) else stream
+        name: _merged(shared, stream or {}) if isinstance(stream, dict | None) else stream
         for name, stream in streams.items()
     }
 
@@ -272,14 +288,14 @@ def _complete_stages(tree: dict) -> None:
             complete[name] = stage
             continue
         merged = _merged(shared, stage or {})
-        if merged.get("objective"):
+        if isinstance(merged.get("objective"), dict) and merged["objective"]:
             merged["objective"] = _merged(
                 {"relations": dict.fromkeys(RELATIONS, 0.0)}, merged["objective"]
             )
         elif not merged.get("streams"):
             merged |= {key: tree[key] for key in ("objective", "streams") if tree.get(key)}
         _complete_streams(merged)
-        complete[str(name)] = merged
+        complete[name] = merged
     tree["stages"] = complete
 
 
@@ -336,9 +352,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"'{key}' is a section of named entries, got the value {shown(value)}")
         entry_hint = typing.get_args(hint)[1]
-        return {
-            str(name): _convert(entry_hint, entry, f"{key}.{name}") for name, entry in value.items()
-        }
+        return {name: _convert(entry_hint, entry, f"{key}.{name}") for name, entry in value.items()}
     if origin is list:
         items = value if isinstance(value, list) else [value]
         (item_hint,) = typing.get_args(hint)

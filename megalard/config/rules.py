@@ -125,6 +125,11 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
         not keep or (save > 0 and keep % save == 0),
         f"checkpoint.keep_every {keep} must be a multiple of checkpoint.save_every {save}",
     )
+    _require(
+        checkpoint.export_rounding == "nearest" or checkpoint.export_dtype != "float32",
+        f"checkpoint.export_rounding {checkpoint.export_rounding} rounds to 16 bits, and "
+        "checkpoint.export_dtype is float32: leave one of them out",
+    )
 
 
 def _check_evaluation(config: Config) -> None:

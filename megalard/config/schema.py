@@ -258,6 +258,9 @@ class CheckpointConfig:
     export_dtype: Literal["source", "float32", "bfloat16", "float16"] = setting("source")
     """Dtype of an exported student; source keeps the dtype of each tensor. bfloat16 and float16
     lose changes that are smaller than half a step of the dtype, and the run reports how many."""
+    export_rounding: Literal["nearest", "stochastic"] = setting("nearest")
+    """How trained weights are rounded to 16 bits. stochastic takes one of the two neighbors, the
+    nearer one more often, so that small changes are kept in the mean."""
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,8 @@ def _read_batches(file: Path, column: Column, batches: Iterator) -> Documents:
     row = 0
     for batch in batches:
         values = batch.column(column.key)
+        # Offsets into other memory and text that is not UTF-8 are read without a check otherwise.
+        values.validate(full=True)
         for start in range(0, len(values), _ROWS):
             part = values.slice(start, _ROWS)
             size = part.nbytes // max(1, len(part))

@@ -13,7 +13,7 @@ from megalard.data.document_source import DocumentSource
 from megalard.data.formats import SUFFIXES, Column, read_file, suffix_of, text_column
 from megalard.errors import UserError
 from megalard.files.hints import fix_for_text
-from megalard.files.reading import check_if_regular
+from megalard.files.reading import cannot_read, check_if_regular
 
 # The suffixes that errors name; the rest of SUFFIXES are compressed files of these.
 _NAMED = [suffix for suffix in SUFFIXES if suffix.count(".") == 1]
@@ -63,11 +63,15 @@ def survey(paths: Iterable[str | Path]) -> tuple[list[Path], PassedOver | None]:
     files: list[Path] = []
     others: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        try:
+            is_folder, is_there = path.is_dir(), path.exists()
+        except OSError as error:  # such as a name that is too long
+            raise cannot_read(path, error) from None
+        if is_folder:
             texts, not_read = _files_in(path)
             files += texts
             others += not_read
-        elif not path.exists():
+        elif not is_there:
             raise UserError(f"data path {path} does not exist: {fix_for_text(path)}")
         elif suffix_of(path) not in SUFFIXES:
             raise UserError(

@@ -53,8 +53,8 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        """The rows of the residual stream: t / tp."""
-        return self.tokens // self.layout.tp
+        """The rows of the residual stream: t / tp, rounded up."""
+        return -(-self.tokens // self.layout.tp)
 
     @property
     def heads(self) -> int:

@@ -142,10 +142,10 @@ def _check(request: Request, mesh: Mesh) -> _Job:
         rope_table(model.spec)
     tokenizer = _common_tokenizer(request.tokenizer, all_models)
     boundaries = boundaries_of(tokenizer, request.bos, request.eos)
-    lengths = choose_lengths(request.lengths, models, mesh.tp.size, mesh.cp.size)
+    lengths = choose_lengths(request.lengths, models, mesh.cp.size)
     task_lengths = lengths
     if request.task_lengths:
-        task_lengths = choose_lengths(request.task_lengths, models, mesh.tp.size, mesh.cp.size)
+        task_lengths = choose_lengths(request.task_lengths, models, mesh.cp.size)
 
     text, windows = None, {}
     samples: dict[str, dict[int, list[Sample]]] = {}
@@ -237,21 +237,19 @@ def _common_tokenizer(given: Path | None, models: Sequence[StoredModel]) -> Toke
     return models[0].tokenizer
 
 
-def choose_lengths(
-    given: list[str] | None, models: Sequence[StoredModel], tp: int, cp: int
-) -> list[int]:
+def choose_lengths(given: list[str] | None, models: Sequence[StoredModel], cp: int) -> list[int]:
     """Return the given lengths, or the default lengths of the models, in increasing order.
 
     Raises:
-        UserError: a text is not a length, or tp and cp do not divide a length.
+        UserError: a text is not a length, or the cp ranks cannot share a length.
     """
     if given is None:
         windows = [model.window for model in models]
         lengths = default_lengths(min(windows), max(windows) / min(windows))
-        multiple = length_multiple(tp, cp)
+        multiple = length_multiple(cp)
         return sorted({length // multiple * multiple for length in lengths} - {0})
     lengths = sorted({parse_length(text) for text in given})
-    check_lengths(lengths, tp, cp, "--lengths or --task-lengths")
+    check_lengths(lengths, cp, "--lengths or --task-lengths")
     return lengths
 
 

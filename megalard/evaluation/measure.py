@@ -64,13 +64,13 @@ def default_lengths(native_window: int, factor: float) -> list[int]:
     return sorted({length for length in lengths if length >= 2})
 
 
-def length_multiple(tp: int, cp: int) -> int:
-    """Return the number that every length must be a multiple of on this layout of ranks."""
-    return tp if cp == 1 else 2 * cp * tp
+def length_multiple(cp: int) -> int:
+    """Return the number that every length must be a multiple of on ``cp`` cp ranks."""
+    return 1 if cp == 1 else 2 * cp
 
 
-def check_lengths(lengths: Sequence[int], tp: int, cp: int, setting: str) -> None:
-    """Refuse lengths that tp and cp do not divide.
+def check_lengths(lengths: Sequence[int], cp: int, setting: str) -> None:
+    """Refuse lengths that the cp ranks cannot share.
 
     Args:
         setting: where the lengths are set, for the error message.
@@ -78,12 +78,12 @@ def check_lengths(lengths: Sequence[int], tp: int, cp: int, setting: str) -> Non
     Raises:
         UserError: a length does not divide; the message names it and a length that works.
     """
-    multiple = length_multiple(tp, cp)
+    multiple = length_multiple(cp)
     for length in lengths:
         if length % multiple:
             raise UserError(
-                f"length {length} in {setting} is not a multiple of {multiple}, into which tp {tp} "
-                f"and cp {cp} cut it: use {max(multiple, length // multiple * multiple)}"
+                f"length {length} in {setting} is not a multiple of {multiple}, into which cp {cp} "
+                f"cuts it: use {max(multiple, length // multiple * multiple)}"
             )
 
 

@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megalard.errors import UserError, reason_of, shown
 from megalard.evaluation.measure import Measurement
 from megalard.evaluation.suite import Results, TaskResult
+from megalard.files.reading import read_json as read_json_file
 
 
 @dataclass
@@ -218,41 +221,78 @@ def finite(value):
 
 
 def read_json(path: Path) -> tuple[list[Entry], Restoration | None]:
-    """Read a comparison that ``write_json`` wrote."""
-    content = json.loads(path.read_text())
-    restoration = None
-    if "native_context" in content:
-        restoration = Restoration(content["native_context"], content["factor"])
-    return [_read_entry(model) for model in content["models"]], restoration
+    """Read a comparison that ``write_json`` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: the file is not a comparison, or lacks something that the tables need.
+    """
+    try:
+        content = read_json_file(path)
+        restoration = None
+        if "native_context" in content:
+            native, factor = content["native_context"], _number(content["factor"])
+            restoration = Restoration(_of_type(int, native), factor)
+        entries = [_read_entry(model) for model in _of_type(list, content["models"])]
+        if len(entries) < (1 if restoration is None else 2):
+            raise ValueError(f"it has {len(entries)} models")
+        lengths = [entry.results.by_length.keys() for entry in entries]
+        if any(other != lengths[0] for other in lengths):
+            raise ValueError("its models were measured at different lengths")
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else reason_of(error)
+        raise UserError(
+            f"{path} is damaged or is not an evaluation ({what}): remove it and evaluate again"
+        ) from None
+    return entries, restoration
+
+
+def _of_type(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"it has {shown(value)} where {kind.__name__} is needed")
+    return value
+
+
+def _number(value: Any) -> float:
+    """Return a number, of which ``write_json`` writes null if it is not finite."""
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float):
+        raise ValueError(f"it has {shown(value)} where a number is needed")
+    return float(value)
 
 
 def _read_entry(model: dict) -> Entry:
     by_position = model.get("by_position", [])
-    edges = [interval["first"] for interval in by_position]
+    edges = [_of_type(int, interval["first"]) for interval in by_position]
     results = Results(
         {int(length): _read_measurement(m) for length, m in model["by_length"].items()},
-        [*edges, by_position[-1]["last"] + 1] if by_position else [],
+        [*edges, _of_type(int, by_position[-1]["last"]) + 1] if by_position else [],
         [_read_measurement(m) for m in by_position],
         {
             task: {int(n): _read_task(result) for n, result in by_length.items()}
             for task, by_length in model.get("tasks", {}).items()
         },
     )
+    window = model.get("window")
     return Entry(
-        model["name"],
+        _of_type(str, model["name"]),
         results,
-        model.get("tokens", 0),
-        model.get("window"),
-        model.get("directory", ""),
-        model.get("kind", ""),
+        _of_type(int, model.get("tokens", 0)),
+        None if window is None else _of_type(int, window),
+        _of_type(str, model.get("directory", "")),
+        _of_type(str, model.get("kind", "")),
     )
 
 
 def _read_measurement(m: dict) -> Measurement:
-    loss = float("nan") if m["loss"] is None else m["loss"]
-    return Measurement(loss, m["kl"], m["agreement"], m.get("accuracy"))
+    values = [m["kl"], m["agreement"], m.get("accuracy")]
+    return Measurement(
+        _number(m["loss"]), *(None if value is None else _number(value) for value in values)
+    )
 
 
 def _read_task(result: dict) -> TaskResult:
-    by_depth = {float(depth): exact for depth, exact in result["by_depth"].items()}
-    return TaskResult(**{**result, "by_depth": by_depth})
+    by_depth = {float(depth): _number(exact) for depth, exact in result["by_depth"].items()}
+    exact, tokens, loss = (_number(result[key]) for key in ("exact", "tokens", "loss"))
+    return TaskResult(exact, tokens, loss, _of_type(int, result["samples"]), by_depth)

@@ -1,9 +1,14 @@
 """Directories that appear under their name only when they are complete.
 
-A directory ``NAME`` is written as ``NAME.partial`` and renamed at the end. While it is written it
-holds a mark, a file that its writer has locked. A killed writer leaves the mark unlocked, and the
-next writer then removes the directory. A directory ``NAME.partial`` without a mark was made by
-somebody else and is left alone.
+A directory ``NAME`` is written as ``NAME.partial``. While it is written it holds a mark, a file
+that its writer has locked. A killed writer leaves the mark unlocked, and the next writer then
+removes the directory. A directory ``NAME.partial`` without a mark was made by somebody else and is
+left alone.
+
+When everything is written, the directory becomes ``NAME.done-XXXXXXXX``, loses its mark, and
+becomes ``NAME``. A directory ``NAME`` therefore never has a mark, whenever its writer was killed.
+The writer has locked the directory itself meanwhile, and the next writer removes a directory
+``NAME.done-XXXXXXXX`` that is not locked.
 """
 
 from __future__ import annotations
@@ -18,9 +23,11 @@ from pathlib import Path
 from typing import IO
 
 from megalard.files.locks import hold_lock
+from megalard.files.temporary_folders import lock_folder, remove_if_abandoned
 from megalard.files.writing import sync_directory
 
-_MARK = ".unfinished"
+MARK = ".unfinished"
+_DIGITS = "[0-9a-f]" * 8
 
 
 class AtomicFolder:
@@ -43,6 +50,7 @@ class AtomicFolder:
     ):
         self.directory, self.replace, self.is_ours = directory, replace, is_ours
         self.path = directory.with_name(directory.name + ".partial")
+        self._done = directory.with_name(f"{directory.name}.done-{secrets.token_hex(4)}")
         self._mark: IO[bytes] | None = None
 
     def begin(self) -> None:
@@ -53,15 +61,15 @@ class AtomicFolder:
             UserError: another process is writing it.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.replace:
-            self._recover()
-        _remove_marked(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            self._done.lstat()  # a name that is too long is refused before anything is written
+        self.recover()
         if self.path.is_dir() and any(self.path.iterdir()):
             raise FileExistsError(
                 errno.EEXIST, "it is in the way, move it elsewhere", str(self.path)
             )
         self.path.mkdir(exist_ok=True)
-        self._mark = hold_lock(self.path / _MARK, str(self.directory))
+        self._mark = hold_lock(self.path / MARK, str(self.directory))
 
     def commit(self) -> None:
         """Rename the finished directory to its final name.
@@ -73,34 +81,40 @@ class AtomicFolder:
             OSError: the final name belongs to something that must not be replaced. That and
                 ``path`` stay as they are.
         """
-        directory, old = self.directory, None
+        directory, done, old = self.directory, self._done, None
         sync_directory(self.path)
-        if self.replace and directory.is_dir() and any(directory.iterdir()):
+        is_replacing = self.replace and directory.is_dir() and any(directory.iterdir())
+        if is_replacing:
             self._keep_others()
-            old = directory.with_name(f"{directory.name}.old-{secrets.token_hex(4)}")
-            (directory / _MARK).touch()
-            directory.rename(old)
+        lock = lock_folder(self.path)
         try:
-            self.path.rename(directory)
-        except OSError:
-            if old is not None:
-                old.rename(directory)
-                (directory / _MARK).unlink()
-            raise
+            self.path.rename(done)
+            (done / MARK).unlink()
+            try:
+                if is_replacing:
+                    old = directory.with_name(f"{directory.name}.old-{secrets.token_hex(4)}")
+                    directory.rename(old)
+                    (old / MARK).touch()
+                done.rename(directory)
+            except OSError:
+                if old is not None and old.exists():
+                    _restore(old, directory)
+                (done / MARK).touch()
+                done.rename(self.path)
+                raise
+        finally:
+            os.close(lock)
         sync_directory(directory.parent)
-        # A kill before this line leaves the mark in the finished directory, where it does no harm.
-        with contextlib.suppress(OSError):
-            (directory / _MARK).unlink()
         self._mark.close()
         self._mark = None
         if old is not None:
-            _remove(old, hold_lock(old / _MARK, str(old)))
+            _remove(old, hold_lock(old / MARK, str(old)))
 
     def _keep_others(self) -> None:
         """Copy the files that are not ours from the old directory to the new one."""
         for entry in self.directory.iterdir():
             target = self.path / entry.name
-            if entry.name == _MARK or self.is_ours(entry.name) or target.exists():
+            if entry.name == MARK or self.is_ours(entry.name) or target.exists():
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.copytree(entry, target, symlinks=True, copy_function=_link_or_copy)
@@ -113,18 +127,34 @@ class AtomicFolder:
             _remove(self.path, self._mark)
             self._mark = None
 
-    def _recover(self) -> None:
-        """Repair what a kill during ``commit`` left behind."""
-        pattern = ".old-" + "[0-9a-f]" * 8
-        for old in self.directory.parent.glob("*" + pattern):
-            if old.name.rpartition(".old-")[0] != self.directory.name:
-                continue
+    def recover(self) -> None:
+        """Repair what a killed writer of this directory left behind.
+
+        Raises:
+            OSError: something cannot be repaired.
+            UserError: another process is writing the directory.
+        """
+        for done in self._others(".done-"):
+            remove_if_abandoned(done)
+        for old in self._others(".old-") if self.replace else ():
             if not self.directory.exists():
-                old.rename(self.directory)
+                _restore(old, self.directory)
             elif any(old.iterdir()):
                 _remove_marked(old)
             else:
                 old.rmdir()
+        _remove_marked(self.path)
+
+    def _others(self, middle: str) -> list[Path]:
+        paths = self.directory.parent.glob(f"*{middle}{_DIGITS}")
+        name = self.directory.name
+        return [path for path in paths if path.name.rpartition(middle)[0] == name]
+
+
+def _restore(old: Path, directory: Path) -> None:
+    """Give a directory that was to be replaced its name back."""
+    (old / MARK).unlink(missing_ok=True)
+    old.rename(directory)
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -136,7 +166,7 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
 
 def _remove_marked(folder: Path) -> None:
     """Remove a directory that has a mark which no living writer holds."""
-    mark = folder / _MARK
+    mark = folder / MARK
     if mark.exists():
         _remove(folder, hold_lock(mark, str(folder)))
 
@@ -150,7 +180,7 @@ def _remove(folder: Path, mark: IO[bytes]) -> None:
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name != _MARK:
+            elif path.name != MARK:
                 path.unlink()
     mark.close()
     shutil.rmtree(folder, ignore_errors=True)

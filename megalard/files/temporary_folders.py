@@ -51,8 +51,32 @@ def remove_abandoned(target: Path, note: str | None = None) -> None:
     for folder in _folders_of(target):
         if note is not None and (folder / note).is_file():
             continue
-        with contextlib.suppress(OSError):
-            _remove_if_abandoned(folder)
+        remove_if_abandoned(folder)
+
+
+def remove_if_abandoned(folder: Path) -> None:
+    """Remove a directory unless a process has locked it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def lock_folder(folder: Path) -> int:
+    """Lock a directory for this process; return its descriptor, which releases the lock if closed.
+
+    Some network file systems keep no locks. There the descriptor is returned without one.
+
+    Raises:
+        OSError: the directory cannot be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
 def _folders_of(target: Path) -> list[Path]:
@@ -85,18 +109,7 @@ def _make(target: Path) -> tuple[Path, int]:
     while True:
         folder = target.with_name(f".{target.name}.partial-{secrets.token_hex(_DIGITS)}")
         folder.mkdir(parents=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.suppress(OSError):  # some network file systems keep no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = lock_folder(folder)
         if os.fstat(descriptor).st_nlink:
             return folder, descriptor
         os.close(descriptor)  # another process took it for abandoned before it was locked
-
-
-def _remove_if_abandoned(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(descriptor)

@@ -77,7 +77,10 @@ class Decoder(nn.Module):
         return self.ops.embed(token_bs.flatten(), weight, self.first_vocab_row).to(dtype)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Return this rank's logits [t, vocab/tp] of the last layer's output [t/tp, hidden]."""
+        """Return this rank's logits [t, vocab/tp] of the last layer's output [t/tp, hidden].
+
+        Rows beyond the t tokens are padding, if tp does not divide t.
+        """
         return self.ops.logits(self.model.norm(x), self.head_weight)
 
     def forward(self, batch: BlockBatch, dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 
 from megalard.model.fuse import fused_on_gpu
 from megalard.model.norm import RmsNorm
-from megalard.model.ops import Context, Ops, Qkv
+from megalard.model.ops import Context, Ops, Qkv, without_padding
 from megalard.model.projection import Projection
 from megalard.model.rope import apply_rope
 from megalard.model.spec import ModelSpec
@@ -72,10 +72,14 @@ class Attention(nn.Module):
 
     def qkv(self, x: torch.Tensor, context: Context, ops: Ops) -> Qkv:
         """Return this rank's q, k and v of the layer's input [t/tp, hidden]."""
-        q, k, v = ops.column(x, self.q_proj, self.k_proj, self.v_proj)
+        cos, sin = context.cos, context.sin
+        num_tokens = cos.shape[0] * cos.shape[2]
+        q, k, v = (
+            without_padding(y, num_tokens)
+            for y in ops.column(x, self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm.split(q, ops), self.k_norm.split(k, ops)
-        cos, sin = context.cos, context.sin
         q, k, v = (
             y.view(cos.shape[0], -1, y.shape[1] // self.head_dim, self.head_dim).transpose(1, 2)
             for y in (q, k, v)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from megalard.hashing import mixed
+
 
 class DropoutKey:
     """The seed that all dropout masks of one step are drawn from.
@@ -65,16 +67,9 @@ class _HashDropout(torch.autograd.Function):
 
 def _masked(x, token, rate, seed, first_feature):
     feature = torch.arange(first_feature, first_feature + x.shape[1], device=x.device)
-    bits = _mix((token * 0x9E3779B1 + seed) & 0xFFFFFFFF)[:, None] ^ _mix(feature + 1)[None, :]
-    keep = _mix(bits) >= int(rate * 2**32)
+    bits = mixed((token * 0x9E3779B1 + seed) & 0xFFFFFFFF)[:, None] ^ mixed(feature + 1)[None, :]
+    keep = mixed(bits) >= int(rate * 2**32)
     return x * keep * (1.0 / (1.0 - rate))
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Scramble 32-bit numbers: two rounds of xor-shift and multiply, in int64 arithmetic."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
 
 
 def initial_a(rank: int, features: int, seed: int) -> torch.Tensor:

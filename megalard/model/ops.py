@@ -1,7 +1,9 @@
 """What a decoder needs from outside: its input, and operations that depend on the split over ranks.
 
 Shapes: b sequences of s tokens are t = b * s rows. With tensor parallelism the residual stream is
-[t/tp, hidden], and attention sees all tokens of this rank's heads.
+[t/tp, hidden], and attention sees all tokens of this rank's heads. Where tp does not divide t, t/tp
+is rounded up: the last ranks have rows of padding, which stand after the t tokens when the rows of
+all ranks are gathered. Padding has finite values, no gradient, and no effect on any token.
 """
 
 from __future__ import annotations
@@ -40,11 +42,14 @@ class Ops(Protocol):
     """
 
     def column(self, x: torch.Tensor, *projections: Projection) -> list[torch.Tensor]:
-        """Apply projections to one input: [t/tp, in] to [t, out_i/tp] for each."""
+        """Apply projections to one input: [t/tp, in] to [t, out_i/tp] for each, with padding."""
         ...
 
     def row(self, x: torch.Tensor, projection: Projection) -> torch.Tensor:
-        """Apply a projection to features that are split over ranks: [t, in/tp] to [t/tp, out]."""
+        """Apply a projection to features that are split over ranks: [t, in/tp] to [t/tp, out].
+
+        The input may have padding.
+        """
         ...
 
     def embed(self, token_t: torch.Tensor, weight: torch.Tensor, first_row: int) -> torch.Tensor:
@@ -57,11 +62,14 @@ class Ops(Protocol):
         ...
 
     def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Multiply hidden states [t/tp, hidden] by this rank's rows of the head: [t, vocab/tp]."""
+        """Multiply hidden states [t/tp, hidden] by this rank's rows of the head: [t, vocab/tp].
+
+        The rows have padding.
+        """
         ...
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Gather the tokens of all ranks: [t/tp, features] to [t, features]."""
+        """Gather the tokens of all ranks, with padding: [t/tp, features] to [t, features]."""
         ...
 
     def norm_full_width(
@@ -86,6 +94,11 @@ class Ops(Protocol):
             token_t: int64 [t], one number per token, unique within the step, to draw masks from.
         """
         ...
+
+
+def without_padding(x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Return the first ``num_tokens`` rows; ``x`` itself if there is no padding after them."""
+    return x if x.shape[0] == num_tokens else x[:num_tokens]
 
 
 @dataclass(frozen=True)

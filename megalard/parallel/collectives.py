@@ -4,12 +4,16 @@ Activations are [tokens, features]. A *sequence-parallel* region holds this rank
 of the tokens (dim 0); a *tensor-parallel* region holds all tokens of this rank's features. The
 names are those of Megatron-LM. The pairs are the conjugate f and g of Shoeybi et al. (arXiv
 1909.08053) and Korthikanti et al. (arXiv 2205.05198).
+
+If the ranks do not divide the tokens, the last ranks have rows of padding after their tokens, so
+that all ranks have equally many rows. A gather keeps the padding as its last rows.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megalard.parallel.mesh import Axis
 
@@ -41,6 +45,12 @@ def reduce_scatter_tokens(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
     _reduce_scatter(out, x.contiguous(), group=axis.group)
     return out
+
+
+def padded_rows(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Append zeros to dim 0 of [t] or [t, features], up to a multiple of the size of the axis."""
+    missing = -x.shape[0] % axis.size
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x
 
 
 class PendingCollective:
@@ -88,12 +98,12 @@ class _ReduceScatterTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, axis):
-        ctx.axis = axis
-        return reduce_scatter_tokens(x, axis)
+        ctx.axis, ctx.tokens = axis, x.shape[0]
+        return reduce_scatter_tokens(padded_rows(x, axis), axis)
 
     @staticmethod
     def backward(ctx, grad):
-        return all_gather_tokens(grad, ctx.axis), None
+        return all_gather_tokens(grad, ctx.axis)[: ctx.tokens], None
 
 
 class _AllReduce(torch.autograd.Function):
@@ -118,10 +128,24 @@ def all_reduce_with_gradient(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def gather_from_sequence_parallel_region(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """All-gather along the tokens forward, reduce-scatter the gradients backward."""
+    """All-gather along the tokens forward, reduce-scatter the gradients backward.
+
+    Args:
+        x: [rows, features], with as many rows on every rank.
+
+    Returns:
+        [rows * size, features], the padding of the last ranks included.
+    """
     return x if axis.size == 1 else _GatherTokens.apply(x, axis)
 
 
 def reduce_scatter_to_sequence_parallel_region(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Reduce-scatter along the tokens forward, all-gather the gradients backward."""
+    """Reduce-scatter along the tokens forward, all-gather the gradients backward.
+
+    Args:
+        x: [t, features] for any t.
+
+    Returns:
+        [t / size, features], rounded up; rows beyond the last token are zero.
+    """
     return x if axis.size == 1 else _ReduceScatterTokens.apply(x, axis)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megalard.model.decoder import Decoder
 from megalard.model.ops import BlockBatch, Qkv
 from megalard.model.projection import Projection
-from megalard.parallel.collectives import gather_from_sequence_parallel_region
+from megalard.parallel.collectives import gather_from_sequence_parallel_region, padded_rows
 from megalard.parallel.context.attention import ShardedBatch, attend_over_axis
 from megalard.parallel.mesh import SINGLE, Axis
 from megalard.parallel.tensor.linear import (
@@ -33,8 +33,8 @@ class ParallelOps:
 
     Attributes:
         axis: the tp axis; of size 1 in a single process, where nothing is exchanged.
-        token_t: int64 [t], the numbers that LoRA's dropout is drawn from, one per token of the
-            micro-batch; None switches dropout off.
+        token_t: int64 [t], with padding, the numbers that LoRA's dropout is drawn from, one per
+            token of the micro-batch; None switches dropout off.
     """
 
     axis: Axis = SINGLE
@@ -42,7 +42,7 @@ class ParallelOps:
 
     def with_dropout(self, token_t: torch.Tensor) -> ParallelOps:
         """Return the same operations with LoRA's dropout switched on."""
-        return replace(self, token_t=token_t)
+        return replace(self, token_t=padded_rows(token_t, self.axis))
 
     def column(self, x: torch.Tensor, *projections: Projection) -> list[torch.Tensor]:
         return column_parallel(x, projections, self.axis, self.token_t)

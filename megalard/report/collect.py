@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megalard.errors import UserError
 from megalard.evaluation.report import Entry, Restoration, read_json
+from megalard.files.reading import check_regular
 from megalard.files.reading import read_json as read_json_file
 
 METRICS, EVALUATION, SETTINGS, SUMMARY = (
@@ -123,14 +124,15 @@ def collect(directory: Path) -> RunRecord:
     """Return what the files of a run contain. Files that are missing are left out.
 
     Raises:
-        UserError: the directory is not the output directory of a run.
+        UserError: the directory is not the output directory of a run, or its metrics are not a
+            regular file.
     """
     if not (directory / SETTINGS).is_file():
         raise UserError(f"{directory} is not the output directory of a run: it has no {SETTINGS}")
     lines = list(_lines(directory / METRICS))
     entries: list[Entry] = []
     restoration = None
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, UserError):
         entries, restoration = read_json(directory / EVALUATION)
     return RunRecord(
         directory,
@@ -145,7 +147,12 @@ def collect(directory: Path) -> RunRecord:
 
 def _lines(path: Path) -> Iterable[dict]:
     """Yield the lines that are complete: a run that goes on may be writing the last one."""
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(path)
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open(path, encoding="utf-8", errors="replace") as file,
+    ):
         for text in file:
             with contextlib.suppress(ValueError):
                 line = json.loads(text)

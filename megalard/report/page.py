@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from megalard import __version__
+from megalard.errors import reason_of
 from megalard.evaluation.plots import draw
 from megalard.files.writing import replace_text
 from megalard.report.collect import RunRecord, collect
 from megalard.report.figures import curves, heat_map, rope_curves, validation_curves
 
 REPORT = "report.html"
+DAMAGED = "This section cannot be shown"
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
@@ -60,14 +62,17 @@ def render(record: RunRecord) -> str:
     """Return the page."""
     name = record.directory.absolute().name
     sections = [
-        ("Result", _result(record)),
-        ("Configuration", _configuration(record)),
-        ("Evaluation", _evaluation(record)),
-        ("Validation during the run", _picture(validation_curves(record), "validation")),
-        ("Training", _picture(curves(record), "curves of the training")),
-        ("Loss by layer", _layers(record)),
-        ("RoPE", _rope(record)),
-        ("Cost", _cost(record)),
+        (title, _unless_damaged(make, record))
+        for title, make in (
+            ("Result", _result),
+            ("Configuration", _configuration),
+            ("Evaluation", _evaluation),
+            ("Validation during the run", _validation),
+            ("Training", _training),
+            ("Loss by layer", _layers),
+            ("RoPE", _rope),
+            ("Cost", _cost),
+        )
     ]
     body = "".join(f"<h2>{escape(title)}</h2>\n{text}\n" for title, text in sections if text)
     return (
@@ -76,6 +81,23 @@ def render(record: RunRecord) -> str:
         f"<h1>{escape(name)}</h1>\n{body}"
         f'<p class="note">megalard {escape(__version__)}</p>\n</body>\n</html>\n'
     )
+
+
+def _unless_damaged(make: Callable[[RunRecord], str], record: RunRecord) -> str:
+    """Return a section, or a note in its place if the files have values that do not fit it."""
+    try:
+        return make(record)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        reason = escape(reason_of(error))
+        return f'<p class="note">{DAMAGED}: a file of the run is damaged ({reason}).</p>'
+
+
+def _validation(record: RunRecord) -> str:
+    return _picture(validation_curves(record), "validation")
+
+
+def _training(record: RunRecord) -> str:
+    return _picture(curves(record), "curves of the training")
 
 
 def _result(record: RunRecord) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megalard.config.schema import Config, EvaluationConfig
+from megalard.errors import UserError
 from megalard.evaluation.measure import check_lengths, cut_windows, default_lengths, length_multiple
 from megalard.evaluation.plots import draw
 from megalard.evaluation.report import Entry, Restoration, print_tables, read_json, write_json
@@ -61,7 +62,7 @@ class Evaluator:
         store = open_tokens(evaluation.paths, directory, config.data, plan, mesh, is_resumed)
         lengths = evaluation.lengths or default_lengths(plan.native_window, plan.factor)
         with checked_on_all_ranks(mesh.world):
-            check_lengths(lengths, mesh.tp.size, mesh.cp.size, "evaluation.lengths")
+            check_lengths(lengths, mesh.cp.size, "evaluation.lengths")
             count = min(len(store.tokens), max(evaluation.max_tokens, *lengths))
             start = store.boundaries.before
             windows = cut_windows(store.read(0, count), lengths, evaluation.max_tokens, start)
@@ -73,7 +74,7 @@ class Evaluator:
         """Evaluate on a part of the training text, at the lengths that it is long enough for."""
         mesh, tokens = self.mesh, held_out.tokens
         self.settings = {"training_tokens_held_out": len(tokens)}
-        multiple = length_multiple(mesh.tp.size, mesh.cp.size)
+        multiple = length_multiple(mesh.cp.size)
         lengths = [
             length
             for length in evaluation.lengths or default_lengths(plan.native_window, plan.factor)
@@ -114,10 +115,15 @@ class Evaluator:
             names: the names of these measurements in the tables.
         """
         if self.is_active and self.mesh.is_rank_0 and names:
-            # If the file is missing or incomplete, only these rows are lost.
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            # Only these rows are lost if the file is missing or damaged, or has other lengths.
+            with contextlib.suppress(OSError, UserError):
                 entries, _ = read_json(self._path)
-                self.entries += [entry for entry in entries if entry.name in names]
+                self.entries += [
+                    entry
+                    for entry in entries
+                    if entry.name in names
+                    and entry.results.by_length.keys() == self.suite.windows.keys()
+                ]
 
     def after(self, teacher: Decoder, student: Decoder, tokens: int) -> None:
         """Measure the restored student; rank 0 prints the table and writes JSON and PNG.

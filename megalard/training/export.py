@@ -15,7 +15,7 @@ import torch
 from megalard.checkpoint.companions import Companion
 from megalard.checkpoint.huggingface import plan_files, write_huggingface
 from megalard.checkpoint.read_back import reading_back
-from megalard.checkpoint.rounding import RoundingLoss
+from megalard.checkpoint.rounding import RoundingLoss, rounded
 from megalard.checkpoint.stored_names import StoredWeights
 from megalard.checkpoint.weights import Weights, is_finite, merge_lora, trained_parts
 from megalard.checkpoint.write_options import FILE_BYTES, WriteOptions
@@ -38,6 +38,7 @@ def save_student(
     companions: tuple[Companion, ...],
     mesh: Mesh,
     dtype: torch.dtype | None = None,
+    stochastic: bool = False,
 ) -> RoundingLoss:
     """Write the merged student; a collective call of all ranks, in which rank 0 writes.
 
@@ -50,6 +51,7 @@ def save_student(
         config: the student's ``config.json``.
         companions: files that are copied next to the weights, such as the tokenizer's.
         dtype: the dtype of all floating-point tensors; None keeps that of each source tensor.
+        stochastic: whether trained weights are rounded stochastically.
 
     Returns:
         On rank 0, what rounding took away from the trained weights.
@@ -61,7 +63,7 @@ def save_student(
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         config = {**config, "dtype": name, "torch_dtype": name}
-    merged = _MergedTensors(student, source, mesh.tp, dtype, loss)
+    merged = _MergedTensors(student, source, mesh.tp, dtype, stochastic, loss)
     stored = StoredWeights(merged, student.decoder.spec)
     files = plan_files(stored, _SHARD_BYTES)
     merged.pending = [part for file in files for name in file for part in stored.parts[name]]
@@ -97,12 +99,13 @@ class _MergedTensors:
         source: Weights,
         axis: Axis,
         dtype: torch.dtype | None,
+        stochastic: bool,
         loss: RoundingLoss,
     ):
         self.student, self.source, self.axis = student, source, axis
         self.directory = source.directory
         self.shape, self.files = source.shape, source.files
-        self._dtype, self._loss = dtype, loss
+        self._dtype, self._stochastic, self._loss = dtype, stochastic, loss
         self.pending: list[str] = []
 
     def names(self) -> list[str]:
@@ -142,7 +145,7 @@ class _MergedTensors:
         full = self._gather(name)
         if parts == [name]:
             exact = full[name].to("cpu")
-            merged = exact.to(dtype)
+            merged = rounded(exact, dtype, name, 0, self._stochastic)
             self._loss.add(source, exact, merged)
             return merged
         projection = self.student.decoder.get_submodule(name.removesuffix(".weight"))
@@ -151,10 +154,11 @@ class _MergedTensors:
         # If an earlier stage changed the weight itself, the pair is added to the changed weight.
         original = full.get(name, source)
 
-        def count(rows: slice, exact: torch.Tensor, rounded: torch.Tensor) -> None:
-            self._loss.add(source[rows], exact, rounded)
+        def count(rows: slice, exact: torch.Tensor, stored: torch.Tensor) -> None:
+            self._loss.add(source[rows], exact, stored)
 
-        return merge_lora(name, original, lora_a, lora_b, scale, dtype, count).to("cpu")
+        arguments = name, original, lora_a, lora_b, scale, dtype, self._stochastic
+        return merge_lora(*arguments, count).to("cpu")
 
     def _gather(self, name: str) -> dict[str, torch.Tensor]:
         student, decoder = self.student, self.student.decoder

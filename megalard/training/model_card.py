@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 
 from megalard.config.file import recorded_config
 from megalard.config.schema import Config
-from megalard.errors import UserError
+from megalard.errors import UserError, reason_of
 from megalard.files.reading import read_json
 from megalard.training.run_folder import FINISHED
 
@@ -26,12 +26,22 @@ def model_card(directory: Path, base_model: str, license_name: str | None, name:
         name: the name of the student on the hub.
 
     Raises:
-        UserError: the directory holds no finished run.
+        UserError: the directory holds no finished run, or a file of the run is damaged.
     """
     if not (directory / FINISHED).is_file():
         raise UserError(
             f"{directory} holds no finished run (it has no {FINISHED}): give the run.output of one"
         )
+    try:
+        return _card(directory, base_model, license_name, name)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"a file of the run {directory} is damaged ({reason_of(error)}): restore "
+            f"{FINISHED}, evaluation.json or student/config.json"
+        ) from None
+
+
+def _card(directory: Path, base_model: str, license_name: str | None, name: str) -> str:
     config = recorded_config(read_json(directory / FINISHED))
     student = read_json(directory / "student" / "config.json")
     data = ModelCardData(

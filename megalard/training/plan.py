@@ -6,21 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from megalard.checkpoint.companions import Companion, for_window, tokenizer_companions
 from megalard.checkpoint.open import StoredModel, open_model
-from megalard.config.schema import Config, StreamConfig
+from megalard.config.schema import CheckpointConfig, Config, StreamConfig
 from megalard.data.sampler import check_global_batch
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
 from megalard.distill.objective import reaches_of
 from megalard.errors import UserError
-from megalard.evaluation.measure import length_multiple
 from megalard.model.export_config import export_config
 from megalard.model.rope import rope_table, scaled_config, window_of
 from megalard.model.spec import ModelSpec, spec_from_config
 from megalard.parallel.agreement import checked_on_all_ranks
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Mesh
-from megalard.parallel.tensor.slices import check_divisible, tensor_parallel_sizes
+from megalard.parallel.tensor.slices import check_divisible
 from megalard.training.origins import Origins
 from megalard.training.trackers import check_installed
 
@@ -74,7 +75,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         teacher = open_model(config.model.teacher)
         source = open_model(config.model.student) if config.model.student else teacher
         native_window = _native_window(config, teacher)
-        check_divisible(teacher.spec, mesh.tp.size, _tokens_of_ranks(config, mesh))
+        check_divisible(teacher.spec, mesh.tp.size)
         if config.rope.type == "checkpoint":
             window = window_of(source.spec, native_window)
             student_config = export_config(source.spec, window=window)
@@ -83,6 +84,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         student = spec_from_config(student_config, str(source.directory))
         check_divisible(student, mesh.tp.size)
         rope_table(student)
+        _check_rounding(config.checkpoint, source)
         for stage, stage_config in config.all_stages().items():
             for name, stream in stage_config.all_streams().items():
                 with naming_stream(name, stage_config, stage):
@@ -90,6 +92,17 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         directory = config.model.tokenizer
         tokenizer = load_tokenizer(directory) if directory else teacher.tokenizer
     return Plan(teacher, source, student, student_config, native_window, tokenizer)
+
+
+def _check_rounding(settings: CheckpointConfig, source: StoredModel) -> None:
+    """Refuse stochastic rounding if nothing is rounded."""
+    is_fp32 = source.weights.dtype("model.layers.0.self_attn.q_proj.weight") == torch.float32
+    if settings.export_rounding != "nearest" and settings.export_dtype == "source" and is_fp32:
+        raise UserError(
+            f"checkpoint.export_rounding {settings.export_rounding} rounds to 16 bits, and the "
+            f"files of {source.directory} are float32: set checkpoint.export_dtype bfloat16, or "
+            "leave it out"
+        )
 
 
 def _native_window(config: Config, teacher: StoredModel) -> int:
@@ -122,15 +135,6 @@ def naming_stream(stream: str, config: Config, stage: str = "main") -> Iterator[
         raise type(error)(f"{', '.join(names)}: {error}") from None
 
 
-def _tokens_of_ranks(config: Config, mesh: Mesh) -> list[int]:
-    """Return how many tokens a micro-batch of each stream gives a cp rank."""
-    return [
-        stream.micro_batch * stream.data.context_length // mesh.cp.size
-        for stage in config.all_stages().values()
-        for stream in stage.all_streams().values()
-    ]
-
-
 def check_stream(stream: StreamConfig, native_window: int, student: ModelSpec, mesh: Mesh) -> None:
     """Refuse a stream that the models cannot read or the ranks cannot share.
 
@@ -148,14 +152,6 @@ def check_stream(stream: StreamConfig, native_window: int, student: ModelSpec, m
             f"data.context_length {length} is longer than the student's window: use at most "
             f"{student_window}, or raise rope.factor"
         )
-    rows = stream.micro_batch * SequenceShard(length, mesh.cp).local_length
-    if rows % mesh.tp.size:
-        sizes = [size for size in tensor_parallel_sizes(student) if rows % size == 0]
-        multiple = length_multiple(mesh.tp.size, mesh.cp.size)
-        raise UserError(
-            f"a micro-batch gives each cp rank {rows} tokens, which parallel.tp {mesh.tp.size} "
-            f"does not divide: use parallel.tp {' or '.join(map(str, sizes))}, or a context length "
-            f"such as {max(length // multiple, 1) * multiple}"
-        )
+    SequenceShard(length, mesh.cp)  # refuses a length that the cp ranks cannot share
     check_global_batch(stream.global_batch, mesh.dp.size, stream.micro_batch)
     reaches_of(stream.objective, student.num_layers)

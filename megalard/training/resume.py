@@ -20,7 +20,7 @@ from megalard.reporter import Reporter
 from megalard.training.origins import Origins
 from megalard.training.output import Output, naming_older_checkpoint
 from megalard.training.plan import Plan
-from megalard.training.run_folder import unfinished
+from megalard.training.run_folder import unfinished, unfinished_exports
 from megalard.training.stages import Stage, data_key
 from megalard.training.state import OPTIMIZER_CLASS, optimizer_settings, restore_state
 from megalard.training.step import Distiller
@@ -46,15 +46,14 @@ class Progress:
 def open_checkpoint(output: Output, plan: Plan, axis: Axis, reporter: Reporter) -> Progress:
     """Return the progress of the output's checkpoint, or of a new run; a collective call.
 
-    Saves that were not finished are removed.
+    Saves and periodic exports that were not finished are removed.
 
     Raises:
         UserError: on every rank, if the checkpoint is of another student.
     """
-    for path in unfinished(output.checkpoints) if axis.rank == 0 else ():
-        shutil.rmtree(path, ignore_errors=True)
-        outcome = "it cannot be removed" if path.exists() else "it was removed"
-        reporter.line(f"{path} is a save that was not finished: {outcome}")
+    if axis.rank == 0:
+        _remove("a save", unfinished(output.checkpoints), reporter)
+        _remove("an export", unfinished_exports(output.directory), reporter)
     if output.checkpoint is None:
         if not output.is_new:
             reporter.line(
@@ -69,6 +68,13 @@ def open_checkpoint(output: Output, plan: Plan, axis: Axis, reporter: Reporter) 
     # Earlier versions did not count the skipped steps, and made no validations.
     training = manifest.training
     return Progress(training["step"], training.get("skipped", 0), training.get("validations"))
+
+
+def _remove(kind: str, paths: list[Path], reporter: Reporter) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+        outcome = "it cannot be removed" if path.exists() else "it was removed"
+        reporter.line(f"{path} is {kind} that was not finished: {outcome}")
 
 
 def restore(

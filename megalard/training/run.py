@@ -383,11 +383,14 @@ class Run:
             plan.companions,
             self.mesh,
             None if chosen == "source" else getattr(torch, chosen),
+            self.config.checkpoint.export_rounding == "stochastic",
         )
-        if loss.lost:
+        is_nearest = self.config.checkpoint.export_rounding == "nearest"
+        if loss.lost and is_nearest:
             self.reporter.line(
                 f"{directory}: rounding took {loss.share:.1%} of the {loss.changed:,} changed "
-                "weights back to what they were; checkpoint.export_dtype float32 keeps them"
+                "weights back to what they were; checkpoint.export_rounding stochastic keeps them "
+                "in the mean, and checkpoint.export_dtype float32 exactly"
             )
 
 

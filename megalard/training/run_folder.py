@@ -1,7 +1,7 @@
 """The directory of a run's checkpoints.
 
-``step-000050`` is a complete checkpoint. ``step-000050.partial`` is a save that was not finished,
-and ``step-000050.removed`` a removal that was not finished.
+``step-000050`` is a complete checkpoint. ``step-000050.partial`` and ``step-000050.done-XXXXXXXX``
+are saves that were not finished, and ``step-000050.removed`` is a removal that was not finished.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import re
 import shutil
 from pathlib import Path
 
+from megalard.files.atomic_folder import MARK
+
 # The settings of a run that has finished, in its output directory.
 FINISHED = "finished.json"
 _COMPLETE = re.compile(r"step-(\d+)")
-_UNFINISHED = re.compile(r"step-\d+\.(partial|removed)")
+_UNFINISHED = re.compile(r"step-\d+\.(partial|removed|done-[0-9a-f]{8})")
 _REMOVED = ".removed"
 
 
@@ -36,6 +38,12 @@ def unfinished(folder: Path) -> list[Path]:
         return []
     paths = (path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name))
     return sorted(path for path in paths if path.is_dir())
+
+
+def unfinished_exports(directory: Path) -> list[Path]:
+    """Return the periodic exports that a killed run left half written in its output directory."""
+    paths = unfinished(directory)
+    return [path for path in paths if ".done-" in path.name or (path / MARK).is_file()]
 
 
 def has_finished(directory: Path) -> bool:

@@ -138,6 +138,17 @@ def test_the_tokenizer_of_the_second_model_is_used_if_the_first_has_none(tmp_pat
     assert "has neither tokenizer.json nor tokenizer.model" in line
 
 
+def test_an_error_of_the_system_is_one_sentence(folder, monkeypatch, capsys):
+    def fail(*arguments):
+        raise OSError(5, "Input/output error", "a file")
+
+    monkeypatch.setattr("megalard.checkpoint.compare.tensor_differences", fail)
+    assert verify(folder / "hf", folder / "hf") == 2
+    printed = capsys.readouterr().err
+    assert printed.endswith("megalard: error: cannot read or write a file: Input/output error\n")
+    assert "Traceback" not in printed
+
+
 def test_a_crash_is_not_taken_for_a_difference(folder, monkeypatch, capsys):
     def crash(*arguments):
         raise RuntimeError("a bug")

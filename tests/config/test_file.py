@@ -63,6 +63,19 @@ def test_null_removes_a_stream_of_the_file(write):
     assert load("--streams=null", path=path).streams == {}
 
 
+@pytest.mark.parametrize("group", ["streams", "stages"])
+def test_a_name_that_yaml_reads_as_a_number_is_the_same_entry_for_an_override(group, write):
+    path = write(f"{group}: {{1: {{objective: {{logits_kl: 1}}}}}}")
+    for entry in (
+        f"{group}.1.data.packing=false",
+        f"{group}={{1: {{objective: {{logits_kl: 1}}}}}}",
+    ):
+        entries = getattr(load(f"--{entry}", path=path), group)
+        assert list(entries) == ["1"] and entries["1"].objective.logits_kl == 1
+    entries = getattr(load(f"--{group}.1.data.packing=false", path=path), group)
+    assert not entries["1"].data.packing
+
+
 @pytest.mark.parametrize("text", ["2e-5", "2.0e-5", "0.00002", "2E-05"])
 def test_small_floats_are_read_in_every_spelling(text, write):
     assert load("--optimizer.learning_rate", text).optimizer.learning_rate == 2e-5

@@ -75,6 +75,7 @@ def test_null_removes_a_stage(write):
         ("{a: {streams: {b: {objective: {}}}}}", "stages.a.streams.b.objective is empty"),
         ("{a: {trainable: {mode: some}}}", "stages.a.trainable.mode must be one of lora, weights"),
         ("{a: {steps: 3}}", "unknown key 'stages.a.steps'; the nearest known one is"),
+        ("{a: {objective: [q]}}", "'stages.a.objective' is a section, got the value ['q']"),
         ("{'a.b': {}}", "stages has the entry 'a.b': a name may have letters"),
     ],
 )

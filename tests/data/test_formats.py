@@ -113,6 +113,23 @@ def test_a_damaged_file_is_refused_in_one_sentence(suffix, damage, tmp_path):
     assert user_error(documents, path).startswith(f"data file {path} is damaged (")
 
 
+@pytest.mark.parametrize("write", [write_file, write_stream])
+@pytest.mark.parametrize("damage", ["text", "offsets"])
+def test_damage_inside_an_arrow_file_is_refused_in_one_sentence(write, damage, tmp_path):
+    """pyarrow reads text that is not UTF-8, and memory beyond the file, without a check."""
+    path = tmp_path / "a.arrow"
+    write(path)
+    content = path.read_bytes()
+    before, after = (b"x" * 5000, b"\xff" * 5000)
+    if damage == "offsets":
+        # The offsets of the last text, which are the last place with these bytes.
+        before = (0).to_bytes(4, "little") + (5000).to_bytes(4, "little")
+        after = (0).to_bytes(4, "little") + (2**31 - 1).to_bytes(4, "little")
+    place = content.rindex(before)
+    path.write_bytes(content[:place] + after + content[place + len(before) :])
+    assert user_error(documents, path).startswith(f"data file {path} is damaged (")
+
+
 def test_without_pyarrow_the_fix_is_named(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

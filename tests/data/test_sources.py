@@ -77,6 +77,7 @@ def test_bad_paths_are_named(tmp_path):
         (["broken"], "link.txt is not readable"),
         (["latin.txt"], "latin.txt is not UTF-8"),
         (["blank.txt"], "there is no text in .*blank.txt"),
+        (["x" * 300], "cannot read .*: File name too long"),
         ([], "no data path was given"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -29,10 +29,10 @@ def test_what_is_not_a_length_is_refused(text):
     assert "is not a length: write tokens, as 4096 or 4K" in user_error(parse_length, text)
 
 
-def test_given_lengths_are_sorted_and_must_be_divided_by_the_ranks():
-    assert choose_lengths(["4K", "16", "16"], [], 1, 1) == [16, 4096]
+def test_given_lengths_are_sorted_and_must_be_divided_by_the_cp_ranks():
+    assert choose_lengths(["4K", "16", "16"], [], 1) == [16, 4096]
     assert "length 100 in --lengths or --task-lengths is not a multiple of 8" in user_error(
-        choose_lengths, ["100"], [], 8, 1
+        choose_lengths, ["100"], [], 4
     )
 
 
@@ -47,10 +47,10 @@ def test_default_lengths_go_from_the_smallest_window_to_the_largest(job):
         window = 250
 
     model = open_model(job / "model")
-    assert choose_lengths(None, [model], 1, 1) == [16, 32, 64]
-    assert choose_lengths(None, [model, Longer], 1, 1) == [16, 32, 64, 128, 250]
-    # What the ranks do not divide is rounded down.
-    assert choose_lengths(None, [model, Longer], 2, 2) == [16, 32, 64, 128, 248]
+    assert choose_lengths(None, [model], 1) == [16, 32, 64]
+    assert choose_lengths(None, [model, Longer], 1) == [16, 32, 64, 128, 250]
+    # What the cp ranks do not divide is rounded down.
+    assert choose_lengths(None, [model, Longer], 4) == [16, 32, 64, 128, 248]
 
 
 @pytest.mark.parametrize(

@@ -189,15 +189,13 @@ def test_windows_that_cannot_be_cut_are_refused(length, start, sentence):
     assert sentence in user_error(cut_windows, np.arange(100), [length], 1000, start)
 
 
-@pytest.mark.parametrize(
-    ("tp", "cp", "multiple", "instead"), [(2, 1, 2, 8), (1, 2, 4, 8), (2, 3, 12, 12)]
-)
-def test_lengths_that_the_ranks_do_not_divide_are_refused(tp, cp, multiple, instead):
-    assert length_multiple(tp, cp) == multiple
-    check_lengths([multiple, 4 * multiple], tp, cp, "--lengths")
-    assert user_error(check_lengths, [4 * multiple, 9], tp, cp, "--lengths") == (
-        f"length 9 in --lengths is not a multiple of {multiple}, into which tp {tp} and cp {cp} "
-        f"cut it: use {instead}"
+@pytest.mark.parametrize(("cp", "multiple", "instead"), [(2, 4, 8), (3, 6, 6), (8, 16, 16)])
+def test_lengths_that_the_cp_ranks_cannot_share_are_refused(cp, multiple, instead):
+    assert length_multiple(cp) == multiple and length_multiple(1) == 1
+    check_lengths([multiple, 4 * multiple], cp, "--lengths")
+    assert user_error(check_lengths, [4 * multiple, 9], cp, "--lengths") == (
+        f"length 9 in --lengths is not a multiple of {multiple}, into which cp {cp} cuts it: use "
+        f"{instead}"
     )
 
 

@@ -9,6 +9,7 @@ import math
 import pytest
 from rich.console import Console
 
+from megalard.errors import UserError
 from megalard.evaluation.measure import Measurement
 from megalard.evaluation.report import Entry, Restoration, print_tables, read_json, write_json
 from megalard.evaluation.suite import Results
@@ -75,6 +76,46 @@ def test_a_comparison_reads_back_as_written(tmp_path):
     intervals = [(part["first"], part["last"], part["loss"]) for part in model["by_position"]]
     assert intervals == [(1, 15, 4.0), (16, 127, 2.0)]
     assert model["tasks"]["passkey"]["64"]["by_depth"] == {"0.0": 1.0, "1.0": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        ((), [], "list indices"),
+        (("models",), None, "it has None where list is needed"),
+        (("models",), [], "it has 0 models"),
+        (("native_context",), "64", "it has '64' where int is needed"),
+        (("factor",), [2], r"it has \[2\] where a number is needed"),
+        (("models", 0, "name"), 7, "it has 7 where str is needed"),
+        (("models", 0, "by_length"), {}, "measured at different lengths"),
+        (("models", 2, "by_length", "64"), {}, "it lacks 'kl'"),
+        (("models", 1, "by_length", "64", "loss"), "3", "it has '3' where a number is needed"),
+        (("models", 1, "by_length", "64", "kl"), True, "it has True where a number is needed"),
+        (("models", 1, "by_length", "64", "loss"), 10**400, "too large"),
+        (("models", 1, "tokens"), 1.5, "it has 1.5 where int is needed"),
+    ],
+)
+def test_a_damaged_evaluation_is_refused_in_one_sentence(place, value, reason, tmp_path):
+    path = tmp_path / "evaluation.json"
+    write_json(path, restoration_entries(), {}, RESTORATION)
+    content = holder = {"": json.loads(path.read_text())}
+    *keys, last = ("", *place)
+    for key in keys:
+        holder = holder[key]
+    holder[last] = value
+    path.write_text(json.dumps(content[""]))
+    with pytest.raises(UserError, match=f"{path} is damaged or is not an evaluation .*{reason}"):
+        read_json(path)
+
+
+def test_an_evaluation_that_is_no_json_is_refused(tmp_path):
+    path = tmp_path / "evaluation.json"
+    for text in ("", "{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match="is damaged or is not an evaluation"):
+            read_json(path)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
 
 
 def test_a_loss_that_is_not_finite_is_null(tmp_path):

@@ -39,36 +39,40 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make_suite() -> Suite:
+def make_suite(short: int = 16, long: int = LENGTH) -> Suite:
     """Return windows, whose number two data-parallel ranks do not divide, and samples."""
     rng = np.random.default_rng(1)
-    windows = cut_windows(rng.integers(0, VOCAB, 5 * LENGTH), [16, LENGTH], 10**6)
+    windows = cut_windows(rng.integers(0, VOCAB, 5 * long), [short, long], 10**6)
     samples = []
     for number in range(9):
         size = 1 + number % 6
-        tokens = rng.integers(0, VOCAB, LENGTH)
+        tokens = rng.integers(0, VOCAB, long)
         depth = [0.0, 0.5, 1.0][number % 3]
         samples.append(Sample("passkey", tokens[:-size], tokens[-size:], depth))
-    return Suite(windows, {"passkey": {LENGTH: samples}})
+    return Suite(windows, {"passkey": {long: samples}})
 
 
-def measure_all(folder: str, mesh) -> dict:
+def measure_all(folder: str, mesh, short: int = 16, long: int = LENGTH) -> dict:
     """Return everything that is measured, and the number of tokens that were read."""
     model, teacher = (load(f"{folder}/{name}", mesh.tp) for name in ("model", "teacher"))
-    suite, read = make_suite(), []
+    suite, read = make_suite(short, long), []
+    edges = [*EDGES[:-1], long]
     results = run_suite(
-        model, suite, mesh, torch.float32, teacher, 16, edges=EDGES, advance=read.append
+        model, suite, mesh, torch.float32, teacher, short, edges=edges, advance=read.append
     )
-    samples = suite.samples["passkey"][LENGTH]
+    samples = suite.samples["passkey"][long]
     scores = [asdict(one) for one in score(model, samples, mesh, torch.float32)]
     return {"results": asdict(results), "scores": scores, "read": sum(read)}
 
 
+# Passes of 225 and 405 tokens, which two tp ranks do not divide.
+ODD = (15, 45)
 LAYOUTS = {"dp 2": (1, 1), "tp 2": (2, 1), "cp 2": (1, 2)}
 
 
 def _on_ranks(folder: str, path: str) -> None:
     measured = {name: measure_all(folder, build_mesh("cpu", *LAYOUTS[name])) for name in LAYOUTS}
+    measured["odd"] = measure_all(folder, build_mesh("cpu", 2), *ODD)
     gathered = [None, None]
     torch.distributed.all_gather_object(gathered, measured)
     # Every rank has every figure.
@@ -84,6 +88,9 @@ def test_every_layout_measures_the_same(folder, tmp_path, monkeypatch):
     for name in LAYOUTS:
         assert_same(measured[name]["results"], expected["results"], name)
         assert_same(measured[name]["scores"], expected["scores"], name)
+    odd = measure_all(str(folder), build_mesh("cpu", 1), *ODD)
+    assert_same(measured["odd"]["results"], odd["results"], "odd lengths on two tp ranks")
+    assert_same(measured["odd"]["scores"], odd["scores"], "odd lengths on two tp ranks")
     # The sizes of passes and of parts of the logits do not matter either.
     monkeypatch.setattr(measure_module, "_LOGIT_ROWS", 8)
     monkeypatch.setattr(measure_module, "_TOKENS_PER_PASS", 2 * LENGTH)

@@ -65,8 +65,12 @@ def test_after_a_kill_at_any_point_the_next_write_succeeds(replace, tmp_path, mo
             break
         # Between the two renames the earlier directory has another name, which is undone.
         follower = AtomicFolder(target, replace)
+        # A directory with the final name is complete, and has nothing else in it.
+        if target.exists():
+            assert [path.name for path in target.iterdir()] == ["content"]
         if not replace and target.exists():
             assert (target / "content").read_text() == "new"
+            assert [path.name for path in target.parent.iterdir()] == ["out"]
             continue
         follower.begin()
         if replace:
@@ -77,7 +81,7 @@ def test_after_a_kill_at_any_point_the_next_write_succeeds(replace, tmp_path, mo
         assert [path.name for path in target.parent.iterdir()] == ["out"]
         assert [path.name for path in target.iterdir()] == ["content"]
     assert finished and len(calls) > (6 if replace else 4)
-    assert calls[-1] == ("rmtree" if replace else "unlink")
+    assert calls[-1] == ("rmtree" if replace else "sync_directory")
 
 
 def test_a_living_writer_is_not_disturbed(tmp_path, monkeypatch):
@@ -111,7 +115,7 @@ def test_an_earlier_directory_is_put_back_if_it_cannot_be_replaced(tmp_path, mon
     rename = Path.rename
 
     def refusing(self, target):
-        if self == folder.path:
+        if target == folder.directory and ".done-" in self.name:
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
@@ -142,6 +146,30 @@ def test_what_a_kill_left_of_a_replaced_directory_is_removed(tmp_path):
             (tmp_path / name / file).touch()
     write(AtomicFolder(tmp_path / "out", replace=True), "newer")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_writer_that_is_about_to_rename_is_not_disturbed(tmp_path, monkeypatch):
+    folder, calls = AtomicFolder(tmp_path / "out"), []
+    folder.begin()
+    (folder.path / "content").touch()
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if target == folder.directory:  # its mark is gone and its final name is not there
+            calls.append([path.name for path in self.iterdir()])
+            AtomicFolder(tmp_path / "out").recover()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    folder.commit()
+    assert calls == [["content"]]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["content"]
+
+
+def test_a_name_that_is_too_long_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(OSError, match="too long"):
+        AtomicFolder(tmp_path / ("x" * 245)).begin()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_directories_of_somebody_else_are_left_alone(tmp_path):

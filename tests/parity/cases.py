@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,8 @@ class Case:
         own_student: whether the student starts from other weights than the teacher's.
         terms: further terms of the objective.
         streams: several streams, in place of the one that the other attributes describe.
+        length: tokens per block.
+        sizes: entries of the model's config.json that differ from those of the family.
     """
 
     family: str
@@ -74,6 +76,8 @@ class Case:
     terms: dict = field(default_factory=dict, hash=False)
     positions: str = "contiguous"
     streams: dict[str, Stream] = field(default_factory=dict, hash=False)
+    length: int = LENGTH
+    sizes: dict = field(default_factory=dict, hash=False)
 
 
 CASES = {
@@ -139,8 +143,39 @@ CASES = {
     ),
 }
 
+# Three tp ranks do not divide blocks of 16 tokens: the last rank has rows of padding, in which the
+# biases do not vanish.
+_SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
+THIRDS = {
+    "lora-thirds": Case(
+        "llama-biases",
+        "lora",
+        relations=ALL_RELATIONS,
+        targets=("q", "k", "v", "o"),
+        length=16,
+        sizes=_SIX_HEADS,
+    ),
+    "all-thirds": Case(
+        "llama-biases",
+        "all",
+        "padded",
+        relations=ALL_RELATIONS,
+        logits_kl=0.4,
+        terms={
+            "attention_output": 0.6,
+            "hidden_cosine": 0.7,
+            "hidden_depths": [0.34, 1.0],
+            "language_modelling": 0.3,
+        },
+        length=16,
+        sizes=_SIX_HEADS,
+    ),
+    "weights-thirds": Case("olmo2", "weights", "whole", length=16, sizes=_SIX_HEADS),
+}
+
 DROPOUT = Case("llama", "lora", "padded", targets=("q", "k", "v", "o"), dropout=0.3)
-ALL_CASES = {**CASES, "dropout": DROPOUT}
+DROPOUT_THIRDS = replace(DROPOUT, length=16, sizes=_SIX_HEADS)
+ALL_CASES = {**CASES, **THIRDS, "dropout": DROPOUT, "dropout-thirds": DROPOUT_THIRDS}
 
 
 def make_config(
@@ -170,7 +205,7 @@ def make_config(
             logits_positions=case.logits_positions,
             **case.terms,
         ),
-        data=DataConfig(["unused"], context_length=LENGTH, positions=case.positions),
+        data=DataConfig(["unused"], context_length=case.length, positions=case.positions),
         streams={
             name: StreamConfig(
                 ObjectiveConfig(_relations({}), **stream.terms),
@@ -205,7 +240,7 @@ def make_config(
 
 def make_models(case: Case, folder: Path) -> None:
     """Write the teacher, the student's start, and the reference's student with scaled RoPE."""
-    teacher = make_model(case.family, folder / "teacher")
+    teacher = make_model(case.family, folder / "teacher", **case.sizes)
     start = make_model(case.family, folder / "start", seed=1) if case.own_student else teacher
     config = make_config(case, folder)
     copy_with_config(start, folder / "scaled", scaled_config(read_spec(start), config.rope, 64))
@@ -217,7 +252,7 @@ def _relations(weights: dict) -> RelationWeights:
 
 def streams_of(case: Case) -> dict[str, Stream]:
     """Return the case's streams. Their terms and weights are in the configuration."""
-    return case.streams or {"main": Stream({}, case.data, case.positions)}
+    return case.streams or {"main": Stream({}, case.data, case.positions, case.length)}
 
 
 def make_block(stream: Stream, index: int) -> tuple[np.ndarray, list[tuple[int, int]]]:

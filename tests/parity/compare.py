@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.logits import relative_error
-from tests.parity.cases import CASES, run_reference
+from tests.parity.cases import ALL_CASES, run_reference
 
 # The reference is float64, so every difference is the trainer's: the rounding of fp32 (6e-8)
 # through three layers, a softmax and its gradient, with sums over some 100 terms. Tensors are
@@ -22,7 +22,7 @@ _references: dict[tuple[str, str], dict] = {}
 def reference(name: str, models: Path, start: dict, dtype: str = "float32") -> dict:
     """Return the reference's results for a case; computed once for weights loaded in ``dtype``."""
     if (name, dtype) not in _references:
-        _references[name, dtype] = run_reference(CASES[name], models / name, start)
+        _references[name, dtype] = run_reference(ALL_CASES[name], models / name, start)
     return _references[name, dtype]
 
 

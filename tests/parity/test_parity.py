@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.logits import relative_error
-from tests.parity.cases import CASES, DROPOUT, run_reference
+from tests.parity.cases import CASES, DROPOUT, THIRDS, run_reference
 from tests.parity.compare import FP32_TOLERANCE, assert_step_matches, reference
 from tests.parity.worker import Run, run_all
 from tests.ranks import run_ranks
@@ -46,6 +46,9 @@ OTHER_LAYOUTS = {
     (2, 2, 1): [LORA, "all-longred"],
     # Two of four tp ranks hold the same K/V heads, on each of two dp ranks.
     (2, 1, 4): [LORA],
+    # Rows of padding on the last of three tp ranks, also where two cp ranks share the blocks.
+    (1, 1, 3): [*THIRDS],
+    (1, 2, 3): ["lora-thirds", "all-thirds"],
 }
 MATRIX = [
     *((layout, name) for layout, no in MOST_CASES.items() for name in CASES if name not in no),
@@ -57,12 +60,14 @@ LAYOUTS = [*MOST_CASES, *OTHER_LAYOUTS]
 MICRO_BATCHES = {layout: {2: 1}.get(layout[0], 4) for layout in LAYOUTS} | {(1, 1, 1): 2}
 # A mask depends on the number of the block, of the token and of the feature: on dp, cp and tp.
 DROPOUT_LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4), (1, 2, 2)]
+DROPOUT_THIRDS_LAYOUTS = [(1, 1, 1), (1, 1, 3), (1, 2, 3)]
 
 
 def cases_of(layout) -> list[str]:
     """Return the names of the cases that run on a layout."""
     names = [name for other, name in MATRIX if other == layout]
-    return names + ["dropout"] * (layout in DROPOUT_LAYOUTS)
+    names += ["dropout"] * (layout in DROPOUT_LAYOUTS)
+    return names + ["dropout-thirds"] * (layout in DROPOUT_THIRDS_LAYOUTS)
 
 
 def label(value) -> str:
@@ -104,6 +109,12 @@ def test_dropout_masks_do_not_depend_on_the_layout(layout, results):
     """The reference cannot draw the same masks, so layouts are compared with a single process."""
     single = results((1, 1, 1))["dropout"]
     assert_step_matches(results(layout)["dropout"], single, FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", DROPOUT_THIRDS_LAYOUTS[1:], ids=label)
+def test_dropout_masks_do_not_depend_on_padding(layout, results):
+    single = results((1, 1, 1))["dropout-thirds"]
+    assert_step_matches(results(layout)["dropout-thirds"], single, FP32_TOLERANCE)
 
 
 def test_dropout_changes_the_gradients(results, models):

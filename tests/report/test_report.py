@@ -14,7 +14,7 @@ from matplotlib import pyplot
 
 from megalard.report.collect import RunRecord, collect
 from megalard.report.figures import curves, heat_map, rope_curves, validation_curves
-from megalard.report.page import render, write_report
+from megalard.report.page import DAMAGED, render, write_report
 from tests.command_line import megalard, refusal
 from tests.jobs import NATIVE, STEPS, arguments, make_job, metrics, train
 
@@ -180,7 +180,8 @@ def test_a_run_that_has_not_ended_has_a_report(output, tmp_path):
     copy.mkdir()
     shutil.copy(output / "run.json", copy)
     lines = (output / "metrics.jsonl").read_text().splitlines()
-    (copy / "metrics.jsonl").write_text("\n".join(lines[:4]) + '\n{"step": 7, "lo')
+    text = "\n".join(lines[:4]) + '\n{"step": 7, "lo'
+    (copy / "metrics.jsonl").write_bytes(text.encode() + b"\xff")
     page = write_report(copy).read_text()
     assert "The run has not ended. Its last report is of step 3." in page
     read(page)
@@ -191,6 +192,36 @@ def test_a_run_that_has_not_ended_has_a_report(output, tmp_path):
 def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
     sentence = refusal(capsys, "report", tmp_path)
     assert f"{tmp_path} is not the output directory of a run: it has no run.json" in sentence
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "headings"),
+    [
+        ("metrics.jsonl", {"tokens": "many"}, {"Cost"}),
+        ("metrics.jsonl", {"layers": {"q": 3}}, {"Loss by layer"}),
+        ("summary.json", {"rope": {"teacher": [1, 0], "student": []}}, {"RoPE"}),
+        ("summary.json", {"rope": 3, "ranks": 2}, {"Configuration", "RoPE", "Cost"}),
+    ],
+)
+def test_a_section_that_damaged_files_do_not_fill_has_a_note(
+    output, page, file, damage, headings, tmp_path
+):
+    assert DAMAGED not in page
+    copy = tmp_path / output.name
+    shutil.copytree(output, copy)
+    lines = (copy / file).read_text().splitlines()
+    if file == "metrics.jsonl":
+        number = max(n for n, line in enumerate(lines) if "loss" in json.loads(line))
+        lines[number] = json.dumps({**json.loads(lines[number]), **damage})
+    else:
+        lines = [json.dumps({**json.loads("\n".join(lines)), "device": None, **damage})]
+        lines[0] = lines[0].replace('"dp"', '"no dp"')
+    (copy / file).write_text("\n".join(lines) + "\n")
+    damaged = write_report(copy).read_text()
+    read(damaged)
+    parts = [part for part in damaged.split("<h2>") if DAMAGED in part]
+    assert {part.partition("</h2>")[0] for part in parts} >= headings
+    assert "<h2>Evaluation</h2>" in damaged
 
 
 def test_text_of_the_configuration_is_escaped(tmp_path):

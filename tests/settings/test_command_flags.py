@@ -267,6 +267,60 @@ def test_convert_format(job, tmp_path):
     assert len(names) == 12 and all("lora_" in name for name in names)
 
 
+def test_convert_dtype(job, run, tmp_path, capsys):
+    """A checkpoint is exported in the dtype of its run, or in the one that is asked for."""
+    words = ("checkpoint.export_dtype=bfloat16", "checkpoint.save_every=7")
+    trained = run(*words)
+    newest = sorted((trained.output / "checkpoints").iterdir())[-1]
+    for name, more in (("as-set", ()), ("source", ("--dtype", "source"))):
+        assert megalard("convert", "export", newest, tmp_path / name, *more) == 0
+    exported, exact = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("as-set", "source")
+    )
+    # Both ways of exporting round once, from fp32.
+    assert exported.keys() == trained.student.keys()
+    for name, value in trained.student.items():
+        assert value.dtype == torch.bfloat16 and torch.equal(exported[name], value), name
+        assert exact[name].dtype == torch.float32 and torch.equal(exact[name].bfloat16(), value)
+    config = json.loads((tmp_path / "as-set" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    # A model that no run has made, and values that the dtype cannot hold.
+    words = ("convert", "export", job / "teacher", tmp_path / "half", "--dtype", "float16")
+    assert megalard(*words) == 0
+    teacher = load_file(job / "teacher" / "model.safetensors")
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert all(torch.equal(half[name], value.half()) for name, value in teacher.items())
+    large = tmp_path / "large"
+    shutil.copytree(job / "teacher", large)
+    save_file(teacher | {"model.norm.weight": torch.full((32,), 1e6)}, large / "model.safetensors")
+    sentence = refusal(capsys, "convert", "export", large, tmp_path / "inf", "--dtype", "float16")
+    assert "model.norm.weight" in sentence and "choose another --dtype" in sentence
+    adapter: tuple = ("convert", "export", newest, tmp_path / "adapter", "--format", "peft")
+    assert "leave them out" in refusal(capsys, *adapter, "--dtype", "float32")
+
+
+def test_convert_rounding(job, run, tmp_path, capsys):
+    """A checkpoint is rounded as its run is, to the same bits, or as it is asked for."""
+    words = ("checkpoint.export_dtype=bfloat16", "checkpoint.export_rounding=stochastic")
+    trained = run(*words, "checkpoint.save_every=7")
+    newest = sorted((trained.output / "checkpoints").iterdir())[-1]
+    exported = {}
+    for rounding in ("", "stochastic", "nearest"):
+        words = ("--rounding", rounding) if rounding else ()
+        target = tmp_path / f"to-{rounding}"
+        assert megalard("convert", "export", newest, target, *words) == 0
+        exported[rounding] = load_file(target / "model.safetensors")
+    for name, value in trained.student.items():
+        assert torch.equal(exported[""][name], value), name
+        assert torch.equal(exported["stochastic"][name], value), name
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(exported["nearest"][name], trained.student[name])
+    sentence = refusal(
+        *(capsys, "convert", "export", job / "teacher", tmp_path / "x", "--rounding", "stochastic")
+    )
+    assert "--rounding stochastic is for trained weights" in sentence
+
+
 def inspected(capsys, *words: object, status: int = 0) -> str:
     capsys.readouterr()
     assert megalard("inspect", *words) == status

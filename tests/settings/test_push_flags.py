@@ -166,3 +166,20 @@ def test_what_is_no_finished_run_is_refused(run, tmp_path, capsys):
     assert "holds no student" in refusal(capsys, "push", str(tmp_path), "--repo=a/b", BASE)
     (run / "finished.json").unlink()
     assert "holds no finished run" in refusal(capsys, "push", str(run), "--repo=a/b", BASE)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("finished.json", "[]"),
+        ("finished.json", "{"),
+        ("student/config.json", "{}"),
+        ("student/config.json", '{"max_position_embeddings": "many"}'),
+        ("evaluation.json", '{"models": []}'),
+        ("evaluation.json", '{"models": [{"name": 3, "by_length": {"x": {}}}]}'),
+    ],
+)
+def test_a_run_with_a_damaged_file_is_refused_in_one_sentence(run, file, content, capsys):
+    (run / file).write_text(content)
+    sentence = refusal(capsys, "push", run, "--repo=owner/name", BASE, "--card-only")
+    assert f"a file of the run {run} is damaged (" in sentence

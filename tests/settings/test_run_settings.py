@@ -286,6 +286,25 @@ def test_checkpoint_export_dtype(run):
     assert {tensor.dtype for tensor in run().student.values()} == {torch.float32}
 
 
+def test_checkpoint_export_rounding(run, job, tmp_path, capsys):
+    """Changes below half a step stay in the mean; tensors that are not trained are the same."""
+    words = ("checkpoint.export_dtype=bfloat16", "trainable.mode=weights")
+    exact = run(words[1]).student
+    nearest, stochastic = (
+        run(*words, f"checkpoint.export_rounding={rounding}").student
+        for rounding in ("nearest", "stochastic")
+    )
+    for name, value in exact.items():
+        is_trained = any(f"{kind}_proj" in name for kind in "qkv")
+        assert torch.equal(stochastic[name], nearest[name]) != is_trained, name
+        step = (stochastic[name].float() - nearest[name].float()).abs()
+        assert bool((step <= value.abs() * 2.0**-7).all())
+    for more in ((), ("checkpoint.export_dtype=float32",)):
+        overrides = ("checkpoint.export_rounding=stochastic", *more)
+        sentence = refusal(capsys, "train", *settings_of(job, tmp_path / "output", overrides))
+        assert "checkpoint.export_rounding stochastic rounds to 16 bits, and" in sentence
+
+
 def test_run_output(run):
     assert run().folders("student") and (run().output / "finished.json").is_file()
 

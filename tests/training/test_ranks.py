@@ -32,13 +32,13 @@ CASES = {
         "parallel.tp 2 does not divide the model (4 heads, 2 K/V heads, intermediate size 45): "
         "use one of 1",
     ),
-    "rows not divisible": (
-        ["data.context_length=31", "optimizer.micro_batch=1"],
-        "or a context length such as 30",
+    "block not divisible": (
+        ["parallel.tp=1", "parallel.cp=2", "data.context_length=30"],
+        "a block of 30 tokens does not divide into 4 pieces (two for each of 2 cp ranks)",
     ),
     "evaluation not divisible": (
-        ["evaluation.lengths=[9]"],
-        "length 9 in evaluation.lengths is not a multiple of 2, into which tp 2 and cp 1 cut it",
+        ["parallel.tp=1", "parallel.cp=2", "evaluation.lengths=[9]"],
+        "length 9 in evaluation.lengths is not a multiple of 4, into which cp 2 cuts it: use 8",
     ),
     "short text": (["optimizer.global_batch=400"], "one step reads a global batch of 400"),
     "not finite": ([], f"gradients are not finite on rank 1, in {TENSOR}"),

@@ -107,9 +107,15 @@ def test_it_prints_what_it_resumes_from_and_removes(job, tmp_path, capfd):
     for name in ("mine.partial", "notes.removed"):
         (output / "checkpoints" / name).mkdir()
     (output / "checkpoints" / "step-000005.partial").write_text("a file")
+    for name in ("step-000002.done-01234567", "step-000003.partial", "step-000007.partial"):
+        (output / name).mkdir()
+    (output / "step-000007.partial" / ".unfinished").touch()
     train(arguments(job, output, *SAVE))
     printed = capfd.readouterr().out
-    assert printed.count("was not finished") == 1
+    assert printed.count("was not finished") == 3
+    for name in ("step-000002.done-01234567", "step-000007.partial"):
+        assert f"{output / name} is an export that was not finished: it was removed" in printed
+    assert {path.name for path in output.glob("step-*")} == {"step-000003.partial"}
     remaining = {path.name for path in (output / "checkpoints").iterdir()}
     assert remaining >= {"mine.partial", "notes.removed", "step-000005.partial"}
     assert "step-000006.partial is a save that was not finished: it was removed" in printed

@@ -19,6 +19,8 @@ def folder(tmp_path):
         "step-1000000",
         "step-000011.partial",
         "step-000001.removed",
+        "step-000009.done-01234567",
+        "step-000009.done-of-mine",
         "mine.partial",
         "step-x",
         "steps-000003",
@@ -41,6 +43,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(folder):
 def test_unfinished_saves_and_removals_are_directories_of_a_run(folder):
     assert [path.name for path in unfinished(folder)] == [
         "step-000001.removed",
+        "step-000009.done-01234567",
         "step-000011.partial",
     ]
     assert unfinished(folder / "none") == []

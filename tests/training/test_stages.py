@@ -208,6 +208,12 @@ def test_what_was_measured_between_stages_is_kept_by_a_resumed_run(job, tmp_path
     assert names == ["teacher", "scaled", "after first", "after second", "restored"]
     content = [(folder / "evaluation.json").read_text() for folder in (complete, output)]
     assert content[0] == content[1]
+    # The rows of a run that measures other lengths now would not fit into its table.
+    again = interrupted(complete, tmp_path / "again", step=6)
+    shutil.copy(complete / "evaluation.json", again / "evaluation.json")
+    train(arguments(job, again, *STAGED, *SAVE, measured[0], "evaluation.lengths=[32]"))
+    names = [entry.name for entry in read_json(again / "evaluation.json")[0]]
+    assert names == ["teacher", "scaled", "restored"]
 
 
 def test_an_export_of_the_last_stage_is_refused(job, tmp_path, capsys):

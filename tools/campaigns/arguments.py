@@ -15,13 +15,13 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tools.campaigns.campaign import Campaign
+from tools.campaigns.drawn_settings import draw_tree, write_yaml
 from tools.campaigns.material import Material, make_material
-from tools.campaigns.mutations import remove
-from tools.campaigns.tally import Tally, main_of, numbers
+from tools.campaigns.tally import Outcome
 from tools.campaigns.trial import Trial, judge, try_call, try_command
 
 _TRAIN = Path(__file__).parents[2] / "launch" / "train.sh"
@@ -119,6 +119,12 @@ def _command_lines(material: Material, scratch: Path) -> dict[str, list[list[str
             *[["--optimizer.steps", "3"], ["--data.context_length", "32"]],
         ],
         "preflight": [[word] for word in material.command(out)[1:]],
+        "train": [[word] for word in (*material.command(out)[1:], "--optimizer.steps=1")],
+        "report": [[folder / "run"]],
+        "push": [
+            *[[folder / "run"], ["--repo", "a/b"], ["--base-model", "c/d"], ["--card-only"]],
+            *[["--license", "mit"], ["--public"], ["--update"]],
+        ],
     }
     return {
         name: [[str(word) for word in group] for group in groups] for name, groups in lines.items()
@@ -173,8 +179,6 @@ def disturbed(rng: random.Random, groups: list[list[str]]) -> list[str]:
 def try_case(seed: int, material: Material, scratch: Path) -> tuple[str, Trial]:
     """Draw a command line and run it; return it and how it ended."""
     rng = random.Random(seed)
-    remove(scratch)
-    scratch.mkdir()
     way = rng.random()
     if way < 0.03:
         words = disturbed(rng, _script(material, scratch))
@@ -183,11 +187,34 @@ def try_case(seed: int, material: Material, scratch: Path) -> tuple[str, Trial]:
         name, groups = rng.choice(sorted(_tools(material, scratch).items()))
         words = disturbed(rng, groups)
         return f"tools.{name} {words!r}"[:400], try_call(_tool(name, words))
+    if way < 0.25:
+        return _try_configuration(rng, material, scratch)
     name, groups = rng.choice(sorted(_command_lines(material, scratch).items()))
     words = [*name.split(), *disturbed(rng, groups)]
     if rng.random() < 0.03:
         words[0] = rng.choice(VALUES)
     return f"megalard {words!r}"[:400], try_command(words)
+
+
+def _try_configuration(rng: random.Random, material: Material, scratch: Path) -> tuple[str, Trial]:
+    """Give a drawn configuration to the commands that look at all of its settings."""
+    path = scratch / "config.yaml"
+    tree = draw_tree(rng)
+    path.write_text(write_yaml(rng, tree), encoding="utf-8", errors="surrogatepass")
+    given = material.command(scratch / "out")[1:]
+    name = rng.choice(["plan", "plan", "preflight"])
+    if name == "plan":
+        model = ["--model", str(material.folder / "model")]
+        words = ["plan", *model, "--gpus", rng.choice(["1", "8", "3", "64"]) + " x H100 80GB"]
+        words += ["--config", str(path)]
+        words += [] if rng.random() < 0.3 else ["--data.context_length", rng.choice(["32", "64"])]
+    else:
+        # What is not given is left to the drawn configuration; paths are always those of the case.
+        kept = [word for word in given if word.startswith(("--model", "--data.paths", "--run."))]
+        others = [word for word in given if word not in kept and rng.random() < 0.6]
+        words = ["preflight", "--config", str(path), *kept, *others]
+    case = f"{name} {path.read_bytes()!r}"[:800]
+    return case, try_command(words)
 
 
 def _tool(name: str, words: list[str]) -> Callable[[], int]:
@@ -215,22 +242,23 @@ def _run_script(words: list[str]) -> Trial:
     return judge(done.returncode, out, err)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the campaign; return the exit status."""
-    tally = Tally()
-    with tempfile.TemporaryDirectory(prefix="megalard-campaign-") as name:
-        material = make_material(Path(name, "material"))
-        os.chdir(name)  # names such as ``x`` are made here
-        for number in numbers(options, tally):
-            case, trial = try_case(number, material, Path(name, "scratch"))
-            tally.add(trial.kind, trial.is_good, f"seed {number}: {case}", trial.detail)
-        os.chdir("/")
-    return tally.report()
+def _prepare_material(folder: Path, options: argparse.Namespace) -> Material:
+    return make_material(folder)
+
+
+def _outcomes(
+    seed: int, material: Material, scratch: Path, options: argparse.Namespace
+) -> Iterator[Outcome]:
+    case, trial = try_case(seed, material, scratch)
+    yield Outcome(trial.kind, trial.is_good, case, trial.detail)
+
+
+CAMPAIGN = Campaign(__doc__, 3000, _outcomes, _prepare_material)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    return main_of(__doc__, run, 3000, arguments)
+    return CAMPAIGN.main(arguments)
 
 
 if __name__ == "__main__":

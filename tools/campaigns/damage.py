@@ -15,16 +15,15 @@ import argparse
 import random
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from tools.campaigns.campaign import Campaign
 from tools.campaigns.material import Material, make_material
-from tools.campaigns.mutations import remove
-from tools.campaigns.tally import Tally, main_of, numbers
+from tools.campaigns.tally import Outcome
 from tools.campaigns.trial import Trial, try_command
 
 Damage = Callable[[random.Random, Path, Path], str]
@@ -109,22 +108,20 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the campaign; return the exit status."""
-    tally = Tally()
-    with tempfile.TemporaryDirectory(prefix="megalard-campaign-") as name:
-        material = make_material(Path(name, "material"))
-        _make_other_run(material)
-        scratch = Path(name, "scratch")
-        for number in numbers(options, tally):
-            rng = random.Random(number)
-            remove(scratch)
-            scratch.mkdir()
-            case, trial, is_same = rng.choice((_try_run, _try_model))(rng, material, scratch)
-            kind = trial.kind if is_same else "silently different"
-            kind = "no effect" if kind == "done" else kind
-            tally.add(kind, trial.is_good and is_same, f"seed {number}: {case}", trial.detail)
-    return tally.report()
+def _outcomes(
+    seed: int, material: Material, scratch: Path, options: argparse.Namespace
+) -> Iterator[Outcome]:
+    rng = random.Random(seed)
+    case, trial, is_same = rng.choice((_try_run, _try_model))(rng, material, scratch)
+    kind = trial.kind if is_same else "silently different"
+    kind = "no effect" if kind == "done" else kind
+    yield Outcome(kind, trial.is_good and is_same, case, trial.detail)
+
+
+def _prepare_material(folder: Path, options: argparse.Namespace) -> Material:
+    material = make_material(folder)
+    _make_other_run(material)
+    return material
 
 
 def _make_other_run(material: Material) -> None:
@@ -135,9 +132,12 @@ def _make_other_run(material: Material) -> None:
     assert trial.kind == "done", trial
 
 
+CAMPAIGN = Campaign(__doc__, 500, _outcomes, _prepare_material)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    return main_of(__doc__, run, 500, arguments)
+    return CAMPAIGN.main(arguments)
 
 
 if __name__ == "__main__":

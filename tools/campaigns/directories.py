@@ -16,17 +16,19 @@ import json
 import random
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from megalard.errors import UserError
 from megalard.quiet import quiet_transformers
+from tools.campaigns.campaign import Campaign
 from tools.campaigns.drawn_config import LENGTH, change_config, draw_family, draw_rope
 from tools.campaigns.drawn_files import lay_out_tokenizer, lay_out_weights
 from tools.campaigns.drawn_tokenizers import make_stock
-from tools.campaigns.tally import Tally, main_of, numbers
+from tools.campaigns.tally import Outcome
 
 # The rounding of fp32 through three layers. A value that is read wrongly changes logits by 1e-2 or
 # more.
@@ -42,28 +44,19 @@ TEXTS = (
 GOOD = ("equal", "refused by both", "refused by us", "made up by transformers, refused by us")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of one directory.
-
-    Attributes:
-        kind: one of ``GOOD``, or ``different``, ``traceback``, or ``read by us alone``.
-        detail: how the directory was drawn, and the sentence or the error.
-    """
-
-    kind: str
-    detail: str
-
-
 def try_directory(seed: int, stock: Path) -> Outcome:
-    """Draw one directory and compare."""
+    """Draw one directory and compare.
+
+    The kind of the outcome is one of ``GOOD``, or ``different``, ``traceback``, or ``read by us
+    alone``.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         description = _draw(rng, folder, stock)
         if description is None:
-            return Outcome("refused by both", f"seed {seed}: transformers cannot make it")
+            return _outcome("refused by both", "transformers cannot make it")
         sizes = _sizes_of(folder)
         is_huge = any(type(size) is int and size > 10**6 for size in sizes)
         expected, made_up = (None, False) if is_huge else _by_transformers(folder)
@@ -73,17 +66,23 @@ def try_directory(seed: int, stock: Path) -> Outcome:
             kind = "refused by us" if expected is not None else "refused by both"
             if made_up:
                 kind = "made up by transformers, refused by us"
-            return Outcome(kind, f"seed {seed}: {description}: {error}")
+            return _outcome(kind, description, str(error))
         except Exception as error:
-            return Outcome("traceback", f"seed {seed}: {description}: {error!r}")
+            return _outcome("traceback", description, repr(error))
     if expected is None or made_up:
-        return Outcome("read by us alone", f"seed {seed}: {description}")
+        return _outcome("read by us alone", description)
     if actual[0] != expected[0]:
-        return Outcome("different", f"seed {seed}: {description}: other ids")
+        return _outcome("different", description, "other ids")
     error = float((actual[1] - expected[1]).norm() / expected[1].norm())
     if not error < TOLERANCE:
-        return Outcome("different", f"seed {seed}: {description}: logits are off by {error:.2g}")
-    return Outcome("equal", f"seed {seed}: {description}")
+        return _outcome("different", description, f"logits are off by {error:.2g}")
+    return _outcome("equal", description)
+
+
+def _outcome(kind: str, description: str, detail: str = "") -> Outcome:
+    # What transformers refuses and we read is no fault, and worth a look.
+    is_alone = kind == "read by us alone"
+    return Outcome(kind, is_alone or kind in GOOD, description, detail, is_shown=is_alone)
 
 
 def _draw(rng: random.Random, folder: Path, stock: Path) -> str | None:
@@ -157,30 +156,29 @@ def _by_us(folder: Path) -> tuple[list, torch.Tensor]:
     return ids, logits.double()
 
 
-def run(options: argparse.Namespace) -> int:
-    """Try directories and print the count of each outcome; return the exit status."""
-    tally = Tally()
+def _prepare(folder: Path, options: argparse.Namespace) -> Path:
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        stock = Path(name, "tokenizers")
-        make_stock(stock)
-        for number in numbers(options, tally):
-            outcome = try_directory(number, stock)
-            is_good = outcome.kind in (*GOOD, "read by us alone")
-            tally.add(outcome.kind, is_good, outcome.detail)
-            # What transformers refuses and we read is no fault, and worth a look.
-            if options.show or (is_good and outcome.kind not in GOOD):
-                print(f"{outcome.kind}: {outcome.detail}", flush=True)
-    return tally.report()
+    make_stock(folder)
+    return folder
+
+
+def _outcomes(
+    seed: int, stock: Path, scratch: Path, options: argparse.Namespace
+) -> Iterator[Outcome]:
+    outcome = try_directory(seed, stock)
+    yield replace(outcome, is_shown=outcome.is_shown or options.show)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", action="store_true", help="print every directory")
 
 
+CAMPAIGN = Campaign(__doc__, 500, _outcomes, _prepare, add_arguments=_add_arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    return main_of(__doc__, run, 500, arguments, _add_arguments)
+    return CAMPAIGN.main(arguments)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ def make_byte_tokenizer(folder: Path) -> None:
     _bytes(folder)
 
 
+def make_piece_tokenizer(folder: Path) -> None:
+    """Write a sentencepiece tokenizer with added tokens, and no tokenizer.json, into a folder."""
+    _sentencepiece_with_added_tokens(folder)
+
+
 def _save(tokenizer, folder: Path, **config) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -17,30 +17,40 @@ import argparse
 import random
 import resource
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from tools.campaigns.campaign import Campaign
+from tools.campaigns.drawn_tokenizers import make_piece_tokenizer
 from tools.campaigns.material import Material, make_material
-from tools.campaigns.mutations import mutate, remove, sign_manifest, sign_store
-from tools.campaigns.tally import Tally, main_of, numbers
+from tools.campaigns.mutations import mutate, sign_manifest, sign_store
+from tools.campaigns.records import try_record
+from tools.campaigns.tally import Outcome
+from tools.campaigns.texts import make_texts, try_text
 from tools.campaigns.trial import Trial, try_call, try_command
 
 # Memory in addition to what the process has when the cases begin. A small model takes some MiB.
 _MEMORY_BYTES = 4 * 2**30
 
-TARGETS = ("model", "model", "indexed", "sharded", "sharded", "adapter", "run", "table", "text")
+TARGETS = (
+    *("model", "model", "indexed", "sharded", "sharded", "adapter", "run", "run", "pieces"),
+    *("table", "text", "text", "record", "record"),
+)
+
+
+_PLANNED = ("--optimizer.steps", "3", "--data.context_length", "32")
 
 
 def try_case(seed: int, material: Material, scratch: Path) -> tuple[str, Trial]:
     """Draw a case and run its commands; return its description, and the first bad or last trial."""
     rng = random.Random(seed)
     target = rng.choice(TARGETS)
-    remove(scratch)
-    scratch.mkdir()
     if target == "table":
         return _try_table(rng, scratch)
     if target == "text":
-        return _try_text(rng, material, scratch)
+        return try_text(rng, material, scratch)
+    if target == "record":
+        return try_record(rng, material, scratch)
     folder = scratch / target
     if target == "run":
         material.unfinished_run(folder)
@@ -76,6 +86,8 @@ def _read(
                     ["convert", "import", folder, scratch / "sharded-copy"],
                     ["convert", "export", folder, scratch / "copy"],
                     _prepare(material.folder / "text.txt", folder, scratch),
+                    _evaluate(folder, material.folder / "text.txt", scratch),
+                    ["plan", "--model", folder, "--gpus", "2 x H100 80GB", *_PLANNED],
                 )
             )
         )
@@ -114,29 +126,13 @@ def _try_table(rng: random.Random, scratch: Path) -> tuple[str, Trial]:
     return f"table: {path.name} {change}", try_call(read)
 
 
-def _try_text(rng: random.Random, material: Material, scratch: Path) -> tuple[str, Trial]:
-    source = material.folder / rng.choice(["text.txt", "text.jsonl"])
-    path = scratch / source.name
-    path.write_bytes(source.read_bytes())
-    change = mutate(rng, path)
-    command = _prepare(path, material.folder / "model", scratch)
-    return f"text: {path.name} {change}", try_command(command)
+def _evaluate(model: Path, text: Path, scratch: Path) -> list:
+    words = ["--lengths", "16", "--max-tokens", "32", "--tasks", "--device", "cpu"]
+    return ["evaluate", model, "--text", text, *words, "--output", scratch / "evaluation"]
 
 
 def _prepare(text: Path, model: Path, scratch: Path) -> list:
     return ["prepare", text, "--model", model, "--output", scratch / "tokens"]
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run the campaign; return the exit status."""
-    tally = Tally()
-    with tempfile.TemporaryDirectory(prefix="megalard-campaign-") as name:
-        material = make_material(Path(name, "material"))
-        _limit_memory()
-        for number in numbers(options, tally):
-            case, trial = try_case(number, material, Path(name, "scratch"))
-            tally.add(trial.kind, trial.is_good, f"seed {number}: {case}", trial.detail)
-    return tally.report()
 
 
 def _limit_memory() -> None:
@@ -147,9 +143,30 @@ def _limit_memory() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
+def _prepare_material(folder: Path, options: argparse.Namespace) -> Material:
+    material = make_material(folder)
+    material.add_evaluated_run()
+    make_texts(material)
+    material.copy("model", folder / "pieces")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "pieces" / name).unlink()
+    make_piece_tokenizer(folder / "pieces")
+    return material
+
+
+def _outcomes(
+    seed: int, material: Material, scratch: Path, options: argparse.Namespace
+) -> Iterator[Outcome]:
+    case, trial = try_case(seed, material, scratch)
+    yield Outcome(trial.kind, trial.is_good, case, trial.detail)
+
+
+CAMPAIGN = Campaign(__doc__, 20_000, _outcomes, _prepare_material, _limit_memory)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    return main_of(__doc__, run, 20_000, arguments)
+    return CAMPAIGN.main(arguments)
 
 
 if __name__ == "__main__":

@@ -20,16 +20,15 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megalard import cli
+from tools.campaigns.campaign import Campaign
 from tools.campaigns.damage import same_weights
 from tools.campaigns.material import STEPS, Material, make_material
-from tools.campaigns.mutations import remove
-from tools.campaigns.tally import Tally, main_of, numbers
+from tools.campaigns.tally import Outcome
 
 _TRAIN = Path(__file__).parents[2] / "launch" / "train.sh"
 _LIMIT_S = 120
@@ -79,7 +78,7 @@ def killed_until_done(
 
 
 def _leftovers(folder: Path) -> list[str]:
-    marks = (".partial", ".removed", ".old-", ".unfinished")
+    marks = (".partial", ".removed", ".old-", ".done-", ".unfinished")
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
@@ -158,9 +157,8 @@ def _try_convert(rng: random.Random, material: Material, scratch: Path) -> tuple
     check.start()
     check.join()
     problem = _problem_of(check.exitcode, log)
-    leftovers = [name for name in _leftovers(scratch) if not name.endswith("target/.unfinished")]
-    if not problem and leftovers:
-        problem = f"left behind: {leftovers}"
+    if not problem and _leftovers(scratch):
+        problem = f"left behind: {_leftovers(scratch)}"
     return f"{direction}, {kills} kills", kills, problem
 
 
@@ -168,9 +166,6 @@ def _try_script(rng: random.Random, material: Material, scratch: Path) -> tuple[
     """Run launch/train.sh with two ranks; kill one of its processes until it comes to its end."""
     output, log = scratch / "output", scratch / "log"
     reference = material.folder / "run-script"
-    if not reference.exists():
-        status = _start_script(material, reference, log).wait(_LIMIT_S)
-        assert status == 0, log.read_text()
     kills = 0
     while True:
         script = _start_script(material, output, log)
@@ -231,33 +226,36 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the campaign; return the exit status."""
-    tally, kills = Tally(), 0
-    with tempfile.TemporaryDirectory(prefix="megalard-campaign-") as name:
-        material = make_material(Path(name, "material"))
-        scratch = Path(name, "scratch")
-        for number in numbers(options, tally):
-            rng = random.Random(number)
-            remove(scratch)
-            scratch.mkdir()
-            ways = (_try_train, _try_train, _try_convert)
-            way = _try_script if options.way == "script" else rng.choice(ways)
-            case, count, problem = way(rng, material, scratch)
-            kills += count
-            kind = "bad" if problem else case.split()[0].rstrip(",")
-            tally.add(kind, not problem, f"seed {number}: {case}", problem)
-    print(f"{kills:8d} kills")
-    return tally.report()
+def _prepare_material(folder: Path, options: argparse.Namespace) -> Material:
+    material = make_material(folder)
+    if options.way == "script":
+        log = folder / "log"
+        status = _start_script(material, folder / "run-script", log).wait(_LIMIT_S)
+        assert status == 0, log.read_text()
+    return material
+
+
+def _outcomes(
+    seed: int, material: Material, scratch: Path, options: argparse.Namespace
+) -> Iterator[Outcome]:
+    rng = random.Random(seed)
+    ways = (_try_train, _try_train, _try_convert)
+    way = _try_script if options.way == "script" else rng.choice(ways)
+    case, kills, problem = way(rng, material, scratch)
+    kind = "bad" if problem else case.split()[0].rstrip(",")
+    yield Outcome(kind, not problem, case, problem, events={"kills": kills})
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--way", choices=("fork", "script"), default="fork", help="(fork)")
 
 
+CAMPAIGN = Campaign(__doc__, 300, _outcomes, _prepare_material, add_arguments=_add_arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    return main_of(__doc__, run, 300, arguments, _add_arguments)
+    return CAMPAIGN.main(arguments)
 
 
 if __name__ == "__main__":

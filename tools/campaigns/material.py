@@ -26,7 +26,7 @@ class Material:
     Attributes:
         folder: has ``model`` (one file), ``indexed`` (two files), ``sharded``, ``adapter``,
             ``run`` (a complete run, all of whose checkpoints are kept), ``text.txt`` and
-            ``text.jsonl``.
+            ``text.jsonl``; after ``add_evaluated_run`` also ``evaluated``.
     """
 
     folder: Path
@@ -52,6 +52,20 @@ class Material:
         }
         settings |= dict(override.split("=", 1) for override in overrides)
         return ["train", *(f"--{key}={value}" for key, value in settings.items())]
+
+    def evaluated_command(self, output: Path | str) -> list[str]:
+        """Return the arguments of a run with evaluations and validations."""
+        return self.command(
+            output,
+            "evaluation.holdout=256",
+            "evaluation.lengths=[16, 32]",
+            "evaluation.every=4",
+            "checkpoint.keep_last=1",
+        )
+
+    def add_evaluated_run(self) -> None:
+        """Make a run that has evaluated and validated its student."""
+        _quietly(self.evaluated_command(self.folder / "evaluated"))
 
     def copy(self, name: str, target: Path) -> Path:
         """Copy one of the folders; return the copy."""

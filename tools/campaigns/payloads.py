@@ -19,14 +19,14 @@ import pickle
 import random
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tools.campaigns.campaign import Campaign
 from tools.campaigns.material import Material, make_material
-from tools.campaigns.mutations import remove, sign_manifest, sign_store
-from tools.campaigns.tally import Tally, main_of, numbers
+from tools.campaigns.mutations import sign_manifest, sign_store
+from tools.campaigns.tally import Outcome
 from tools.campaigns.trial import Trial, judge, try_command
 
 _TRAIN = Path(__file__).parents[2] / "launch" / "train.sh"
@@ -225,29 +225,30 @@ def _try_script(
     return f"script {option} {value[:20]!r}", [Trial(kind, done.returncode, done.stderr[-300:], "")]
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the campaign; return the exit status."""
-    tally = Tally()
-    with tempfile.TemporaryDirectory(prefix="megalard-campaign-") as name:
-        material = make_material(Path(name, "material"))
-        scratch, canary = Path(name, "scratch"), Path(name, "ran")
-        ways = (*[_try_folder] * 6, _try_table, _try_configuration, _try_script)
-        for number in numbers(options, tally):
-            rng = random.Random(number)
-            remove(scratch)
-            scratch.mkdir()
-            case, trials = rng.choice(ways)(rng, material, scratch, f"touch {canary}")
-            if canary.exists():
-                canary.unlink()
-                tally.add("CODE RAN", False, f"seed {number}: {case}")
-            for trial in trials:
-                tally.add(trial.kind, trial.is_good, f"seed {number}: {case}", trial.detail)
-    return tally.report()
+def _prepare_material(folder: Path, options: argparse.Namespace) -> Material:
+    return make_material(folder)
+
+
+def _outcomes(
+    seed: int, material: Material, scratch: Path, options: argparse.Namespace
+) -> Iterator[Outcome]:
+    rng = random.Random(seed)
+    canary = scratch.with_name("ran")
+    ways = (*[_try_folder] * 6, _try_table, _try_configuration, _try_script)
+    case, trials = rng.choice(ways)(rng, material, scratch, f"touch {canary}")
+    if canary.exists():
+        canary.unlink()
+        yield Outcome("CODE RAN", False, case)
+    for trial in trials:
+        yield Outcome(trial.kind, trial.is_good, case, trial.detail)
+
+
+CAMPAIGN = Campaign(__doc__, 400, _outcomes, _prepare_material)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    return main_of(__doc__, run, 400, arguments)
+    return CAMPAIGN.main(arguments)
 
 
 if __name__ == "__main__":

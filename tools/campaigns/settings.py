@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import random
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megalard.config.file import load_config
-from megalard.config.schema import Config
+from megalard.config.file import load_config, recorded_config
+from megalard.config.schema import Config, to_dict
 from megalard.errors import UserError
-from tools.campaigns.tally import Tally, main_of, numbers
+from tools.campaigns.campaign import Campaign
+from tools.campaigns.drawn_settings import draw_tree, write_yaml
+from tools.campaigns.tally import Outcome
 
 SLOWEST_S = 1.0
 
@@ -151,6 +154,8 @@ def keys_of(cls: Any, prefix: str = "") -> list[str]:
 
 def draw(rng: random.Random, folder: Path) -> tuple[str | None, list[str]]:
     """Return a configuration file, or None, and overrides."""
+    if rng.random() < 0.4:
+        return _draw_whole(rng, folder)
     keys = [*keys_of(Config), "optimizer.lr", "no.such.key", "streams.s.data.packing", "stages.a.x"]
     path = None
     if rng.random() < 0.5:
@@ -174,32 +179,42 @@ def draw(rng: random.Random, folder: Path) -> tuple[str | None, list[str]]:
     return path, overrides
 
 
-def run(options: argparse.Namespace) -> int:
-    """Try configurations; return the exit status."""
-    tally = Tally()
-    with tempfile.TemporaryDirectory() as name:
-        for number in numbers(options, tally):
-            path, overrides = draw(random.Random(number), Path(name))
-            start = time.process_time()
-            try:
-                load_config(path, overrides)
-                kind, detail = "read", ""
-            except UserError as error:
-                kind, detail = "refused", str(error)
-            except Exception as error:
-                kind, detail = "traceback", f"{type(error).__name__}: {error}"[:300]
-            if kind == "refused" and ("\n" in detail or len(detail) > 2000):
-                kind = "sentence of several lines"
-            if time.process_time() - start > SLOWEST_S:
-                kind = "slow"
-            case = f"seed {number}: {overrides!r}"[:300]
-            tally.add(kind, kind in ("read", "refused"), case, detail)
-    return tally.report()
+def _draw_whole(rng: random.Random, folder: Path) -> tuple[str, list[str]]:
+    path = folder / "config.yaml"
+    text = write_yaml(rng, draw_tree(rng))
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    return str(path), [*_COMPLETE] if rng.random() < 0.8 else []
+
+
+def _outcomes(
+    seed: int, material: None, scratch: Path, options: argparse.Namespace
+) -> Iterator[Outcome]:
+    path, overrides = draw(random.Random(seed), scratch)
+    start = time.process_time()
+    try:
+        config = load_config(path, overrides)
+        kind, detail = "read", ""
+        # A run resumes with what it recorded.
+        if recorded_config(json.loads(json.dumps(to_dict(config)))) != config:
+            kind = "recorded differently"
+    except UserError as error:
+        kind, detail = "refused", str(error)
+    except Exception as error:
+        kind, detail = "traceback", f"{type(error).__name__}: {error}"[:300]
+    if kind == "refused" and ("\n" in detail or len(detail) > 2000):
+        kind = "sentence of several lines"
+    if time.process_time() - start > SLOWEST_S:
+        kind = "slow"
+    case = f"{overrides!r}"[:300] if path is None else f"{Path(path).read_bytes()!r}"[:600]
+    yield Outcome(kind, kind in ("read", "refused"), case, detail)
+
+
+CAMPAIGN = Campaign(__doc__, 15_000, _outcomes)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; return the exit status."""
-    return main_of(__doc__, run, 15_000, arguments)
+    return CAMPAIGN.main(arguments)
 
 
 if __name__ == "__main__":

@@ -1,84 +1,72 @@
-"""The parts that all campaigns share: arguments, limits, progress, and the count of outcomes."""
+"""Outcomes of cases, and their count."""
 
 from __future__ import annotations
 
-import argparse
 import collections
-import sys
-import time
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from megalard import cli
 
-_PROGRESS_S = 10.0
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of a case, or of one part of it.
+
+    Attributes:
+        kind: what happened, in a word or two.
+        is_good: whether it is as it should be.
+        case: what was drawn.
+        detail: a sentence or the evidence of a fault.
+        is_shown: whether a good outcome is printed as well.
+        events: numbers to sum over the cases, such as the kills.
+    """
+
+    kind: str
+    is_good: bool
+    case: str
+    detail: str = ""
+    is_shown: bool = False
+    events: Mapping[str, int] = field(default_factory=dict)
 
 
 class Tally:
     """The outcomes of a campaign.
 
     Attributes:
-        counts: the number of each kind of outcome.
-        num_bad: the number of outcomes that are not good.
+        counts: the number of outcomes of each kind.
+        events: the sums of the events of the outcomes.
+        bad: the outcomes that are not good, each with its seed.
     """
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
-        self.num_bad = 0
+        self.events: collections.Counter[str] = collections.Counter()
+        self.bad: list[tuple[int, Outcome]] = []
 
-    def add(self, kind: str, is_good: bool, case: str, detail: str = "") -> None:
-        """Count an outcome, and print it if it is not good."""
-        self.counts[kind] += 1
-        if not is_good:
-            self.num_bad += 1
-            print(f"{kind}: {case!s}: {detail}".encode("unicode_escape").decode(), flush=True)
+    def add(self, seed: int, outcome: Outcome) -> None:
+        """Count an outcome, and print it on one line if it is not good or is to be shown."""
+        self.counts[outcome.kind] += 1
+        self.events.update(outcome.events)
+        if not outcome.is_good:
+            self.bad.append((seed, outcome))
+        if outcome.is_shown or not outcome.is_good:
+            line = f"{outcome.kind}: seed {seed}: {outcome.case}: {outcome.detail}"
+            print(line.encode("unicode_escape").decode(), flush=True)
 
     def report(self) -> int:
         """Print the counts; return the exit status."""
-        for kind, number in self.counts.most_common():
-            print(f"{number:8d} {kind}")
+        for name, number in [*self.events.items(), *self.counts.most_common()]:
+            print(f"{number:8d} {name}")
         total = sum(self.counts.values())
-        print(f"{total:8d} cases, of which {self.num_bad} are not as they should be")
-        return 1 if self.num_bad else 0
+        print(f"{total:8d} cases, of which {len(self.bad)} are not as they should be")
+        return 1 if self.bad else 0
 
-
-def numbers(options: argparse.Namespace, tally: Tally) -> Iterator[int]:
-    """Yield the numbers of the cases until their count or the time is reached; show progress."""
-    start = shown = time.monotonic()
-    for number in range(options.seed, options.seed + options.count):
-        now = time.monotonic()
-        if options.minutes and now - start > 60 * options.minutes:
-            print(f"stopped before seed {number}, after {options.minutes:g} minutes")
-            return
-        if now - shown > _PROGRESS_S:
-            shown = now
-            num_cases = number - options.seed
-            print(f"{num_cases} cases in {now - start:.0f} s, {tally.num_bad} bad", file=sys.stderr)
-        yield number
-
-
-def main_of(
-    description: str | None,
-    run: Callable[[argparse.Namespace], int],
-    count: int,
-    arguments: list[str] | None,
-    add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> int:
-    """Parse the arguments that every campaign has, run it, and return the exit status.
-
-    Args:
-        description: the docstring of the campaign.
-        run: runs the campaign with the parsed arguments.
-        count: the default number of cases.
-        add_arguments: declares further arguments.
-    """
-    parser = cli.Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=count, help=f"cases ({count})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first case (0)")
-    parser.add_argument(
-        "--minutes", type=float, default=0.0, help="stop after these many minutes (no limit)"
-    )
-    add_arguments(parser)
-    options = parser.parse_args(arguments)
-    return cli.run(lambda: run(options))
+    def write(self, path: Path, facts: Mapping[str, object]) -> None:
+        """Write the counts and the outcomes that are not good as JSON, after some facts."""
+        bad = [
+            {"seed": seed, "kind": outcome.kind, "case": outcome.case, "detail": outcome.detail}
+            for seed, outcome in self.bad
+        ]
+        content = {**facts, "events": self.events, "outcomes": self.counts, "bad": bad}
+        path.write_text(json.dumps(content, indent=2) + "\n")

@@ -12,6 +12,7 @@ from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.term import Term, TermInputs, TermSum
 from megalard.errors import UserError
 from megalard.model.decoder import Decoder
+from megalard.parallel.collectives import padded_rows
 
 
 class HiddenCosine(Term):
@@ -41,7 +42,7 @@ class HiddenCosine(Term):
                 teacher_x = inputs.teacher.model.norm(teacher_x)
         rows = len(student_x)
         start = self.axis.rank * rows
-        valid_t = inputs.valid_bs.flatten()[start : start + rows]
+        valid_t = padded_rows(inputs.valid_bs.flatten(), self.axis)[start : start + rows]
         total = cosine_distance_sum(student_x, teacher_x, valid_t)
         return TermSum.single(total, self.objective.hidden_cosine)
 

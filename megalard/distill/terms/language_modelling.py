@@ -11,6 +11,7 @@ from megalard.distill.reach import LayerDepth, Reach
 from megalard.distill.terms.row_slices import sum_of_row_slices
 from megalard.distill.terms.term import Term, TermInputs, TermSum
 from megalard.model.decoder import Decoder
+from megalard.model.ops import without_padding
 from megalard.parallel.ops import tensor_axis
 from megalard.parallel.tensor.vocab import cross_entropy
 
@@ -50,6 +51,7 @@ def cross_entropy_sum(
     """
     axis, first_id = tensor_axis(student), student.first_vocab_row
     hidden = student.ops.gather(student.model.norm(student_x))
+    hidden = without_padding(hidden, target_bs.numel())
 
     def slice_sum(h, target, weight):
         logits = F.linear(h, weight.to(h.dtype)).float()

@@ -7,8 +7,6 @@ computes only a part of the slice's gradient, so the gradient has to be summed o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from megalard.errors import UserError
 from megalard.model.names import (
     COLUMN_PARALLEL,
@@ -22,20 +20,18 @@ from megalard.model.parameter_slice import ParameterSlice, full_slice
 from megalard.model.spec import ModelSpec
 
 
-def check_divisible(spec: ModelSpec, tp: int, tokens: Iterable[int] = ()) -> None:
+def check_divisible(spec: ModelSpec, tp: int) -> None:
     """Refuse a tp size that the model cannot be split by.
 
     Args:
         spec: the shape of the model.
         tp: the tensor-parallel size.
-        tokens: token counts that the sizes that the error recommends must divide too.
 
     Raises:
         UserError: the model cannot be split by ``tp``; the message names the sizes that work.
     """
     sizes = tensor_parallel_sizes(spec)
     if tp not in sizes:
-        sizes = [size for size in sizes if all(count % size == 0 for count in tokens)]
         raise UserError(
             f"parallel.tp {tp} does not divide the model ({spec.num_heads} heads, "
             f"{spec.num_kv_heads} K/V heads, intermediate size {spec.intermediate_size}): use one "

@@ -104,10 +104,8 @@ def test_sizes_that_do_not_divide_the_model_are_refused():
     )
     assert "use one of 1, 3" in user_error(check_divisible, spec(heads=3, kv_heads=3), 2)
     assert user_error(check_divisible, spec(intermediate=45), 2).endswith("use one of 1")
-    # What is recommended divides the tokens too: no power of two for 3.
     six = spec(heads=6, kv_heads=6)
     assert user_error(check_divisible, six, 4).endswith("use one of 1, 2, 3, 6")
-    assert user_error(check_divisible, six, 4, [4096, 30]).endswith("use one of 1, 2")
 
 
 def test_a_parameter_without_a_rule_is_a_programming_error():

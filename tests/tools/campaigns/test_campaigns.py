@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 from pathlib import Path
@@ -36,14 +35,9 @@ SHARES = {
 
 
 @pytest.fixture(autouse=True)
-def same_place(monkeypatch):
-    """Campaigns change the working directory and the limit of the memory."""
-    place = os.getcwd()
-    monkeypatch.setattr(files, "_limit_memory", lambda: None)
-    # Other tests may keep the cores busy.
+def patient(monkeypatch):
+    """Other tests may keep the cores busy."""
     monkeypatch.setattr(settings, "SLOWEST_S", 30.0)
-    yield
-    os.chdir(place)
 
 
 @pytest.mark.parametrize("name", SHARES)

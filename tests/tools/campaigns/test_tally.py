@@ -1,55 +1,37 @@
-"""A campaign is bounded, lists what is bad on one line each, and has a status."""
+"""What is bad is listed on one line with its seed, and all is counted."""
 
 from __future__ import annotations
 
-import argparse
-import time
+import json
 
-import pytest
-
-from tools.campaigns.tally import Tally, main_of, numbers
-
-
-def options(**values) -> argparse.Namespace:
-    return argparse.Namespace(**{"seed": 0, "count": 3, "minutes": 0.0, **values})
+from tools.campaigns.tally import Outcome, Tally
 
 
 def test_what_is_bad_is_listed_on_one_line_and_gives_status_1(capsys):
     tally = Tally()
-    tally.add("refused", True, "seed 1", "a sentence")
-    tally.add("refused", True, "seed 2", "a sentence")
+    tally.add(1, Outcome("refused", True, "a case", "a sentence", events={"kills": 2}))
+    tally.add(2, Outcome("refused", True, "a case", "a sentence", events={"kills": 3}))
     assert tally.report() == 0
-    tally.add("traceback", False, "seed 3: a\nb", "x\x1b[31m")
-    capsys.readouterr()
+    assert "       5 kills" in capsys.readouterr().out
+    tally.add(3, Outcome("traceback", False, "a\nb", "x\x1b[31m"))
+    assert capsys.readouterr().out == "traceback: seed 3: a\\nb: x\\x1b[31m\n"
     assert tally.report() == 1
     assert capsys.readouterr().out == (
-        "       2 refused\n       1 traceback\n"
+        "       5 kills\n       2 refused\n       1 traceback\n"
         "       3 cases, of which 1 are not as they should be\n"
     )
-    tally.add("hang", False, "seed 4: a\nb", "x\x1b[31m")
-    assert capsys.readouterr().out == "hang: seed 4: a\\nb: x\\x1b[31m\n"
+    tally.add(4, Outcome("read by us alone", True, "a case", is_shown=True))
+    assert capsys.readouterr().out == "read by us alone: seed 4: a case: \n"
 
 
-def test_cases_are_bounded_in_number_and_in_time(capsys, monkeypatch):
-    assert list(numbers(options(seed=5), Tally())) == [5, 6, 7]
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    seen = []
-    for number in numbers(options(count=100, minutes=1.0), Tally()):
-        seen.append(number)
-        now[0] += 25
-    assert seen == [0, 1, 2]
-    printed = capsys.readouterr()
-    assert printed.out == "stopped before seed 3, after 1 minutes\n"
-    assert printed.err.splitlines()[0] == "1 cases in 25 s, 0 bad"
-
-
-def test_every_campaign_has_the_same_arguments(capsys):
-    def run(options: argparse.Namespace) -> int:
-        return options.seed * 100 + options.count * 10 + int(options.minutes)
-
-    assert main_of("Try.", run, 7, []) == 70
-    assert main_of("Try.", run, 7, ["--seed", "1", "--count", "2", "--minutes", "3"]) == 123
-    with pytest.raises(SystemExit):
-        main_of("Try.", run, 7, ["--help"])
-    assert "cases (7)" in capsys.readouterr().out
+def test_counts_are_written_as_json(tmp_path):
+    tally = Tally()
+    tally.add(1, Outcome("refused", True, "a case", "a sentence", events={"kills": 2}))
+    tally.add(3, Outcome("traceback", False, "a\nb", "x"))
+    tally.write(tmp_path / "t.json", {"seed": 1})
+    assert json.loads((tmp_path / "t.json").read_text()) == {
+        "seed": 1,
+        "events": {"kills": 2},
+        "outcomes": {"refused": 1, "traceback": 1},
+        "bad": [{"seed": 3, "kind": "traceback", "case": "a\nb", "detail": "x"}],
+    }
