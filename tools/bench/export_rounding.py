@@ -34,7 +34,7 @@ from megalard.checkpoint.open import StoredModel, open_model
 from megalard.checkpoint.rounding import RoundingLoss, rounded
 from megalard.checkpoint.weights import ConvertedWeights, MergedWeights, Weights, trained_parts
 from megalard.errors import UserError
-from megalard.model.layout import Layout
+from megalard.model.parameter_slice import ParameterSlice
 
 _DTYPE = torch.bfloat16
 Rounding = Callable[[torch.Tensor, str], torch.Tensor]
@@ -72,11 +72,11 @@ class _Replaced:
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32 if name in self._tensors else self._weights.dtype(name)
 
-    def read(self, name: str, layout: Layout | None = None) -> torch.Tensor:
+    def read(self, name: str, held: ParameterSlice | None = None) -> torch.Tensor:
         if name not in self._tensors:
-            return self._weights.read(name, layout)
+            return self._weights.read(name, held)
         tensor = self._tensors[name].float()
-        return tensor if layout is None else layout.cut(tensor)
+        return tensor if held is None else held.cut(tensor)
 
 
 @dataclass(frozen=True)
