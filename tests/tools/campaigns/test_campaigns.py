@@ -48,18 +48,17 @@ def test_a_share_of_the_campaign_finds_nothing(name, capsys):
 
 
 def test_a_reader_with_a_fault_is_found(capsys, monkeypatch):
-    make = files.make_material
+    finish = files.make_piece_tokenizer
 
     def broken(path, limit=0):
         raise RecursionError
 
-    def make_and_break(folder):
-        material = make(folder)
+    def finish_and_break(folder):
+        finish(folder)  # the last step of making the material
         monkeypatch.setattr(spec, "read_json", broken)
-        return material
 
-    monkeypatch.setattr(files, "make_material", make_and_break)
-    assert files.main(["--count", "3", "--seed", "0"]) == 1
+    monkeypatch.setattr(files, "make_piece_tokenizer", finish_and_break)
+    assert files.main(["--count", "6", "--seed", "0"]) == 1
     assert "traceback: seed " in capsys.readouterr().out
 
 
