@@ -18,7 +18,7 @@ from tests.processes import CHECKOUT, LIMIT_S, descendants, started
 LAUNCH = CHECKOUT / "launch"
 TRAIN, SLURM = LAUNCH / "train.sh", LAUNCH / "slurm.sbatch"
 # A node that is lost during the run has many of these steps left.
-STEPS = 32
+STEPS = 48
 ENDLESS = ("optimizer.steps=20000", "checkpoint.save_every=0")
 # What train.sh has options for.
 _REQUIRED = ("--model.teacher=", "--data.paths=", "--run.output=")

@@ -47,7 +47,7 @@ def measure(options: argparse.Namespace) -> tuple[dict, list[dict], dict] | None
             model.
     """
     mesh = build_mesh(options.device, options.tp or _world_size())
-    check_lengths([options.tokens], mesh.tp.size, 1, "--tokens")
+    check_lengths([options.tokens], 1, "--tokens")
     run = Steps(options, mesh)
     environment, axis = describe_environment(mesh.device), checkpoint_axis(mesh)
     run.take(_WARM_UP_STEPS)

@@ -147,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
     from tools.bench.timing import measure_matrix_product
 
     mesh = build_mesh(options.device, options.tp, options.cp)
-    check_lengths(options.tokens, options.tp, options.cp, "--tokens")
+    check_lengths(options.tokens, options.cp, "--tokens")
     environment = describe_environment(mesh.device)
     product = measure_matrix_product(mesh.device, getattr(torch, options.dtype))
     report, results = StepReport(options, mesh, product, environment), []
