@@ -180,6 +180,8 @@ def parse(words: list[str], monkeypatch) -> int:
         return 0
     if rest[0] == "-m":
         module, rest = rest[1], rest[2:]
+    elif rest[0].split("/")[0].isupper():
+        return 0  # a script of another program
     else:
         assert (CHECKOUT / rest[0]).is_file()
         module, rest = rest[0].removesuffix(".py").replace("/", "."), rest[1:]
