@@ -67,8 +67,5 @@ def no_pictures(monkeypatch):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Return 0 on a machine with a GPU, so that one process has the GPU.
-
-    Otherwise there is one process more than cores, because some tests wait for what they started.
-    """
-    return 0 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) + 1
+    """Return 0 on a machine with a GPU, so that one process has the GPU; otherwise the default."""
+    return 0 if torch.cuda.is_available() else None
