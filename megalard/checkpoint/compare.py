@@ -11,7 +11,7 @@ import torch
 
 from megalard.checkpoint.build import load_decoder
 from megalard.checkpoint.open import StoredModel
-from megalard.checkpoint.weights import BLOCK_ELEMENTS
+from megalard.checkpoint.weights import BLOCK_ELEMENTS, dtype_name
 from megalard.data.batch import collate
 from megalard.data.sources import read_documents
 from megalard.errors import UserError
@@ -33,7 +33,7 @@ def tensor_differences(
             continue
         both = (weights_a, weights_b)
         shapes = [list(weights.shape(name)) for weights in both]
-        dtypes = [str(weights.dtype(name)).removeprefix("torch.") for weights in both]
+        dtypes = [dtype_name(weights.dtype(name)) for weights in both]
         if shapes[0] != shapes[1]:
             lines.append(f"{name}: shape {shapes[0]} and {shapes[1]}")
         elif dtypes[0] != dtypes[1]:

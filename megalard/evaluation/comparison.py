@@ -11,6 +11,7 @@ import torch
 
 from megalard.checkpoint.build import load_decoder
 from megalard.checkpoint.open import StoredModel, open_model
+from megalard.checkpoint.weights import dtype_name
 from megalard.config.lengths import parse_length
 from megalard.data.boundaries import Choice, boundaries_of
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
@@ -297,7 +298,7 @@ def _settings(request: Request, job: _Job, mesh: Mesh) -> dict:
         "depths": sorted({float(depth) for depth in request.depths}),
         "samples_per_depth": request.samples,
         **{key: settings[key] for key in ("filler", "seed", "bos", "eos")},
-        "dtype": str(job.dtype).removeprefix("torch."),
+        "dtype": dtype_name(job.dtype),
         "device": mesh.device.type,
         "layout": {"dp": mesh.dp.size, "cp": mesh.cp.size, "tp": mesh.tp.size},
     }

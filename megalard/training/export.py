@@ -17,7 +17,7 @@ from megalard.checkpoint.huggingface import plan_files, write_huggingface
 from megalard.checkpoint.read_back import reading_back
 from megalard.checkpoint.rounding import RoundingLoss, rounded
 from megalard.checkpoint.stored_names import StoredWeights
-from megalard.checkpoint.weights import Weights, is_finite, merge_lora, trained_parts
+from megalard.checkpoint.weights import Weights, dtype_name, is_finite, merge_lora, trained_parts
 from megalard.checkpoint.write_options import FILE_BYTES, WriteOptions
 from megalard.distill.student import Student
 from megalard.errors import UserError
@@ -61,7 +61,7 @@ def save_student(
     """
     sentence, loss = None, RoundingLoss()
     if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         config = {**config, "dtype": name, "torch_dtype": name}
     merged = _MergedTensors(student, source, mesh.tp, dtype, stochastic, loss)
     stored = StoredWeights(merged, student.decoder.spec)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from megalard import gpu
 from megalard.model import attention, variable_length
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import Axis
@@ -214,7 +215,7 @@ def test_a_rank_without_queries_still_gets_gradients():
 
 def is_hopper() -> bool:
     """Whether the GPU is one on which torch prefers cuDNN."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return torch.cuda.is_available() and gpu.is_hopper(torch.device("cuda"))
 
 
 @pytest.mark.gpu
