@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch.profiler import record_function
@@ -82,7 +81,7 @@ def lockstep(
         if teacher is not None:
             with torch.no_grad(), record_function("teacher"):
                 teacher_state = _run(
-                    cast(DecoderLayer, teacher.layers[layer]),
+                    teacher.layer(layer),
                     x_t,
                     teacher_context,
                     teacher.ops,
@@ -90,7 +89,7 @@ def lockstep(
                 )
             x_t = teacher_state.residual
         arguments = (
-            cast(DecoderLayer, student.layers[layer]),
+            student.layer(layer),
             x_s,
             student_context,
             student_ops,

@@ -39,6 +39,10 @@ class MasterValues(Protocol):
         """Return the fp32 value of a trained parameter, this rank's slice; a collective call."""
         ...
 
+    def complete(self) -> None:
+        """Complete the decoder's parameters for what reads them elsewhere; a collective call."""
+        ...
+
 
 @dataclass
 class Student:
@@ -74,9 +78,23 @@ class Student:
             return self.carried[name]
         return self.masters.value(name) if self.masters else self.trained[name].detach()
 
+    def complete(self) -> None:
+        """Complete all parameters of the decoder; a collective call.
+
+        The decoder completes what it uses itself. Only what reads its parameters elsewhere needs
+        this call, and what ends the ranks while weights may be on their way.
+        """
+        if self.masters is not None:
+            self.masters.complete()
+
     def release(self) -> None:
-        """Free the memory of everything that is trained; the student cannot be used any more."""
+        """Free the memory of everything that is trained; a collective call.
+
+        The student cannot be used any more.
+        """
+        self.complete()
         self.masters = None
+        self.decoder.weight_sources.clear()
         for parameter in self.trained.values():
             parameter.grad = None
             parameter.data = parameter.detach().new_empty(0)

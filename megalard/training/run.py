@@ -217,6 +217,7 @@ class Run:
             self.saver.save(number)
         if signal_name:
             self.saver.wait()
+            self.student.complete()
             self.reporter.line(f"{signal_name}: saved after step {number} and stopped")
             return True
         self.export_if_due()
@@ -256,6 +257,7 @@ class Run:
                 "optimizer.learning_rate, set model.compute_dtype float32, or look at the text"
             )
         self.exported_step = self._return_to_best()
+        self.student.complete()
         self._export("student")
         signal_name, _ = stop.agreed(self.mesh, False)
         if signal_name:

@@ -119,6 +119,9 @@ def run_case(case: Case, config: Config, mesh: Mesh, micro_batch: int) -> dict:
             }
             assert abs(result.gradient_norm - out["norm"]) <= 1e-6 * out["norm"]
     out["weights"] = full_tensors(distiller, masters.value)
+    masters.complete()
+    for name, parameter in distiller.student.trained.items():
+        assert torch.equal(parameter, masters.value(name).to(parameter.dtype)), name
     return out
 
 

@@ -81,6 +81,7 @@ class Bucket:
     Attributes:
         parameters: the parameters.
         parts: where each parameter is in the flat tensors.
+        device: the device of the parameters.
         master: fp32 [elements], the parameter of the optimizer.
         gradient: [elements], the sum over all ranks of the axis and over micro-batches.
 
@@ -108,8 +109,8 @@ class Bucket:
             length = rows * math.prod(parameter.shape[1:])
             self.parts.append(Part(tuple(parameter.shape), start, length))
             start += length
-        self._device = parameters[0].device
-        flat = torch.zeros(start, device=self._device)
+        self.device = parameters[0].device
+        flat = torch.zeros(start, device=self.device)
         for part, parameter in zip(self.parts, parameters, strict=True):
             rows = part.length // part.row_elements
             values = parameter.detach()[axis.rank * rows : (axis.rank + 1) * rows]
@@ -117,7 +118,7 @@ class Bucket:
             parameter.data = parameter.detach().to(dtype)
         self.master = nn.Parameter(self._in_host_memory(flat) if is_offloaded else flat)
         self._host_gradient = self._in_host_memory(flat) if is_offloaded else None
-        self.gradient = torch.zeros(start, dtype=gradient_dtype, device=self._device)
+        self.gradient = torch.zeros(start, dtype=gradient_dtype, device=self.device)
         self._sent: PendingCollective | None = None
 
     def view(self, flat: torch.Tensor, number: int) -> torch.Tensor:
@@ -167,15 +168,20 @@ class Bucket:
         if self._host_gradient is None:
             self.master.grad = None
 
-    def start_gather(self) -> PendingCollective | None:
-        """Start to gather the masters, rounded to the dtype of the parameters."""
-        if self.axis.size == 1:
-            return None
-        return start_all_gather_tokens(self._rounded(), self.axis)
+    def start_gather(self) -> PendingCollective | torch.Tensor:
+        """Start to gather the masters, rounded to the dtype of the parameters.
 
-    def finish_gather(self, gathered: PendingCollective | None) -> None:
+        Returns:
+            The gather, or the rounded masters if no other rank has a part of them.
+        """
+        master = self.master.detach().to(self.device, non_blocking=True)
+        rounded = master.to(self.parameters[0].dtype)
+        return rounded if self.axis.size == 1 else start_all_gather_tokens(rounded, self.axis)
+
+    def finish_gather(self, gathered: PendingCollective | torch.Tensor) -> None:
         """Write what ``start_gather`` returned into the parameters."""
-        packed = (self._rounded() if gathered is None else gathered.wait()).view(self.axis.size, -1)
+        packed = gathered if isinstance(gathered, torch.Tensor) else gathered.wait()
+        packed = packed.view(self.axis.size, -1)
         for part, parameter in zip(self.parts, self.parameters, strict=True):
             for source, target in part.pairs(packed, parameter.detach()):
                 target.copy_(source)
@@ -188,13 +194,9 @@ class Bucket:
             number: the number of the parameter.
         """
         part = self.parts[number]
-        local = flat.detach()[part.start : part.start + part.length].to(self._device)
+        local = flat.detach()[part.start : part.start + part.length].to(self.device)
         packed = all_gather_tokens(local, self.axis)
         return packed[: math.prod(part.shape)].view(part.shape)
-
-    def _rounded(self) -> torch.Tensor:
-        master = self.master.detach().to(self._device, non_blocking=True)
-        return master.to(self.parameters[0].dtype)
 
     def _in_host_memory(self, flat: torch.Tensor) -> torch.Tensor:
         """Return a copy in host memory, pinned if the parameters are on a GPU."""
