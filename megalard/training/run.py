@@ -387,8 +387,7 @@ class Run:
             None if chosen == "source" else getattr(torch, chosen),
             self.config.checkpoint.export_rounding == "stochastic",
         )
-        is_nearest = self.config.checkpoint.export_rounding == "nearest"
-        if loss.lost and is_nearest:
+        if loss.lost and self.config.checkpoint.export_rounding == "nearest":
             self.reporter.line(
                 f"{directory}: rounding took {loss.share:.1%} of the {loss.changed:,} changed "
                 "weights back to what they were; checkpoint.export_rounding stochastic keeps them "
