@@ -30,6 +30,11 @@ class LayerState:
     attention_output: torch.Tensor | None
     residual: torch.Tensor | None
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Return all tensors."""
+        tensors = (self.qkv.q, self.qkv.k, self.qkv.v, self.attention_output, self.residual)
+        return [tensor for tensor in tensors if tensor is not None]
+
 
 @dataclass
 class LayerPair:
@@ -102,6 +107,7 @@ def lockstep(
                 )
             else:
                 student_state = _run(*arguments)
+        student.after_layer(layer, student_state.tensors())
         x_s = student_state.residual
         yield LayerPair(layer, student_state, teacher_state)
         del student_state, teacher_state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -112,7 +112,13 @@ class Decoder(nn.Module):
             layer = self.layer(number)
             attention_output = layer.attend(layer.qkv(x, context, self.ops), context, self.ops)
             x = layer.rest(x, attention_output, self.ops)
+            self.after_layer(number, [x])
         return x
+
+    def after_layer(self, number: int, outputs: Iterable[torch.Tensor]) -> None:
+        """Note what a layer has returned: all tensors through which gradients may reach it."""
+        for source in self.weight_sources:
+            source.after_layer(self.model.layers[number], outputs)
 
     def _before_use(self, module: nn.Module) -> None:
         for source in self.weight_sources:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
+import torch
 from torch import nn
 
 
@@ -12,7 +14,8 @@ class WeightSource(Protocol):
 
     Parameters may be on their way from other ranks or from host memory when the forward pass
     begins. ``megalard.model.decoder.Decoder`` asks all its sources, in their order, before it gives
-    a layer, the embedding, the final norm or the head to a computation.
+    a layer, the embedding, the final norm or the head to a computation. Whatever runs a layer says
+    afterwards what the layer returned.
     """
 
     def before_use(self, module: nn.Module) -> None:
@@ -20,4 +23,8 @@ class WeightSource(Protocol):
 
         This may be a collective call: all ranks use the same modules in the same order.
         """
+        ...
+
+    def after_layer(self, layer: nn.Module, outputs: Iterable[torch.Tensor]) -> None:
+        """Note what a layer has returned, from whose gradients the backward pass continues."""
         ...

@@ -8,7 +8,7 @@ therefore start the same gathers in the same order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -47,6 +47,8 @@ class Publication:
     def start(self) -> None:
         """Begin to give the decoder the values of the masters; a collective call."""
         self.complete()
+        for bucket in self._buckets:
+            bucket.write_divided()
         self._num_started = self._num_complete = 0
         self._start_more()
 
@@ -58,6 +60,9 @@ class Publication:
             places = (self._places.get(parameter, -1) for parameter in module.parameters())
             self._last_places[module] = max(places, default=-1)
         self._complete(self._last_places[module] + 1)
+
+    def after_layer(self, layer: nn.Module, outputs: Iterable[torch.Tensor]) -> None:
+        """Do nothing: the parameters of a layer that was used stay complete."""
 
     def complete(self) -> None:
         """Complete all parameters; a collective call."""
