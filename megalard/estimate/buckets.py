@@ -26,12 +26,14 @@ class Bucket:
         names: the tensors.
         elements: the number of their elements.
         share: the elements of one rank's part, with padding.
+        gathered: those of them that are gathered after the update, and not layer by layer.
         holders: the ranks that the bucket is divided over.
     """
 
     names: frozenset[str]
     elements: int
     share: int
+    gathered: int
     holders: int
 
     @property
@@ -102,9 +104,10 @@ class Buckets:
         """
         sizes = []
         for bucket in reversed(self.buckets):
-            rounded = self._element * bucket.share if self._is_rounded else 0
-            from_host = FP32_BYTES * bucket.share if self._is_offloaded else 0
-            gathered = self._element * bucket.packed if bucket.holders > 1 else 0
+            rounded = self._element * bucket.gathered if self._is_rounded else 0
+            from_host = FP32_BYTES * bucket.gathered if self._is_offloaded else 0
+            packed = bucket.gathered * bucket.holders
+            gathered = self._element * packed if bucket.holders > 1 else 0
             sizes.append((rounded + gathered, rounded + from_host))
         most = 0
         for number, (_, starting) in enumerate(sizes):
@@ -154,5 +157,6 @@ def _bucket(trained: Trained, names: list[str]) -> Bucket:
         frozenset(names),
         sum(tensor.elements for tensor in tensors),
         sum(tensor.share for tensor in tensors),
+        sum(tensor.share for tensor in tensors if not tensor.has_rows),
         tensors[0].holders,
     )

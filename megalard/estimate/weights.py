@@ -11,12 +11,14 @@ from megalard.checkpoint.build import empty_decoder
 from megalard.config.schema import Config, ParallelConfig, TrainableConfig
 from megalard.distill.objective import reaches_of
 from megalard.distill.student import changed_weights
+from megalard.estimate.gathered_layers import GatheredLayers, gathered_layers, kept_elements
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.trained import Trained, TrainedTensor
 from megalard.model.names import projection_name
 from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.rope import RopeTable, rope_table
 from megalard.model.spec import ModelSpec
+from megalard.parallel.divided_weights import is_divided_weight
 from megalard.parallel.tensor.slices import slice_of_parameter
 
 
@@ -26,15 +28,17 @@ class Parameters:
 
     Attributes:
         all_weights: the weights of one model, without LoRA pairs.
-        teacher: the elements of the teacher; 0 if no stage from this one on needs it.
-        student_frozen: the elements of the student's frozen weights that are not the teacher's.
+        teacher: the elements that are kept of the teacher; 0 if no stage from this one on needs it.
+        student_frozen: those of the student's frozen weights that are not the teacher's.
         trained: the trained tensors.
+        gathered: the divided weights of one layer, while they are gathered.
     """
 
     all_weights: Mapping[str, int]
     teacher: int
     student_frozen: int
     trained: Trained
+    gathered: GatheredLayers
 
 
 def parameters_of(config: Config, number: int, spec: ModelSpec, layout: RankLayout) -> Parameters:
@@ -59,11 +63,14 @@ def parameters_of(config: Config, number: int, spec: ModelSpec, layout: RankLayo
     separate = frozen if config.model.student else frozen & _changed(stages[:number], weights, spec)
     if not has_teacher:
         separate = frozen
+    kept = kept_elements(_slices_over(spec, layout.tp), config.parallel, layout)
+    of_student = separate.union(trained.tensors)
     return Parameters(
         weights,
-        sum(weights.values()) if has_teacher else 0,
-        sum(weights[name] for name in separate),
+        sum(kept.values()) if has_teacher else 0,
+        sum(kept[name] for name in separate),
         trained,
+        gathered_layers(weights, config.parallel, layout, of_student, has_teacher),
     )
 
 
@@ -103,16 +110,19 @@ def trained_of(stage: Config, spec: ModelSpec, layout: RankLayout) -> Trained:
         weights = _slices_over(spec, layout.tp)
         names = changed_weights(weights, stage.trainable, reached)
         slices = {name: weights[name] for name in weights if name in names}
-    tensors = {name: _trained_tensor(held, stage.parallel, layout) for name, held in slices.items()}
+    tensors = {
+        name: _trained_tensor(name, held, stage.parallel, layout) for name, held in slices.items()
+    }
     return Trained(tensors, stage.trainable.lora.rank if stage.trainable.mode == "lora" else 0)
 
 
 def _trained_tensor(
-    held: ParameterSlice, parallel: ParallelConfig, layout: RankLayout
+    name: str, held: ParameterSlice, parallel: ParallelConfig, layout: RankLayout
 ) -> TrainedTensor:
     holders = layout.data * held.replicas
     is_divided = parallel.offload_optimizer or (parallel.shard_optimizer and holders > 1)
-    return TrainedTensor(held.local_shape, holders, is_divided)
+    has_rows = parallel.shard_weights and layout.data > 1 and is_divided_weight(name)
+    return TrainedTensor(held.local_shape, holders, is_divided, has_rows)
 
 
 def _lora_pairs(

@@ -39,7 +39,7 @@ def load_models(stage: Stage, plan: Plan, mesh: Mesh) -> tuple[Decoder, Student]
     division = division_of(stage.config, plan, mesh)
     with checked_meanwhile(check, mesh.world) as wait_for_checksums:
         with checked_on_all_ranks(mesh.world):
-            teacher = load_teacher(stage.config, plan, mesh, division)
+            teacher = _load_teacher(stage.config, plan, mesh, division)
             weights = source.weights if has_other_weights else None
             student = _build(stage, plan, mesh, teacher, division, weights=weights)
         wait_for_checksums()
@@ -53,22 +53,13 @@ def division_of(config: Config, plan: Plan, mesh: Mesh) -> WeightDivision | None
     return WeightDivision(mesh, kv_replicas(plan.student, mesh.tp.size))
 
 
-def load_teacher(
-    config: Config, plan: Plan, mesh: Mesh, division: WeightDivision | None
-) -> Decoder:
-    """Load the frozen teacher.
+def load_teacher(config: Config, plan: Plan, mesh: Mesh) -> Decoder:
+    """Load the frozen teacher; a collective call.
 
     Raises:
         UserError: a tensor is missing or has another shape.
     """
-    model, dtype = plan.teacher, _dtype(config)
-    rope = rope_table(model.spec)
-    return load_decoder(model.spec, rope, mesh.tp, model.weights, mesh.device, dtype, division)
-
-
-def load_again(config: Config, plan: Plan, mesh: Mesh) -> Decoder:
-    """Load the teacher after the stages that need it; a collective call."""
-    return load_teacher(config, plan, mesh, division_of(config, plan, mesh))
+    return _load_teacher(config, plan, mesh, division_of(config, plan, mesh))
 
 
 def next_student(before: Student, stage: Stage, plan: Plan, mesh: Mesh) -> Student:
@@ -103,6 +94,14 @@ def student_to_restore(
     earlier = {name: torch.zeros(slices[name].local_shape) for name in sorted(changed)}
     division = division_of(stages[start].config, plan, mesh)
     return _build(stages[start], plan, mesh, first.decoder, division, earlier=earlier)
+
+
+def _load_teacher(
+    config: Config, plan: Plan, mesh: Mesh, division: WeightDivision | None
+) -> Decoder:
+    model, dtype = plan.teacher, _dtype(config)
+    rope = rope_table(model.spec)
+    return load_decoder(model.spec, rope, mesh.tp, model.weights, mesh.device, dtype, division)
 
 
 def _build(

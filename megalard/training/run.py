@@ -20,7 +20,7 @@ from megalard.reporter import Reporter
 from megalard.training.evaluator import Evaluator
 from megalard.training.export import save_student
 from megalard.training.holdout import split_holdout
-from megalard.training.models import load_again, load_models, next_student, student_to_restore
+from megalard.training.models import load_models, load_teacher, next_student, student_to_restore
 from megalard.training.monitor import Monitor, Pace
 from megalard.training.optimizer import continue_optimizer
 from megalard.training.output import Output, check_is_there, emptied_on_error, mark_finished
@@ -275,7 +275,7 @@ class Run:
     def evaluate_after(self) -> None:
         """Measure the restored student and report what was won."""
         if self.evaluator.is_active and self.teacher is None:
-            self.teacher = load_again(self.config, self.plan, self.mesh)
+            self.teacher = load_teacher(self.config, self.plan, self.mesh)
         tokens = self._tokens_after(self.exported_step)
         self.evaluator.after(self.teacher, self.student.decoder, tokens)
 

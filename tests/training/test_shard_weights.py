@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megalard.distill.student import whole_value
 from megalard.parallel.divided_weights import DividedParameter
 from megalard.parallel.mesh import build_mesh
+from tests.jobs import arguments, interrupted, make_job, metrics, train
 from tests.parity.cases import ALL_CASES, make_config, make_models
 from tests.parity.worker import make_distiller, micro_batches
 from tests.ranks import run_ranks
@@ -84,3 +87,69 @@ def test_divided_weights_have_the_same_bits(world, models):
     if torch.cuda.is_available() and torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
     run_ranks(world, assert_same_bits, str(models), RUNS[world])
+
+
+# LoRA, and then all weights, of a model of four layers. Three windows of two ranks: one rank has no
+# window in the second pass of the long ones.
+RUN = (
+    "stages={first: {}, last: {trainable: {mode: all}, objective: {logits_kl: 1}}}",
+    "optimizer.steps=4",
+    "checkpoint.save_every=1",
+    "checkpoint.keep_last=9",
+    "evaluation.every=3",
+    "evaluation.lengths=[32,64]",
+    "evaluation.max_tokens=192",
+    "evaluation.validation_tokens=192",
+)
+SHARDED = "parallel.shard_weights=true"
+
+
+def run(ranks: int, job: Path, output: Path, *options: str) -> None:
+    """Train on some ranks."""
+    held_out = f"evaluation.paths={job / 'heldout.txt'}"
+    run_ranks(ranks, train, arguments(job, output, *RUN, held_out, *options))
+
+
+def values(output: Path) -> list[dict]:
+    """Return what was measured of every step: losses, gradients and validations, and no times."""
+    names = ("step", "loss", "grad", "valid", "gap", "kl", "agree")
+    lines = [{k: v for k, v in line.items() if k.startswith(names)} for line in metrics(output)]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 9)]
+    return lines
+
+
+def assert_same_run(output: Path, expected: Path) -> None:
+    """Compare losses, validations, evaluations and the students of two runs."""
+    assert values(output) == values(expected)
+    for name in ("student", "stage-first"):
+        if (expected / name).exists():
+            student, whole = (load_file(x / name / "model.safetensors") for x in (output, expected))
+            assert student.keys() == whole.keys()
+            assert all(torch.equal(value, whole[key]) for key, value in student.items())
+    evaluations = [json.loads((x / "evaluation.json").read_text()) for x in (output, expected)]
+    assert evaluations[0] == evaluations[1]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A job, with runs of whole and of divided weights."""
+    folder = make_job(tmp_path_factory.mktemp("job"), layers=4)
+    run(2, folder, folder / "whole")
+    run(2, folder, folder / "divided", SHARDED)
+    return folder
+
+
+def test_a_run_of_stages_has_the_same_bits(job):
+    assert_same_run(job / "divided", job / "whole")
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+@pytest.mark.parametrize("before", ["whole", "divided"])
+def test_a_run_is_resumed_with_divided_weights_or_without(step, before, job, tmp_path):
+    """In either stage and between them; the checkpoint does not know what divided the weights."""
+    output = interrupted(job / before, tmp_path / "output", step)
+    lines = (job / before / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in lines if json.loads(line)["step"] <= step]
+    (output / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    run(2, job, output, *([SHARDED] if before == "whole" else []))
+    assert_same_run(output, job / "whole")
