@@ -63,7 +63,7 @@ def parameters_of(config: Config, number: int, spec: ModelSpec, layout: RankLayo
     separate = frozen if config.model.student else frozen & _changed(stages[:number], weights, spec)
     if not has_teacher:
         separate = frozen
-    kept = kept_elements(_slices_over(spec, layout.tp), config.parallel, layout)
+    kept = kept_elements(slices_over(spec, layout.tp), config.parallel, layout)
     of_student = separate.union(trained.tensors)
     return Parameters(
         weights,
@@ -81,12 +81,12 @@ def _rope(spec: ModelSpec) -> RopeTable:
 
 def weights_of(spec: ModelSpec, layout: RankLayout) -> Mapping[str, int]:
     """Return the number of elements of each weight on one rank, by name."""
-    slices = _slices_over(spec, layout.tp)
+    slices = slices_over(spec, layout.tp)
     return {name: prod(held.local_shape) for name, held in slices.items()}
 
 
 @cache
-def _slices_over(spec: ModelSpec, tp: int) -> Mapping[str, ParameterSlice]:
+def slices_over(spec: ModelSpec, tp: int) -> Mapping[str, ParameterSlice]:
     """Return the slice of each weight on the first of ``tp`` ranks, in the order of the model."""
     return empty_decoder(spec, _rope(spec), RankLayout(tp=tp).tp_axis).slices
 
@@ -107,7 +107,7 @@ def trained_of(stage: Config, spec: ModelSpec, layout: RankLayout) -> Trained:
     if stage.trainable.mode == "lora":
         slices = _lora_pairs(stage.trainable, spec, layout, reached)
     else:
-        weights = _slices_over(spec, layout.tp)
+        weights = slices_over(spec, layout.tp)
         names = changed_weights(weights, stage.trainable, reached)
         slices = {name: weights[name] for name in weights if name in names}
     tensors = {

@@ -85,7 +85,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         check_divisible(student, mesh.tp.size)
         rope_table(student)
         _check_rounding(config.checkpoint, source)
-        _check_division(config, mesh)
+        check_division(config, mesh)
         for stage, stage_config in config.all_stages().items():
             for name, stream in stage_config.all_streams().items():
                 with naming_stream(name, stage_config, stage):
@@ -95,7 +95,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
     return Plan(teacher, source, student, student_config, native_window, tokenizer)
 
 
-def _check_division(config: Config, mesh: Mesh) -> None:
+def check_division(config: Config, mesh: Mesh) -> None:
     """Refuse to divide weights that one rank holds alone."""
     if config.parallel.shard_weights and mesh.data.size == 1:
         raise UserError(
