@@ -86,7 +86,8 @@ class DividedParameter(nn.Parameter):
     def write(self, rows: torch.Tensor) -> None:
         """Replace this rank's rows, padding included, by a tensor of as many elements."""
         self.free()
-        self.rows.view(-1).copy_(rows, non_blocking=True)
+        # What comes from host memory is rounded on the device, as it is everywhere.
+        self.rows.view(-1).copy_(rows.to(self.device, non_blocking=True))
 
     def local_part(self, value: torch.Tensor) -> torch.Tensor:
         """Return this rank's rows of a value [n, ...], with padding, as a flat tensor."""
