@@ -100,7 +100,7 @@ class Buckets:
     def published(self) -> int:
         """Return the most bytes of gathered weights after the update.
 
-        The gather of one bucket ends after two more have started.
+        Two buckets are on the way, and a third one starts when the first has ended.
         """
         sizes = []
         for bucket in reversed(self.buckets):
@@ -111,7 +111,7 @@ class Buckets:
             sizes.append((rounded + gathered, rounded + from_host))
         most = 0
         for number, (_, starting) in enumerate(sizes):
-            waiting = sum(size for size, _ in sizes[max(0, number - _IN_FLIGHT) : number])
+            waiting = sum(size for size, _ in sizes[max(0, number + 1 - _IN_FLIGHT) : number])
             most = max(most, waiting + starting, waiting + sizes[number][0])
         return most
 

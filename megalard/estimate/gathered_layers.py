@@ -27,11 +27,19 @@ def kept_elements(
     kept = {}
     for name, held in slices.items():
         shape = held.local_shape
-        if parallel.shard_weights and layout.data > 1 and is_divided_weight(name):
+        if has_rows_of(name, held, parallel, layout):
             rows = -(-shape[0] // (layout.data * held.replicas))
             shape = (rows, *shape[1:])
         kept[name] = prod(shape)
     return kept
+
+
+def has_rows_of(
+    name: str, held: ParameterSlice, parallel: ParallelConfig, layout: RankLayout
+) -> bool:
+    """Whether a rank keeps only its rows of a parameter."""
+    is_shared = layout.data * held.replicas > 1
+    return parallel.shard_weights and is_shared and is_divided_weight(name)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class GatheredLayers:
 
 
 def gathered_layers(
-    weights: Mapping[str, int],
+    slices: Mapping[str, ParameterSlice],
     parallel: ParallelConfig,
     layout: RankLayout,
     of_student: Collection[str],
@@ -74,17 +82,15 @@ def gathered_layers(
     """Return what is gathered for the largest layer.
 
     Args:
-        weights: the elements of this rank's slices, by name.
+        slices: this rank's slices, by name.
         of_student: the weights that are not the teacher's in the student.
         has_teacher: whether there is a teacher.
     """
-    if not parallel.shard_weights or layout.data == 1:
-        return GatheredLayers()
-    layers: dict[int | None, list[int]] = {}
-    for name, elements in weights.items():
-        if is_divided_weight(name):
+    layers: dict[int | None, list[int]] = {None: [0, 0]}
+    for name, held in slices.items():
+        if has_rows_of(name, held, parallel, layout):
             sums = layers.setdefault(ParameterName.parse(name).layer, [0, 0])
-            sums[name in of_student] += elements
+            sums[name in of_student] += prod(held.local_shape)
     shared, student = max(layers.values(), key=sum)
     if not has_teacher:
         return GatheredLayers(student=shared + student)

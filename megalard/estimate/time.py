@@ -18,6 +18,7 @@ from megalard.config.schema import Config, ParallelConfig, StreamConfig
 from megalard.distill.objective import reaches_of
 from megalard.distill.reach import LayerDepth, deepest
 from megalard.estimate.flops import flops_by_kind
+from megalard.estimate.gathered_layers import has_rows_of
 from megalard.estimate.gpus import Gpu, Machines
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.sizes import FP32_BYTES, Sizes
@@ -25,7 +26,6 @@ from megalard.estimate.trained import Trained, TrainedTensor, gradient_bytes
 from megalard.estimate.weights import slices_over, trained_of
 from megalard.model.names import ParameterName
 from megalard.model.spec import ModelSpec
-from megalard.parallel.divided_weights import is_divided_weight
 
 PRODUCTS, ATTENTION, RELATIONS_KIND = "products", "attention", "relations"
 POINTWISE, EXCHANGE, OFFLOAD, UPDATE = "pointwise", "exchanges", "offloading", "update"
@@ -154,14 +154,13 @@ def gather_times(
 
     They are zero without ``parallel.shard_weights``. The gathers overlap the computation.
     """
-    if not stage.parallel.shard_weights or layout.data == 1:
-        return 0.0, 0.0
     trained = trained_of(stage, spec, layout).tensors
     reach = deepest(reaches_of(stream.objective, spec.num_layers))
     forward, backward = 0.0, 0.0
     for name, held in slices_over(spec, layout.tp).items():
         layer = ParameterName.parse(name).layer
-        if not is_divided_weight(name) or layer is None or layer > reach.layer:
+        is_reached = layer is not None and layer <= reach.layer
+        if not (is_reached and has_rows_of(name, held, stage.parallel, layout)):
             continue
         others = 1 - 1 / (layout.data * held.replicas)
         sent = others * prod(held.local_shape) * _element(stage)

@@ -11,14 +11,18 @@ from megalard.checkpoint.build import empty_decoder
 from megalard.config.schema import Config, ParallelConfig, TrainableConfig
 from megalard.distill.objective import reaches_of
 from megalard.distill.student import changed_weights
-from megalard.estimate.gathered_layers import GatheredLayers, gathered_layers, kept_elements
+from megalard.estimate.gathered_layers import (
+    GatheredLayers,
+    gathered_layers,
+    has_rows_of,
+    kept_elements,
+)
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.trained import Trained, TrainedTensor
 from megalard.model.names import projection_name
 from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.rope import RopeTable, rope_table
 from megalard.model.spec import ModelSpec
-from megalard.parallel.divided_weights import is_divided_weight
 from megalard.parallel.tensor.slices import slice_of_parameter
 
 
@@ -63,14 +67,15 @@ def parameters_of(config: Config, number: int, spec: ModelSpec, layout: RankLayo
     separate = frozen if config.model.student else frozen & _changed(stages[:number], weights, spec)
     if not has_teacher:
         separate = frozen
-    kept = kept_elements(slices_over(spec, layout.tp), config.parallel, layout)
+    slices = slices_over(spec, layout.tp)
+    kept = kept_elements(slices, config.parallel, layout)
     of_student = separate.union(trained.tensors)
     return Parameters(
         weights,
         sum(kept.values()) if has_teacher else 0,
         sum(kept[name] for name in separate),
         trained,
-        gathered_layers(weights, config.parallel, layout, of_student, has_teacher),
+        gathered_layers(slices, config.parallel, layout, of_student, has_teacher),
     )
 
 
@@ -121,7 +126,7 @@ def _trained_tensor(
 ) -> TrainedTensor:
     holders = layout.data * held.replicas
     is_divided = parallel.offload_optimizer or (parallel.shard_optimizer and holders > 1)
-    has_rows = parallel.shard_weights and layout.data > 1 and is_divided_weight(name)
+    has_rows = has_rows_of(name, held, parallel, layout)
     return TrainedTensor(held.local_shape, holders, is_divided, has_rows)
 
 
