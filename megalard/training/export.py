@@ -152,7 +152,8 @@ class _MergedTensors:
         scale = cast(Projection, projection).lora_scale
         lora_a, lora_b = (full[part] for part in parts[-2:])
         # If an earlier stage changed the weight itself, the pair is added to the changed weight.
-        original = full.get(name, source)
+        # The sum takes the memory of the weight, which may be the student's own.
+        original = full[name].clone() if name in full else source
 
         def count(rows: slice, exact: torch.Tensor, stored: torch.Tensor) -> None:
             self._loss.add(source[rows], exact, stored)

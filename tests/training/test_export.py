@@ -379,3 +379,11 @@ def _gather(replicas: int, sizes: list[int]) -> None:
         held = ParameterSlice(tuple(tensor.shape), dim, start, length, replicas)
         assert torch.equal(export.gather_full(held.cut(tensor), held, axis), tensor)
     assert export.gather_full(full, full_slice(tuple(full.shape), 4), axis) is full
+
+
+def test_an_export_leaves_the_student_as_it_is(made, tmp_path):
+    """A pair is added to a weight of an earlier stage, which the student keeps."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    made.student.carried[name] = torch.ones(made.student.decoder.slices[name].full_shape)
+    made.save(tmp_path / "student")
+    assert (made.student.carried[name] == 1).all()
