@@ -152,6 +152,7 @@ def take_notes(patch: pytest.MonkeyPatch, run: TinyRun) -> None:
 
     def note_update(self, sums, counts, number):
         def copy(of: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
+            self.student.complete()
             return {n: of(p).detach().clone() for n, p in self.student.trained.items()}
 
         before = copy(lambda p: p)
