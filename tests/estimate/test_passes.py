@@ -52,6 +52,8 @@ CASES = {
     "weights": ({"trainable.mode": "weights"}, {}),
     "all-relations-tp2": ({"trainable.mode": "all", **FOUR_BLOCKS}, {"tp": 2}),
     "all-cpt-16k": ({**CPT, "data.context_length": 16384}, {}),
+    # The peak is in the backward pass of attention.
+    "all-cpt-cp8-64k": ({**CPT, "data.context_length": 65536}, {"cp": 8}),
     "all-cpt-128k": (
         {**CPT, "data.context_length": 131072},
         {"cp": 2, "tp": 4, "shape": "llama3-8b"},
