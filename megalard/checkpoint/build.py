@@ -13,6 +13,7 @@ from megalard.model.decoder import Decoder
 from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.rope import RopeTable, rope_table
 from megalard.model.spec import ModelSpec
+from megalard.parallel.divided_weights import LayerGathers, WeightDivision
 from megalard.parallel.mesh import SINGLE, Axis
 from megalard.parallel.ops import ParallelOps
 from megalard.parallel.tensor.slices import slice_of_parameter
@@ -37,17 +38,50 @@ def load_decoder(
     weights: Weights,
     device: torch.device,
     dtype: torch.dtype,
+    division: WeightDivision | None = None,
 ) -> Decoder:
     """Return a frozen decoder with weights that are read from disk and cast to ``dtype``.
+
+    Args:
+        spec, rope: the shape of the decoder, and its table of rotary positions.
+        axis: the tp axis.
+        weights: the files.
+        device, dtype: those of the weights.
+        division: which weights the ranks divide; None keeps this rank's slices whole. A weight is
+            divided as soon as it is read, so that the device never holds all of them.
 
     Raises:
         UserError: a tensor is missing or has another shape than config.json implies.
     """
     decoder = empty_decoder(spec, rope, axis)
     for name in decoder.slices:
-        tensor = read_parameter(decoder, name, weights).to(device=device, dtype=dtype)
-        set_parameter(decoder, name, nn.Parameter(tensor, requires_grad=False))
+        value = read_parameter(decoder, name, weights)
+        parameter = make_parameter(decoder, name, value, device, dtype, division)
+        set_parameter(decoder, name, parameter)
+    if division is not None:
+        decoder.weight_sources.append(LayerGathers(decoder))
     return decoder
+
+
+def make_parameter(
+    decoder: Decoder,
+    name: str,
+    value: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    division: WeightDivision | None,
+    is_trained: bool = False,
+) -> nn.Parameter:
+    """Return a parameter of a decoder with a value; a trained one keeps fp32 values.
+
+    Args:
+        value: this rank's slice. A frozen parameter may share its memory.
+    """
+    if division is not None:
+        return division.parameter(name, decoder.slices[name], value, device, dtype, is_trained)
+    if is_trained:
+        return nn.Parameter(value.to(device, torch.float32, copy=True))
+    return nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False)
 
 
 def read_parameter(decoder: Decoder, name: str, weights: Weights) -> torch.Tensor:

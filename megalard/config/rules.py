@@ -38,6 +38,7 @@ def validate(config: Config, has_files: bool = True) -> None:
         for name, stream in stage_config.all_streams().items():
             _check_stream(prefix, name if stage_config.streams else None, stream, has_files)
     _check_stages(config)
+    _check_parallel(config)
     _check_checkpoint(config.checkpoint)
     _check_evaluation(config)
     beyond = [step for step in config.run.profile if step > config.steps]
@@ -116,6 +117,19 @@ def _check_stream(prefix: str, name: str | None, stream: StreamConfig, has_files
         bool(stream.objective.active_terms()),
         f"{prefix}objective is empty: give relations, "
         "attention_output, hidden_cosine, logits_kl or language_modelling a weight",
+    )
+
+
+def _check_parallel(config: Config) -> None:
+    parallel = config.parallel
+    modes = [stage.trainable.mode for stage in config.all_stages().values()]
+    _require(
+        not parallel.shard_weights
+        or parallel.shard_optimizer
+        or parallel.offload_optimizer
+        or set(modes) == {"lora"},
+        "parallel.shard_weights divides trained weights as parallel.shard_optimizer divides their "
+        "fp32 values, and parallel.shard_optimizer is false: leave one of them out",
     )
 
 

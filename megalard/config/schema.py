@@ -202,6 +202,10 @@ class ParallelConfig:
     shard_optimizer: bool = setting(True)
     """Divide the optimizer's fp32 weights, moments and gradients over all ranks that hold the same
     weights. It has no effect where one rank holds them alone."""
+    shard_weights: bool = setting(False)
+    """Divide the weights of the layers, frozen and trained, over all ranks that hold the same
+    weights, and gather one layer ahead of the computation. It costs exchanges, and is for models
+    that do not fit otherwise."""
     offload_optimizer: bool = setting(False)
     """Keep the optimizer's fp32 weights and moments in host memory, and update them there."""
     gradient_dtype: Literal["float32", "bfloat16"] = setting("float32")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch.profiler import record_function
@@ -30,6 +29,11 @@ class LayerState:
     qkv: Qkv
     attention_output: torch.Tensor | None
     residual: torch.Tensor | None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return all tensors."""
+        tensors = (self.qkv.q, self.qkv.k, self.qkv.v, self.attention_output, self.residual)
+        return [tensor for tensor in tensors if tensor is not None]
 
 
 @dataclass
@@ -82,7 +86,7 @@ def lockstep(
         if teacher is not None:
             with torch.no_grad(), record_function("teacher"):
                 teacher_state = _run(
-                    cast(DecoderLayer, teacher.layers[layer]),
+                    teacher.layer(layer),
                     x_t,
                     teacher_context,
                     teacher.ops,
@@ -90,7 +94,7 @@ def lockstep(
                 )
             x_t = teacher_state.residual
         arguments = (
-            cast(DecoderLayer, student.layers[layer]),
+            student.layer(layer),
             x_s,
             student_context,
             student_ops,
@@ -103,6 +107,7 @@ def lockstep(
                 )
             else:
                 student_state = _run(*arguments)
+        student.after_layer(layer, student_state.tensors())
         x_s = student_state.residual
         yield LayerPair(layer, student_state, teacher_state)
         del student_state, teacher_state

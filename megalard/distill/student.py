@@ -16,6 +16,7 @@ from torch import nn
 from megalard.checkpoint.build import (
     empty_decoder,
     get_parameter,
+    make_parameter,
     read_parameter,
     set_parameter,
 )
@@ -28,6 +29,7 @@ from megalard.model.names import projection_name
 from megalard.model.projection import Projection
 from megalard.model.rope import RopeTable
 from megalard.model.spec import ModelSpec
+from megalard.parallel.divided_weights import DividedParameter, LayerGathers, WeightDivision
 from megalard.parallel.mesh import Axis
 from megalard.parallel.tensor.slices import slice_of_parameter
 
@@ -37,6 +39,10 @@ class MasterValues(Protocol):
 
     def value(self, name: str) -> torch.Tensor:
         """Return the fp32 value of a trained parameter, this rank's slice; a collective call."""
+        ...
+
+    def complete(self) -> None:
+        """Complete the decoder's parameters for what reads them elsewhere; a collective call."""
         ...
 
 
@@ -72,19 +78,42 @@ class Student:
         """
         if name in self.carried:
             return self.carried[name]
-        return self.masters.value(name) if self.masters else self.trained[name].detach()
+        return self.masters.value(name) if self.masters else whole_value(self.trained[name])
+
+    def complete(self) -> None:
+        """Complete all parameters of the decoder; a collective call.
+
+        The decoder completes what it uses itself. Only what reads its parameters elsewhere needs
+        this call, and what ends the ranks while weights may be on their way.
+        """
+        if self.masters is not None:
+            self.masters.complete()
 
     def release(self) -> None:
-        """Free the memory of everything that is trained; the student cannot be used any more."""
+        """Free the memory of everything that is trained; a collective call.
+
+        The student cannot be used any more.
+        """
+        self.complete()
         self.masters = None
+        self.decoder.weight_sources.clear()
+        for parameter in self.decoder.parameters():
+            if isinstance(parameter, DividedParameter):
+                parameter.free()
         for parameter in self.trained.values():
             parameter.grad = None
+            if isinstance(parameter, DividedParameter):
+                parameter.release()
             parameter.data = parameter.detach().new_empty(0)
 
     def use_carried(self) -> None:
         """Copy the carried weights into the decoder, after they were loaded."""
         for name, value in self.carried.items():
-            get_parameter(self.decoder, name).data.copy_(value)
+            parameter = get_parameter(self.decoder, name)
+            if isinstance(parameter, DividedParameter):
+                parameter.write(parameter.local_part(value))
+            else:
+                parameter.data.copy_(value)
 
 
 def build_student(
@@ -99,6 +128,7 @@ def build_student(
     masters: Weights | None = None,
     earlier: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    division: WeightDivision | None = None,
 ) -> Student:
     """Make a student that starts from a loaded decoder.
 
@@ -116,6 +146,7 @@ def build_student(
             rounded to its dtype; None takes the trained weights of ``start`` too.
         earlier: fp32 weights that earlier stages changed, this rank's slices.
         dtype: dtype of the frozen weights; None takes that of the embedding of ``start``.
+        division: which weights the ranks divide; None keeps this rank's slices whole.
 
     Raises:
         UserError: the student's files do not match ``start``, or nothing is trained.
@@ -133,10 +164,10 @@ def build_student(
             if name in earlier:
                 value = earlier[name]
             elif files is None:
-                value = get_parameter(start, name).detach()
+                value = whole_value(get_parameter(start, name))
             else:
                 value = read_parameter(decoder, name, files)
-            trained[name] = nn.Parameter(value.to(device, torch.float32, copy=True))
+            trained[name] = make_parameter(decoder, name, value, device, dtype, division, True)
             set_parameter(decoder, name, trained[name])
             continue
         if name in earlier:
@@ -146,8 +177,10 @@ def build_student(
             continue
         else:
             value = read_parameter(decoder, name, weights)
-        frozen = nn.Parameter(value.to(device, dtype), requires_grad=False)
+        frozen = make_parameter(decoder, name, value, device, dtype, division)
         set_parameter(decoder, name, frozen)
+    if division is not None:
+        decoder.weight_sources.append(LayerGathers(decoder))
     key = DropoutKey()
     if trainable.mode == "lora":
         trained |= _add_lora(decoder, axis, trainable.lora, is_reached, seed, key)
@@ -157,6 +190,13 @@ def build_student(
             "trainable chooses"
         )
     return Student(decoder, trained, key, carried)
+
+
+def whole_value(parameter: nn.Parameter) -> torch.Tensor:
+    """Return the value of a parameter, this rank's slice; of a divided one by a collective call."""
+    if isinstance(parameter, DividedParameter):
+        return parameter.value()
+    return parameter.detach()
 
 
 def changed_weights(

@@ -26,12 +26,14 @@ class Bucket:
         names: the tensors.
         elements: the number of their elements.
         share: the elements of one rank's part, with padding.
+        gathered: those of them that are gathered after the update, and not layer by layer.
         holders: the ranks that the bucket is divided over.
     """
 
     names: frozenset[str]
     elements: int
     share: int
+    gathered: int
     holders: int
 
     @property
@@ -98,17 +100,18 @@ class Buckets:
     def published(self) -> int:
         """Return the most bytes of gathered weights after the update.
 
-        The gather of one bucket ends after two more have started.
+        Two buckets are on the way, and a third one starts when the first has ended.
         """
         sizes = []
         for bucket in reversed(self.buckets):
-            rounded = self._element * bucket.share if self._is_rounded else 0
-            from_host = FP32_BYTES * bucket.share if self._is_offloaded else 0
-            gathered = self._element * bucket.packed if bucket.holders > 1 else 0
+            rounded = self._element * bucket.gathered if self._is_rounded else 0
+            from_host = FP32_BYTES * bucket.gathered if self._is_offloaded else 0
+            packed = bucket.gathered * bucket.holders
+            gathered = self._element * packed if bucket.holders > 1 else 0
             sizes.append((rounded + gathered, rounded + from_host))
         most = 0
         for number, (_, starting) in enumerate(sizes):
-            waiting = sum(size for size, _ in sizes[max(0, number - _IN_FLIGHT) : number])
+            waiting = sum(size for size, _ in sizes[max(0, number + 1 - _IN_FLIGHT) : number])
             most = max(most, waiting + starting, waiting + sizes[number][0])
         return most
 
@@ -154,5 +157,6 @@ def _bucket(trained: Trained, names: list[str]) -> Bucket:
         frozenset(names),
         sum(tensor.elements for tensor in tensors),
         sum(tensor.share for tensor in tensors),
+        sum(tensor.share for tensor in tensors if not tensor.has_rows),
         tensors[0].holders,
     )

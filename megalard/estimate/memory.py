@@ -13,7 +13,7 @@ import torch
 
 from megalard.config.schema import Config
 from megalard.estimate.buckets import Buckets
-from megalard.estimate.passes import peak_of_passes
+from megalard.estimate.passes import passes
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.sizes import Sizes
 from megalard.estimate.trained import trained_state
@@ -34,6 +34,7 @@ BATCH = "tokens and positions"
 COPIES = "fp32 copies of gradients"
 GATHERING = "weights that are being gathered"
 WORKSPACES = "workspaces of cuBLAS"
+LAYERS = "weights of layers that are gathered"
 
 # cuBLAS takes 32 MiB per stream and thread on Hopper, through torch's allocator: once for the
 # forward pass, and once for autograd's thread. Between steps, 64 MiB are in use in addition to the
@@ -118,12 +119,21 @@ def stage_memory(
     micro_batches = sum(size.micro_batches for size in sizes.values())
     buckets = Buckets(trained, parallel, element, is_repeated=micro_batches > 1)
     dropout = stage.trainable.mode == "lora" and stage.trainable.lora.dropout > 0
-    peaks = [
-        (stream, *peak_of_passes(size, trained, buckets, parallel, dropout))
-        for stream, size in sizes.items()
-    ]
+    layers = parameters.gathered
+    gathered = (layers.forward * element, layers.backward * element)
+    peaks = []
+    for stream, size in sizes.items():
+        forward, backward = passes(size, trained, buckets, parallel, dropout)
+        for instants, held in zip((forward, backward), gathered, strict=True):
+            peaks += [
+                (stream, name, instant + Counter({LAYERS: held})) for name, instant in instants
+            ]
+    kept = Counter({LAYERS: layers.between_steps * element})
     # Of all streams together:
-    peaks.append(("main", "the update", Counter({COPIES: buckets.updated()})))
-    peaks.append(("main", "the gathering of weights", Counter({GATHERING: buckets.published()})))
+    peaks.append(("main", "the update", kept + Counter({COPIES: buckets.updated()})))
+    peaks.append(
+        ("main", "the gathering of weights", kept + Counter({GATHERING: buckets.published()}))
+    )
     stream, instant, tensors = max(peaks, key=lambda peak: peak[2].total())
-    return Memory(kinds + tensors, sum(kinds.values()), state.host, name, stream, instant)
+    between_steps = kinds.total() + kept.total()
+    return Memory(kinds + tensors, between_steps, state.host, name, stream, instant)

@@ -1,4 +1,4 @@
-"""The peak of a micro-batch's forward and backward pass, as the largest of a few instants.
+"""A micro-batch's forward and backward pass as a few instants, the largest of which is the peak.
 
 An *instant* is a place in the step with all tensors that live there. Which of them is the peak
 depends on the shape, the objective, the layout and the settings, so all of them are computed.
@@ -14,11 +14,14 @@ from megalard.estimate.saved import Instant
 from megalard.estimate.sizes import Sizes
 from megalard.estimate.trained import Trained
 
+NamedInstant = tuple[str, Instant]
+"""The name of an instant, and its bytes by kind of tensor."""
 
-def peak_of_passes(
+
+def passes(
     sizes: Sizes, trained: Trained, buckets: Buckets, parallel: ParallelConfig, dropout: bool
-) -> tuple[str, Instant]:
-    """Return the name and the bytes of the instant at which most memory is in use.
+) -> tuple[list[NamedInstant], list[NamedInstant]]:
+    """Return the instants of the forward and of the backward pass at which much memory is in use.
 
     Args:
         sizes: the sizes of the micro-batch.
@@ -28,5 +31,4 @@ def peak_of_passes(
         dropout: whether LoRA's inputs have dropout.
     """
     given = (sizes, trained, buckets, parallel, dropout)
-    instants = [*ForwardPass(*given).instants(), *BackwardPass(*given).instants()]
-    return max(instants, key=lambda pair: pair[1].total())
+    return [*ForwardPass(*given).instants()], [*BackwardPass(*given).instants()]

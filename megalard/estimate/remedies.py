@@ -81,6 +81,14 @@ def changes(config: Config) -> list[Change]:
                 lambda c: _with_parallel(c, shard_optimizer=True),
             )
         )
+    if not config.parallel.shard_weights:
+        result.append(
+            Change(
+                "dividing the weights of layers over GPUs",
+                "parallel.shard_weights true",
+                lambda c: _with_parallel(c, shard_weights=True, shard_optimizer=True),
+            )
+        )
     if config.parallel.gradient_dtype != "bfloat16":
         result.append(
             Change(
@@ -135,9 +143,9 @@ def remedies(
     """
     results, everything = [], config
     for change in changes(config):
-        everything = change.apply(everything)
         remedy = _remedy(change, change.apply(config), spec, machines, check, least)
         if remedy.saved > 0:
+            everything = change.apply(everything)
             results.append(remedy)
     results.sort(key=lambda remedy: (remedy.best is None, -remedy.saved))
     if len(results) > 1:

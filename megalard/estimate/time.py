@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -17,11 +18,13 @@ from megalard.config.schema import Config, ParallelConfig, StreamConfig
 from megalard.distill.objective import reaches_of
 from megalard.distill.reach import LayerDepth, deepest
 from megalard.estimate.flops import flops_by_kind
+from megalard.estimate.gathered_layers import has_rows_of
 from megalard.estimate.gpus import Gpu, Machines
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.sizes import FP32_BYTES, Sizes
 from megalard.estimate.trained import Trained, TrainedTensor, gradient_bytes
-from megalard.estimate.weights import trained_of
+from megalard.estimate.weights import slices_over, trained_of
+from megalard.model.names import ParameterName
 from megalard.model.spec import ModelSpec
 
 PRODUCTS, ATTENTION, RELATIONS_KIND = "products", "attention", "relations"
@@ -135,9 +138,37 @@ def micro_step_time(
     seconds = work.seconds()
     trained = trained_of(stage, spec, layout)
     sums = reduction_time(trained, stage.parallel, element, layout, machines)
+    backward = work.backward_seconds()
+    forward = sum(seconds.values()) - backward
+    gathers = gather_times(stage, stream, spec, layout, machines)
     seconds[POINTWISE] += sums[POINTWISE]
-    seconds[EXCHANGE] += max(0.0, sums[EXCHANGE] - work.backward_seconds())
+    seconds[EXCHANGE] += max(0.0, gathers[0] - forward)
+    seconds[EXCHANGE] += max(0.0, sums[EXCHANGE] + gathers[1] - backward)
     return seconds
+
+
+def gather_times(
+    stage: Config, stream: StreamConfig, spec: ModelSpec, layout: RankLayout, machines: Machines
+) -> tuple[float, float]:
+    """Return the seconds of gathering layers in the forward and in the backward pass.
+
+    They are zero without ``parallel.shard_weights``. The gathers overlap the computation.
+    """
+    trained = trained_of(stage, spec, layout).tensors
+    reach = deepest(reaches_of(stream.objective, spec.num_layers))
+    forward, backward = 0.0, 0.0
+    for name, held in slices_over(spec, layout.tp).items():
+        layer = ParameterName.parse(name).layer
+        is_reached = layer is not None and layer <= reach.layer
+        if not (is_reached and has_rows_of(name, held, stage.parallel, layout)):
+            continue
+        others = 1 - 1 / (layout.data * held.replicas)
+        sent = others * prod(held.local_shape) * _element(stage)
+        seconds = sent / _rate(layout.tp * layout.data, machines)
+        is_separate = name in trained or stage.model.student is not None
+        forward += seconds * (2 if stream.objective.needs_teacher and is_separate else 1)
+        backward += seconds
+    return forward, backward
 
 
 def _element(stage: Config) -> int:

@@ -23,11 +23,13 @@ class TrainedTensor:
         holders: the number of ranks that hold the slice: those of dp and cp, times its replicas.
         is_divided: whether master, moments and gradient are divided over the holders. The slice
             then also exists in the compute dtype, on every holder.
+        has_rows: whether each holder has only its rows in the compute dtype.
     """
 
     shape: tuple[int, ...]
     holders: int
     is_divided: bool
+    has_rows: bool = False
 
     @property
     def elements(self) -> int:
@@ -143,7 +145,8 @@ def trained_state(trained: Trained, parallel: ParallelConfig, element: int) -> T
     whole = sum(tensor.share for tensor in tensors if not tensor.is_divided)
     on_gpu = whole if parallel.offload_optimizer else whole + divided
     return TrainedState(
-        weights=element * sum(tensor.elements for tensor in trained.divided.values()),
+        weights=element
+        * sum(t.share if t.has_rows else t.elements for t in trained.divided.values()),
         masters=FP32_BYTES * on_gpu,
         moments=2 * FP32_BYTES * on_gpu,
         gradients=FP32_BYTES * whole + gradient_bytes(parallel) * divided,

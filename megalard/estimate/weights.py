@@ -11,6 +11,12 @@ from megalard.checkpoint.build import empty_decoder
 from megalard.config.schema import Config, ParallelConfig, TrainableConfig
 from megalard.distill.objective import reaches_of
 from megalard.distill.student import changed_weights
+from megalard.estimate.gathered_layers import (
+    GatheredLayers,
+    gathered_layers,
+    has_rows_of,
+    kept_elements,
+)
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.trained import Trained, TrainedTensor
 from megalard.model.names import projection_name
@@ -26,15 +32,17 @@ class Parameters:
 
     Attributes:
         all_weights: the weights of one model, without LoRA pairs.
-        teacher: the elements of the teacher; 0 if no stage from this one on needs it.
-        student_frozen: the elements of the student's frozen weights that are not the teacher's.
+        teacher: the elements that are kept of the teacher; 0 if no stage from this one on needs it.
+        student_frozen: those of the student's frozen weights that are not the teacher's.
         trained: the trained tensors.
+        gathered: the divided weights of one layer, while they are gathered.
     """
 
     all_weights: Mapping[str, int]
     teacher: int
     student_frozen: int
     trained: Trained
+    gathered: GatheredLayers
 
 
 def parameters_of(config: Config, number: int, spec: ModelSpec, layout: RankLayout) -> Parameters:
@@ -59,11 +67,15 @@ def parameters_of(config: Config, number: int, spec: ModelSpec, layout: RankLayo
     separate = frozen if config.model.student else frozen & _changed(stages[:number], weights, spec)
     if not has_teacher:
         separate = frozen
+    slices = slices_over(spec, layout.tp)
+    kept = kept_elements(slices, config.parallel, layout)
+    of_student = separate.union(trained.tensors)
     return Parameters(
         weights,
-        sum(weights.values()) if has_teacher else 0,
-        sum(weights[name] for name in separate),
+        sum(kept.values()) if has_teacher else 0,
+        sum(kept[name] for name in separate),
         trained,
+        gathered_layers(slices, config.parallel, layout, of_student, has_teacher),
     )
 
 
@@ -74,12 +86,12 @@ def _rope(spec: ModelSpec) -> RopeTable:
 
 def weights_of(spec: ModelSpec, layout: RankLayout) -> Mapping[str, int]:
     """Return the number of elements of each weight on one rank, by name."""
-    slices = _slices_over(spec, layout.tp)
+    slices = slices_over(spec, layout.tp)
     return {name: prod(held.local_shape) for name, held in slices.items()}
 
 
 @cache
-def _slices_over(spec: ModelSpec, tp: int) -> Mapping[str, ParameterSlice]:
+def slices_over(spec: ModelSpec, tp: int) -> Mapping[str, ParameterSlice]:
     """Return the slice of each weight on the first of ``tp`` ranks, in the order of the model."""
     return empty_decoder(spec, _rope(spec), RankLayout(tp=tp).tp_axis).slices
 
@@ -100,19 +112,22 @@ def trained_of(stage: Config, spec: ModelSpec, layout: RankLayout) -> Trained:
     if stage.trainable.mode == "lora":
         slices = _lora_pairs(stage.trainable, spec, layout, reached)
     else:
-        weights = _slices_over(spec, layout.tp)
+        weights = slices_over(spec, layout.tp)
         names = changed_weights(weights, stage.trainable, reached)
         slices = {name: weights[name] for name in weights if name in names}
-    tensors = {name: _trained_tensor(held, stage.parallel, layout) for name, held in slices.items()}
+    tensors = {
+        name: _trained_tensor(name, held, stage.parallel, layout) for name, held in slices.items()
+    }
     return Trained(tensors, stage.trainable.lora.rank if stage.trainable.mode == "lora" else 0)
 
 
 def _trained_tensor(
-    held: ParameterSlice, parallel: ParallelConfig, layout: RankLayout
+    name: str, held: ParameterSlice, parallel: ParallelConfig, layout: RankLayout
 ) -> TrainedTensor:
     holders = layout.data * held.replicas
     is_divided = parallel.offload_optimizer or (parallel.shard_optimizer and holders > 1)
-    return TrainedTensor(held.local_shape, holders, is_divided)
+    has_rows = has_rows_of(name, held, parallel, layout)
+    return TrainedTensor(held.local_shape, holders, is_divided, has_rows)
 
 
 def _lora_pairs(

@@ -239,11 +239,11 @@ def measure_by_position(
     assert edges[0] == 1 and edges[-1] == length and list(edges) == sorted(set(edges))
     inner_edges = torch.tensor(edges[1:-1], dtype=torch.int64, device=mesh.device)
     sums = torch.zeros(len(edges) - 1, 5, dtype=torch.float64, device=mesh.device)
-    # Every dp rank makes its own passes. Within a pass the cp and tp ranks work together.
+    # Every dp rank reads its own windows. Within a pass the cp and tp ranks work together.
     for number, windows in enumerate(passes(len(windows_wl), length, mesh)):
-        blocks = [(window, [(0, length)]) for window in windows_wl[windows]]
+        blocks = [(window, [(0, length)]) for window in windows_wl[windows or [0]]]
         batch = collate(blocks).cut(mesh.cp).to(mesh.device)
-        rows = (batch.target_bs.flatten() >= 0).nonzero()[:, 0]
+        rows = ((batch.target_bs.flatten() >= 0) & bool(windows)).nonzero()[:, 0]
         hidden = normed_hidden(model, batch, rows, dtype)
         if record is not None:
             record(hidden.to("cpu"))
@@ -253,17 +253,21 @@ def measure_by_position(
         elif teacher is not None:
             compared = normed_hidden(teacher, batch, rows, dtype), teacher.head_weight.to(dtype)
         sums += _window_sums(model, hidden, compared, batch, rows, inner_edges)
-        advance(len(blocks) * length)
+        advance(len(windows) * length)
     all_reduce(sums, mesh.data)
     overall, *intervals = (_means(row, teacher is not None) for row in (sums.sum(0), *sums))
     return overall, intervals
 
 
 def passes(count: int, length: int, mesh: Mesh) -> Iterator[list[int]]:
-    """Yield the rows of each pass of this dp rank; short rows are read several per pass."""
+    """Yield the rows of each pass of this dp rank; short rows are read several per pass.
+
+    All ranks make equally many passes, because a model may gather weights from all of them. A rank
+    that has no row left gets an empty list, and runs the model on any row, which does not count.
+    """
     local_rows = list(range(mesh.dp.rank, count, mesh.dp.size))
     batch = max(1, _TOKENS_PER_PASS // length)
-    for start in range(0, len(local_rows), batch):
+    for start in range(0, -(-count // mesh.dp.size), batch):
         yield local_rows[start : start + batch]
 
 
@@ -283,7 +287,7 @@ def normed_hidden(
         batch: this rank's share, of ``b * s`` tokens.
         rows: int64, indices of the flattened tokens, the same on all tp ranks.
     """
-    x = decoder.ops.gather(decoder.model.norm(decoder(batch, dtype)))
+    x = decoder.ops.gather(decoder.final_norm(decoder(batch, dtype)))
     return x.index_select(0, rows)
 
 

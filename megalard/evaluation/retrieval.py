@@ -55,12 +55,13 @@ def score(
     sums = torch.zeros(len(samples), 2, dtype=torch.float64, device=mesh.device)
     length = len(samples[0].tokens)
     for indices in passes(len(samples), length, mesh):
-        chosen = [samples[index] for index in indices]
+        chosen = [samples[index] for index in indices or [0]]
         batch = collate([(sample.tokens, [(0, length)]) for sample in chosen])
         batch = batch.cut(mesh.cp).to(mesh.device)
         prompt_length = torch.tensor([len(sample.prompt) for sample in chosen], device=mesh.device)
         # The token at place p predicts the token at place p + 1.
         in_answer = (batch.place_s + 1 >= prompt_length[:, None]) & (batch.target_bs >= 0)
+        in_answer &= bool(indices)
         row, _ = in_answer.nonzero(as_tuple=True)
         rows = in_answer.flatten().nonzero()[:, 0]
         target = batch.target_bs.flatten().index_select(0, rows)
@@ -70,7 +71,7 @@ def score(
         values = sums.new_zeros(len(rows), 2)
         values[:, 0] = arg_max(logits, first_id, axis) == target
         values[:, 1] = cross_entropy(logits, target, first_id, axis)
-        sample_index = torch.tensor(indices, device=mesh.device)[row]
+        sample_index = torch.tensor(indices, dtype=torch.int64, device=mesh.device)[row]
         sums += F.one_hot(sample_index, len(samples)).to(values).T @ values
         advance(len(indices) * length)
     all_reduce(sums, mesh.data)

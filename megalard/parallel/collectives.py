@@ -74,6 +74,13 @@ def start_all_gather_tokens(x: torch.Tensor, axis: Axis) -> PendingCollective:
     return PendingCollective(_all_gather, out, x.contiguous(), axis)
 
 
+def start_all_gather_tokens_into(
+    out: torch.Tensor, x: torch.Tensor, axis: Axis
+) -> PendingCollective:
+    """Start ``all_gather_tokens`` with a result [t, ...] that has been allocated."""
+    return PendingCollective(_all_gather, out, x, axis)
+
+
 def start_reduce_scatter_tokens(x: torch.Tensor, axis: Axis) -> PendingCollective:
     """Start ``reduce_scatter_tokens`` over an axis of two ranks or more."""
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -28,6 +28,7 @@ from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.time import run_times
 from megalard.model.spec import ModelSpec
 from megalard.parallel.agreement import checked_on_all_ranks
+from megalard.parallel.divided_weights import kept_bytes
 from megalard.parallel.mesh import Mesh
 from megalard.training.step import Distiller
 
@@ -113,12 +114,12 @@ def state_bytes(distiller: Distiller) -> dict[str, int]:
         for value in state.values()
         if torch.is_tensor(value) and value.ndim
     ]
-    weights = {TEACHER: _bytes(teacher), STUDENT: _bytes(alone)}
-    gradients = {GRADIENTS: _bytes(distiller.masters.gradients)}
+    weights = {TEACHER: kept_bytes(teacher), STUDENT: kept_bytes(alone)}
+    gradients = {GRADIENTS: kept_bytes(distiller.masters.gradients)}
     if distiller.config.parallel.offload_optimizer:
         copies = [master.grad for master in masters if master.grad is not None]
-        return weights | gradients | {HOST: _bytes([*masters, *moments, *copies])}
-    return weights | {MASTERS: _bytes(masters), MOMENTS: _bytes(moments)} | gradients
+        return weights | gradients | {HOST: kept_bytes([*masters, *moments, *copies])}
+    return weights | {MASTERS: kept_bytes(masters), MOMENTS: kept_bytes(moments)} | gradients
 
 
 def comparison_lines(
@@ -148,7 +149,3 @@ def _is_gpu(mesh: Mesh) -> bool:
 def size_text(size: float) -> str:
     """Return a number of bytes in GiB or, if it is small, in KiB."""
     return f"{size / GIB:.3f} GiB" if size >= GIB / 100 else f"{size / 2**10:.1f} KiB"
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)

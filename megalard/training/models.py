@@ -13,7 +13,9 @@ from megalard.distill.student import Student, build_student, merged_weights
 from megalard.model.decoder import Decoder
 from megalard.model.rope import rope_table
 from megalard.parallel.agreement import checked_meanwhile, checked_on_all_ranks
+from megalard.parallel.divided_weights import WeightDivision
 from megalard.parallel.mesh import Mesh
+from megalard.parallel.tensor.slices import kv_replicas
 from megalard.training.plan import Plan
 from megalard.training.stages import Stage, first_with_same_parameters, weights_changed_before
 
@@ -34,25 +36,30 @@ def load_models(stage: Stage, plan: Plan, mesh: Mesh) -> tuple[Decoder, Student]
         if has_other_weights:
             source.check_sums(mesh.world)
 
+    division = division_of(stage.config, plan, mesh)
     with checked_meanwhile(check, mesh.world) as wait_for_checksums:
         with checked_on_all_ranks(mesh.world):
-            teacher = load_teacher(stage.config, plan, mesh)
-            student = _build(
-                stage, plan, mesh, teacher, weights=source.weights if has_other_weights else None
-            )
+            teacher = _load_teacher(stage.config, plan, mesh, division)
+            weights = source.weights if has_other_weights else None
+            student = _build(stage, plan, mesh, teacher, division, weights=weights)
         wait_for_checksums()
     return teacher, student
 
 
+def division_of(config: Config, plan: Plan, mesh: Mesh) -> WeightDivision | None:
+    """Return how the ranks divide the weights, None if they do not; a collective call."""
+    if not config.parallel.shard_weights:
+        return None
+    return WeightDivision(mesh, kv_replicas(plan.student, mesh.tp.size))
+
+
 def load_teacher(config: Config, plan: Plan, mesh: Mesh) -> Decoder:
-    """Load the frozen teacher.
+    """Load the frozen teacher; a collective call.
 
     Raises:
         UserError: a tensor is missing or has another shape.
     """
-    model, dtype = plan.teacher, _dtype(config)
-    rope = rope_table(model.spec)
-    return load_decoder(model.spec, rope, mesh.tp, model.weights, mesh.device, dtype)
+    return _load_teacher(config, plan, mesh, division_of(config, plan, mesh))
 
 
 def next_student(before: Student, stage: Stage, plan: Plan, mesh: Mesh) -> Student:
@@ -64,7 +71,8 @@ def next_student(before: Student, stage: Stage, plan: Plan, mesh: Mesh) -> Stude
         return before
     earlier = merged_weights(before, plan.source.weights)
     before.release()
-    return _build(stage, plan, mesh, before.decoder, earlier=earlier)
+    division = division_of(stage.config, plan, mesh)
+    return _build(stage, plan, mesh, before.decoder, division, earlier=earlier)
 
 
 def student_to_restore(
@@ -84,10 +92,26 @@ def student_to_restore(
     slices = empty_decoder(plan.student, rope_table(plan.student), mesh.tp).slices
     changed = weights_changed_before(stages, start, slices, plan.student.num_layers)
     earlier = {name: torch.zeros(slices[name].local_shape) for name in sorted(changed)}
-    return _build(stages[start], plan, mesh, first.decoder, earlier=earlier)
+    division = division_of(stages[start].config, plan, mesh)
+    return _build(stages[start], plan, mesh, first.decoder, division, earlier=earlier)
 
 
-def _build(stage: Stage, plan: Plan, mesh: Mesh, start: Decoder, **options) -> Student:
+def _load_teacher(
+    config: Config, plan: Plan, mesh: Mesh, division: WeightDivision | None
+) -> Decoder:
+    model, dtype = plan.teacher, _dtype(config)
+    rope = rope_table(model.spec)
+    return load_decoder(model.spec, rope, mesh.tp, model.weights, mesh.device, dtype, division)
+
+
+def _build(
+    stage: Stage,
+    plan: Plan,
+    mesh: Mesh,
+    start: Decoder,
+    division: WeightDivision | None,
+    **options,
+) -> Student:
     config = stage.config
     reached = partial(is_reached, streams=config.all_streams(), num_layers=plan.student.num_layers)
     return build_student(
@@ -100,6 +124,7 @@ def _build(stage: Stage, plan: Plan, mesh: Mesh, start: Decoder, **options) -> S
         config.run.seed,
         masters=plan.source.weights,
         dtype=_dtype(config),
+        division=division,
         **options,
     )
 

@@ -85,6 +85,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         check_divisible(student, mesh.tp.size)
         rope_table(student)
         _check_rounding(config.checkpoint, source)
+        check_division(config, mesh)
         for stage, stage_config in config.all_stages().items():
             for name, stream in stage_config.all_streams().items():
                 with naming_stream(name, stage_config, stage):
@@ -92,6 +93,15 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         directory = config.model.tokenizer
         tokenizer = load_tokenizer(directory) if directory else teacher.tokenizer
     return Plan(teacher, source, student, student_config, native_window, tokenizer)
+
+
+def check_division(config: Config, mesh: Mesh) -> None:
+    """Refuse to divide weights that one rank holds alone."""
+    if config.parallel.shard_weights and mesh.data.size == 1:
+        raise UserError(
+            "parallel.shard_weights divides weights over dp and cp ranks, and this run has one: "
+            "leave it out, or start more processes (launch/train.sh --gpus N)"
+        )
 
 
 def _check_rounding(settings: CheckpointConfig, source: StoredModel) -> None:

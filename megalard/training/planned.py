@@ -15,7 +15,7 @@ from megalard.estimate.report import PlanResult
 from megalard.model.rope import scaled_config, window_of
 from megalard.model.spec import ModelSpec, read_spec, spec_from_config, spec_from_file
 from megalard.parallel.tensor.slices import check_divisible
-from megalard.training.plan import check_stream, naming_stream
+from megalard.training.plan import check_division, check_stream, naming_stream
 
 
 def read_shape(path: Path) -> ModelSpec:
@@ -54,6 +54,7 @@ def check_of(config: Config, spec: ModelSpec) -> Check:
     def check(changed: Config, layout: RankLayout) -> None:
         mesh = layout.mesh
         check_divisible(spec, layout.tp)
+        check_division(changed, mesh)
         for stage, stage_config in changed.all_stages().items():
             for name, stream in stage_config.all_streams().items():
                 with naming_stream(name, stage_config, stage):

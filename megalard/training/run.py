@@ -217,6 +217,7 @@ class Run:
             self.saver.save(number)
         if signal_name:
             self.saver.wait()
+            self.student.complete()
             self.reporter.line(f"{signal_name}: saved after step {number} and stopped")
             return True
         self.export_if_due()
@@ -256,6 +257,7 @@ class Run:
                 "optimizer.learning_rate, set model.compute_dtype float32, or look at the text"
             )
         self.exported_step = self._return_to_best()
+        self.student.complete()
         self._export("student")
         signal_name, _ = stop.agreed(self.mesh, False)
         if signal_name:
@@ -385,8 +387,7 @@ class Run:
             None if chosen == "source" else getattr(torch, chosen),
             self.config.checkpoint.export_rounding == "stochastic",
         )
-        is_nearest = self.config.checkpoint.export_rounding == "nearest"
-        if loss.lost and is_nearest:
+        if loss.lost and self.config.checkpoint.export_rounding == "nearest":
             self.reporter.line(
                 f"{directory}: rounding took {loss.share:.1%} of the {loss.changed:,} changed "
                 "weights back to what they were; checkpoint.export_rounding stochastic keeps them "

@@ -164,6 +164,7 @@ class Distiller:
         if not (math.isfinite(norm_value) and math.isfinite(loss_value)):
             problem = self._describe_non_finite(number, bool(is_finite_here), loss_value)
             if self.config.run.non_finite == "stop":
+                self.masters.complete()  # no rank ends while another one waits for weights
                 raise UserError(
                     f"{problem}: lower optimizer.learning_rate, or set run.non_finite skip"
                 )

@@ -68,4 +68,4 @@ def test_two_models_may_have_the_same_parameter_object(model):
     one, two = (empty_decoder(spec, rope_table(spec), SINGLE) for _ in range(2))
     assert get_parameter(one, Q_PROJ) is not get_parameter(two, Q_PROJ)
     set_parameter(two, Q_PROJ, get_parameter(one, Q_PROJ))
-    assert get_parameter(two, Q_PROJ) is one.layers[0].self_attn.q_proj.weight
+    assert get_parameter(two, Q_PROJ) is one.model.layers[0].self_attn.q_proj.weight

@@ -69,6 +69,14 @@ def test_a_value_out_of_range_is_refused_by_its_key(key, value, must_be):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (
+            (
+                "--trainable.mode=all",
+                "--parallel.shard_weights=true",
+                "--parallel.shard_optimizer=false",
+            ),
+            "parallel.shard_optimizer is false: leave one of them out",
+        ),
         (["--rope.type", "dynamic"], "'dynamic' equals the teacher's RoPE at up to M tokens"),
         (["--rope.theta", "5e5"], "rope.theta only applies to rope.type abf, not to linear"),
         (["--rope.type", "abf", "--rope.theta", "0"], "rope.theta must be greater than 0; got 0.0"),

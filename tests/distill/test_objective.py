@@ -94,7 +94,7 @@ def test_language_modelling_alone_needs_no_teacher(decoders, batch):
 
 def test_layers_past_the_reach_are_not_run(decoders, batch, monkeypatch):
     objective = make(ObjectiveConfig(layers=[0]), decoders[1])
-    for layer in (*decoders[0].layers[1:], *decoders[1].layers[1:]):
+    for layer in (*decoders[0].model.layers[1:], *decoders[1].model.layers[1:]):
         monkeypatch.setattr(layer, "qkv", None)
     loss, _ = objective(*decoders, batch, torch.ones(1))
     assert loss.isfinite()

@@ -195,7 +195,7 @@ def test_alpha_over_rank_and_the_rate_of_dropout_are_those_of_the_configuration(
     trainable = TrainableConfig("lora", LoraConfig(["q", "o"], rank=4, alpha=10.0, dropout=0.25))
     student = build(folder, trainable)
     places = set()
-    for layer in student.decoder.layers:
+    for layer in student.decoder.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.o_proj):
             assert projection.lora_scale == 2.5 and projection.lora_dropout.rate == 0.25
             assert projection.lora_dropout.key is student.dropout

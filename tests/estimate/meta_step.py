@@ -136,6 +136,7 @@ def _update(distiller: Distiller, config: Config) -> None:
     masters.give_gradients()
     masters.take_back_gradients()
     masters.publish()
+    masters.complete()
 
 
 def _decoder(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Decoder:

@@ -21,13 +21,15 @@ LAYER = "model.layers.0.mlp."
 HEAD, DOWN = "lm_head.weight", f"{LAYER}down_proj.weight"
 
 
-def made(monkeypatch, holders: int = 2, is_repeated: bool = False, **parallel) -> Buckets:
+def made(
+    monkeypatch, holders: int = 2, is_repeated: bool = False, has_rows: bool = False, **parallel
+) -> Buckets:
     """Return three buckets: the head of 12 elements, two weights of 5 and 6, and one of 10."""
     monkeypatch.setattr(estimated, "BUCKET_ELEMENTS", 10)
     tensors = {
         "model.embed_tokens.weight": TrainedTensor((5, 2), holders, True),
-        f"{LAYER}gate_proj.weight": TrainedTensor((3, 2), holders, True),
-        f"{LAYER}down_proj.weight": TrainedTensor((5, 1), holders, True),
+        f"{LAYER}gate_proj.weight": TrainedTensor((3, 2), holders, True, has_rows),
+        f"{LAYER}down_proj.weight": TrainedTensor((5, 1), holders, True, has_rows),
         "lm_head.weight": TrainedTensor((12, 1), holders, True),
     }
     return Buckets(Trained(tensors, 0), ParallelConfig(**parallel), 2, is_repeated)
@@ -98,8 +100,12 @@ def test_gradients_in_bf16_are_sent_in_bf16_and_copied_for_the_update(monkeypatc
     assert offloaded.updated() == 4 * 7, "one bucket after the other"
 
 
-def test_three_buckets_of_weights_are_gathered_at_once(monkeypatch):
+def test_two_buckets_of_weights_are_gathered_at_once(monkeypatch):
     """Rounded in bf16, and gathered from two ranks; from the host they come in fp32 first."""
-    assert made(monkeypatch).published() == 2 * (6 + 7 + 6) + 2 * (12 + 14 + 12)
+    assert made(monkeypatch).published() == 2 * (6 + 7) + 2 * (12 + 14)
     offloaded = made(monkeypatch, holders=1, offload_optimizer=True).published()
-    assert offloaded == 2 * (10 + 11 + 12) + 4 * 12
+    assert offloaded == 2 * (11 + 12) + 4 * 12
+
+
+def test_weights_that_are_gathered_by_layer_are_not_gathered_after_the_update(monkeypatch):
+    assert made(monkeypatch, has_rows=True).published() == 2 * 6 + 2 * 12

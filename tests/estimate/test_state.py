@@ -131,6 +131,9 @@ DIVIDED = {
     "all-bf16-gradients": {"trainable.mode": "all", "parallel.gradient_dtype": "bfloat16"},
     "weights-offloaded": {"trainable.mode": "weights", "parallel.offload_optimizer": True},
     "whole": {"trainable.mode": "all", "parallel.shard_optimizer": False},
+    "lora-weights": {"parallel.shard_weights": True},
+    "all-weights": {"trainable.mode": "all", "parallel.shard_weights": True},
+    "q-weights": {"trainable.mode": "weights", "parallel.shard_weights": True},
 }
 
 

@@ -23,10 +23,11 @@ from megalard.evaluation.measure import (
     measure,
     measure_and_record,
     measure_by_position,
+    passes,
 )
 from megalard.model.rope import scaled_config
 from megalard.model.spec import read_spec
-from megalard.parallel.mesh import build_mesh
+from megalard.parallel.mesh import SINGLE, Axis, Mesh, build_mesh
 from tests.command_line import user_error
 from tests.logits import load
 from tests.models import copy_with_config, make_model
@@ -212,3 +213,15 @@ def test_a_recorded_teacher_takes_the_place_of_the_teacher(tokens_per_pass, mode
     expected = measure(student, windows(), mesh, torch.float32, teacher)
     assert expected.kl > 0.01
     assert measure(student, windows(), mesh, torch.float32, recorded) == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_all_ranks_make_equally_many_passes(count):
+    """Ranks gather weights from each other in every pass; one that had none would be waited for."""
+    rows = []
+    for rank in range(3):
+        dp = Axis(None, rank, 3)
+        mesh = Mesh(dp, dp, SINGLE, dp, SINGLE, torch.device("cpu"))
+        rows.append(list(passes(count, 4096, mesh)))
+    assert len({len(passes_of_rank) for passes_of_rank in rows}) == 1
+    assert sorted(row for rank in rows for part in rank for row in part) == [*range(count)]

@@ -60,6 +60,7 @@ class Case:
         streams: several streams, in place of the one that the other attributes describe.
         length: tokens per block.
         sizes: entries of the model's config.json that differ from those of the family.
+        shard_weights: whether the weights of layers are divided over dp and cp ranks.
     """
 
     family: str
@@ -78,6 +79,7 @@ class Case:
     streams: dict[str, Stream] = field(default_factory=dict, hash=False)
     length: int = LENGTH
     sizes: dict = field(default_factory=dict, hash=False)
+    shard_weights: bool = False
 
 
 CASES = {
@@ -143,6 +145,12 @@ CASES = {
     ),
 }
 
+# With masters on the device, and in host memory.
+DIVIDED = {
+    "lora-divided": replace(CASES["lora-qkvo-grouped"], shard_weights=True),
+    "all-divided": replace(CASES["all-everything"], shard_weights=True),
+}
+
 # Three tp ranks do not divide blocks of 16 tokens: the last rank has rows of padding, in which the
 # biases do not vanish.
 _SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
@@ -175,7 +183,7 @@ THIRDS = {
 
 DROPOUT = Case("llama", "lora", "padded", targets=("q", "k", "v", "o"), dropout=0.3)
 DROPOUT_THIRDS = replace(DROPOUT, length=16, sizes=_SIX_HEADS)
-ALL_CASES = {**CASES, **THIRDS, "dropout": DROPOUT, "dropout-thirds": DROPOUT_THIRDS}
+ALL_CASES = {**CASES, **THIRDS, **DIVIDED, "dropout": DROPOUT, "dropout-thirds": DROPOUT_THIRDS}
 
 
 def make_config(
@@ -233,6 +241,7 @@ def make_config(
             offload=case.data == "short",
             shard_optimizer=case.mode != "weights",
             offload_optimizer=case.data == "short",
+            shard_weights=case.shard_weights,
         ),
         run=RunConfig(output="unused", seed=3),
     )

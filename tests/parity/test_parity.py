@@ -50,9 +50,16 @@ OTHER_LAYOUTS = {
     (1, 1, 3): [*THIRDS],
     (1, 2, 3): ["lora-thirds", "all-thirds"],
 }
+# Weights that are divided over dp, over cp, and over dp with tensor-parallel slices.
+DIVIDED_LAYOUTS = {
+    (2, 1, 1): ["lora-divided", "all-divided"],
+    (1, 2, 1): ["all-divided"],
+    (2, 1, 2): ["lora-divided", "all-divided"],
+}
 MATRIX = [
     *((layout, name) for layout, no in MOST_CASES.items() for name in CASES if name not in no),
     *((layout, name) for layout, names in OTHER_LAYOUTS.items() for name in names),
+    *((layout, name) for layout, names in DIVIDED_LAYOUTS.items() for name in names),
 ]
 LAYOUTS = [*MOST_CASES, *OTHER_LAYOUTS]
 # Blocks in a micro-batch: one process and the layouts with dp > 1 accumulate two micro-batches. The
@@ -126,3 +133,16 @@ def test_dropout_changes_the_gradients(results, models):
         # gradient with it.
         if gradient.norm() > 0:
             assert relative_error(ours["gradients"][name], gradient) > 0.05, name
+
+
+@pytest.mark.parametrize("layout", DIVIDED_LAYOUTS, ids=label)
+def test_divided_weights_change_no_bit(layout, results):
+    names = {"lora-divided": LORA, "all-divided": EVERYTHING}
+    for name in DIVIDED_LAYOUTS[layout]:
+        divided, whole = results(layout)[name], results(layout).get(names[name])
+        if whole is None:
+            continue
+        assert divided["loss"] == whole["loss"] and divided["norm"] == whole["norm"]
+        for kind in ("gradients", "weights"):
+            for key, value in divided[kind].items():
+                assert torch.equal(value, whole[kind][key]), (name, kind, key)

@@ -16,10 +16,12 @@ from megalard.config.schema import Config
 from megalard.data.batch import Batch
 from megalard.data.sampler import rank_indices
 from megalard.distill.objective import is_reached
-from megalard.distill.student import build_student
+from megalard.distill.student import build_student, whole_value
 from megalard.model.rope import rope_table, scaled_config
 from megalard.model.spec import read_spec, spec_from_config
+from megalard.parallel.divided_weights import WeightDivision
 from megalard.parallel.mesh import Mesh, build_mesh
+from megalard.parallel.tensor.slices import kv_replicas
 from megalard.training.export import gather_full
 from megalard.training.step import Distiller
 from tests.parity.cases import (
@@ -40,7 +42,11 @@ def make_distiller(config: Config, mesh: Mesh) -> Distiller:
     student_spec = spec_from_config(scaled_config(start, config.rope, 64), "student")
     weights = HuggingFaceWeights(config.model.teacher)
     dtype = getattr(torch, config.model.compute_dtype)
-    teacher = load_decoder(spec, rope_table(spec), mesh.tp, weights, mesh.device, dtype)
+    division = None
+    if config.parallel.shard_weights:
+        division = WeightDivision(mesh, kv_replicas(spec, mesh.tp.size))
+    rope = rope_table(spec)
+    teacher = load_decoder(spec, rope, mesh.tp, weights, mesh.device, dtype, division)
     start_weights = HuggingFaceWeights(config.model.student) if config.model.student else None
     student = build_student(
         teacher,
@@ -51,6 +57,7 @@ def make_distiller(config: Config, mesh: Mesh) -> Distiller:
         partial(is_reached, streams=config.all_streams(), num_layers=spec.num_layers),
         config.run.seed,
         weights=start_weights,
+        division=division,
     )
     if config.trainable.mode == "lora":
         _fill_lora_b(student)
@@ -119,6 +126,9 @@ def run_case(case: Case, config: Config, mesh: Mesh, micro_batch: int) -> dict:
             }
             assert abs(result.gradient_norm - out["norm"]) <= 1e-6 * out["norm"]
     out["weights"] = full_tensors(distiller, masters.value)
+    masters.complete()
+    for name, parameter in distiller.student.trained.items():
+        assert torch.equal(whole_value(parameter), masters.value(name).to(parameter.dtype)), name
     return out
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megalard.data.tokenizer import load_tokenizer
+from megalard.parallel.divided_weights import is_divided_weight, kept_bytes
 from megalard.training.masters.masters import Masters
 from megalard.training.step import Distiller
 from tests.command_line import megalard, refusal
@@ -26,12 +27,14 @@ def _train_and_note(words: list[str], notes: str) -> None:
     def note(self, *arguments):
         rank = self.mesh.world.rank
         result = update(self, *arguments)
+        names = dict(self.student.decoder.named_parameters())
         held = {
             "dp": self.mesh.dp.size,
-            "rows": dict(self.student.decoder.named_parameters())[Q].shape[0],
+            "rows": names[Q].shape[0],
             "loss": result.loss,
             "optimizer": sum(p.numel() for p in self.masters.parameters),
             "gradients": sorted({str(g.dtype) for _, g in self.masters.local_gradients()}),
+            "kept": kept_bytes(p for n, p in names.items() if is_divided_weight(n)),
         }
         Path(notes, f"{rank}-{arguments[-1]}.json").write_text(json.dumps(held))
         return result
@@ -93,6 +96,14 @@ def test_parallel_shard_optimizer(run, job, tmp_path):
     total = sum(value.numel() for value in run().steps[0].after.values())
     assert [note["optimizer"] for note in whole] == [total] * 2
     assert [note["optimizer"] for note in divided] == [total // 2] * 2
+    assert divided[0]["loss"] == whole[0]["loss"]
+
+
+def test_parallel_shard_weights(job, tmp_path):
+    """Each of two data-parallel ranks keeps half of the rows of every layer's weights."""
+    whole, _ = on_two_ranks(job, tmp_path / "whole")
+    divided, _ = on_two_ranks(job, tmp_path / "divided", "parallel.shard_weights=true")
+    assert [note["kept"] for note in divided] == [whole[0]["kept"] // 2] * 2
     assert divided[0]["loss"] == whole[0]["loss"]
 
 

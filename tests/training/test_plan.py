@@ -86,6 +86,7 @@ def test_companions_have_the_lengths_of_the_student(planned, small_job, tmp_path
         ),
         (("optimizer.micro_batch=3",), "a multiple of 3"),
         (("objective.layers=[3]",), "objective.layers names layer 3"),
+        (("parallel.shard_weights=true",), "shard_weights divides weights over dp and cp ranks"),
     ],
 )
 def test_what_cannot_work_is_refused(options, sentence, planned):

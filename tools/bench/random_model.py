@@ -6,13 +6,18 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from megalard.checkpoint.build import empty_decoder, full_slices, set_parameter
+from megalard.checkpoint.build import (
+    empty_decoder,
+    full_slices,
+    make_parameter,
+    set_parameter,
+)
 from megalard.model.decoder import Decoder
 from megalard.model.parameter_slice import ParameterSlice
 from megalard.model.rope import rope_table
 from megalard.model.spec import ModelSpec, spec_from_config
+from megalard.parallel.divided_weights import LayerGathers, WeightDivision
 from megalard.parallel.mesh import Mesh
 from tools.bench.shapes import SHAPES
 
@@ -45,14 +50,19 @@ def random_spec(shape: str, window: int) -> ModelSpec:
     return spec_from_config(random_config(shape, window), shape)
 
 
-def random_decoder(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> Decoder:
+def random_decoder(
+    spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, division: WeightDivision | None = None
+) -> Decoder:
     """Return a frozen decoder on the device of this rank; its norms are ones."""
     decoder = empty_decoder(spec, rope_table(spec), mesh.tp)
     torch.manual_seed(0)
     for name, held in decoder.slices.items():
         value = torch.empty(held.local_shape, dtype=dtype, device=mesh.device)
         value.fill_(1.0) if _is_norm(name) else value.normal_(0, _STANDARD_DEVIATION)
-        set_parameter(decoder, name, nn.Parameter(value, requires_grad=False))
+        parameter = make_parameter(decoder, name, value, mesh.device, dtype, division)
+        set_parameter(decoder, name, parameter)
+    if division is not None:
+        decoder.weight_sources.append(LayerGathers(decoder))
     return decoder
 
 

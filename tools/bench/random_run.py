@@ -13,8 +13,9 @@ from megalard.distill.objective import is_reached
 from megalard.distill.student import build_student
 from megalard.model.rope import rope_table, scaled_config
 from megalard.model.spec import ModelSpec, spec_from_config
+from megalard.parallel.divided_weights import WeightDivision
 from megalard.parallel.mesh import Mesh
-from megalard.parallel.tensor.slices import check_divisible
+from megalard.parallel.tensor.slices import check_divisible, kv_replicas
 from megalard.training.step import Distiller
 from tools.bench.random_model import random_decoder
 
@@ -56,7 +57,10 @@ def make_distiller(config: Config, spec: ModelSpec, mesh: Mesh) -> Distiller:
         UserError: the tp ranks cannot share the model.
     """
     check_divisible(spec, mesh.tp.size)
-    teacher = random_decoder(spec, mesh, getattr(torch, config.model.compute_dtype))
+    division = None
+    if config.parallel.shard_weights:
+        division = WeightDivision(mesh, kv_replicas(spec, mesh.tp.size))
+    teacher = random_decoder(spec, mesh, getattr(torch, config.model.compute_dtype), division)
     student_spec = spec_from_config(scaled_config(spec, config.rope, spec.max_positions), "student")
     student = build_student(
         teacher,
@@ -66,6 +70,7 @@ def make_distiller(config: Config, spec: ModelSpec, mesh: Mesh) -> Distiller:
         config.trainable,
         partial(is_reached, streams=config.all_streams(), num_layers=spec.num_layers),
         config.run.seed,
+        division=division,
     )
     needs_teacher = any(s.objective.needs_teacher for s in config.all_streams().values())
     return Distiller(teacher if needs_teacher else None, student, config, mesh)

@@ -38,6 +38,7 @@ OPTIMIZERS = {
     "whole": {"parallel.shard_optimizer": False},
     "divided": {},
     "offloaded": {"parallel.offload_optimizer": True},
+    "divided-weights": {"parallel.shard_weights": True},
 }
 
 if TYPE_CHECKING:

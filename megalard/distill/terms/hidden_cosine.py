@@ -37,9 +37,9 @@ class HiddenCosine(Term):
             return None
         student_x, teacher_x = pair.student.residual, pair.teacher.residual
         if state == self.spec.num_layers:
-            student_x = inputs.student.model.norm(student_x)
+            student_x = inputs.student.final_norm(student_x)
             with torch.no_grad():
-                teacher_x = inputs.teacher.model.norm(teacher_x)
+                teacher_x = inputs.teacher.final_norm(teacher_x)
         rows = len(student_x)
         start = self.axis.rank * rows
         valid_t = padded_rows(inputs.valid_bs.flatten(), self.axis)[start : start + rows]

@@ -50,7 +50,7 @@ def cross_entropy_sum(
         target_bs: int64 [b, s] of this rank's tokens; negative if a token has no target.
     """
     axis, first_id = tensor_axis(student), student.first_vocab_row
-    hidden = student.ops.gather(student.model.norm(student_x))
+    hidden = student.ops.gather(student.final_norm(student_x))
     hidden = without_padding(hidden, target_bs.numel())
 
     def slice_sum(h, target, weight):

@@ -87,9 +87,9 @@ def logits_kl_sum(
     """
     axis = tensor_axis(student)
     index = to_device(rows, student_x.device)
-    student_h = student.ops.gather(student.model.norm(student_x)).index_select(0, index)
+    student_h = student.ops.gather(student.final_norm(student_x)).index_select(0, index)
     with torch.no_grad():
-        teacher_h = teacher.ops.gather(teacher.model.norm(teacher_x)).index_select(0, index)
+        teacher_h = teacher.ops.gather(teacher.final_norm(teacher_x)).index_select(0, index)
 
     def slice_sum(h_s, h_t, weight_s, weight_t):
         logits_s = F.linear(h_s, weight_s.to(h_s.dtype)).float()

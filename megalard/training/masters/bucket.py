@@ -10,14 +10,16 @@ A rank holds its part of every parameter, one after another, in one flat tensor:
     rank 1   a2 a2 a3 a3 b2 --         -- is padding, which is always zero
 
 The rows of this picture are a *packed* tensor [ranks, elements]. It is what a reduce-scatter of the
-gradients takes and what an all-gather of the weights returns.
+gradients takes and what an all-gather of the weights returns. A parameter that is itself divided
+(``megalard.parallel.divided_weights``) is cut in the same way, and takes its rows from this rank's
+master.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -28,6 +30,7 @@ from megalard.parallel.collectives import (
     start_all_gather_tokens,
     start_reduce_scatter_tokens,
 )
+from megalard.parallel.divided_weights import DividedParameter
 from megalard.parallel.mesh import Axis
 
 
@@ -76,11 +79,13 @@ class Part:
 class Bucket:
     """The masters and the gradients of some parameters, this rank's parts of them.
 
-    The parameters themselves get the compute dtype, and are full on every rank of the axis.
+    The parameters themselves get the compute dtype. They are full on every rank of the axis, or
+    divided over it.
 
     Attributes:
         parameters: the parameters.
         parts: where each parameter is in the flat tensors.
+        device: the device of the parameters.
         master: fp32 [elements], the parameter of the optimizer.
         gradient: [elements], the sum over all ranks of the axis and over micro-batches.
 
@@ -108,16 +113,24 @@ class Bucket:
             length = rows * math.prod(parameter.shape[1:])
             self.parts.append(Part(tuple(parameter.shape), start, length))
             start += length
-        self._device = parameters[0].device
-        flat = torch.zeros(start, device=self._device)
+        self.device = parameters[0].device
+        flat = torch.zeros(start, device=self.device)
         for part, parameter in zip(self.parts, parameters, strict=True):
             rows = part.length // part.row_elements
-            values = parameter.detach()[axis.rank * rows : (axis.rank + 1) * rows]
+            if isinstance(parameter, DividedParameter):
+                values, parameter.rows = parameter.rows, parameter.rows.to(dtype)
+            else:
+                values = parameter.detach()[axis.rank * rows : (axis.rank + 1) * rows]
+                parameter.data = parameter.detach().to(dtype)
             flat[part.start : part.start + values.numel()] = values.reshape(-1)
-            parameter.data = parameter.detach().to(dtype)
+        self._gathered = [
+            (part, parameter)
+            for part, parameter in zip(self.parts, parameters, strict=True)
+            if not isinstance(parameter, DividedParameter)
+        ]
         self.master = nn.Parameter(self._in_host_memory(flat) if is_offloaded else flat)
         self._host_gradient = self._in_host_memory(flat) if is_offloaded else None
-        self.gradient = torch.zeros(start, dtype=gradient_dtype, device=self._device)
+        self.gradient = torch.zeros(start, dtype=gradient_dtype, device=self.device)
         self._sent: PendingCollective | None = None
 
     def view(self, flat: torch.Tensor, number: int) -> torch.Tensor:
@@ -167,18 +180,36 @@ class Bucket:
         if self._host_gradient is None:
             self.master.grad = None
 
-    def start_gather(self) -> PendingCollective | None:
-        """Start to gather the masters, rounded to the dtype of the parameters."""
-        if self.axis.size == 1:
-            return None
-        return start_all_gather_tokens(self._rounded(), self.axis)
-
-    def finish_gather(self, gathered: PendingCollective | None) -> None:
-        """Write what ``start_gather`` returned into the parameters."""
-        packed = (self._rounded() if gathered is None else gathered.wait()).view(self.axis.size, -1)
+    def write_divided(self) -> None:
+        """Give the parameters that are divided the rows of this rank's master."""
         for part, parameter in zip(self.parts, self.parameters, strict=True):
-            for source, target in part.pairs(packed, parameter.detach()):
+            if isinstance(parameter, DividedParameter):
+                parameter.write(self._local(part))
+
+    def start_gather(self) -> PendingCollective | torch.Tensor:
+        """Start to gather the masters of all other parameters, rounded to the compute dtype.
+
+        Returns:
+            The gather, or the rounded masters if no other rank has a part of them.
+        """
+        if len(self._gathered) == len(self.parts):
+            master = self.master.detach()
+        elif self._gathered:
+            master = torch.cat([self._local(part) for part, _ in self._gathered])
+        else:
+            return self.gradient.new_empty(0)
+        rounded = master.to(self.device, non_blocking=True).to(self.parameters[0].dtype)
+        return rounded if self.axis.size == 1 else start_all_gather_tokens(rounded, self.axis)
+
+    def finish_gather(self, gathered: PendingCollective | torch.Tensor) -> None:
+        """Write what ``start_gather`` returned into the parameters."""
+        packed = gathered if isinstance(gathered, torch.Tensor) else gathered.wait()
+        packed, start = packed.view(self.axis.size, -1), 0
+        for part, parameter in self._gathered:
+            moved = replace(part, start=start)
+            for source, target in moved.pairs(packed, parameter.detach()):
                 target.copy_(source)
+            start += part.length
 
     def full(self, flat: torch.Tensor, number: int) -> torch.Tensor:
         """Return a parameter's part of a flat tensor as it is over all ranks; a collective call.
@@ -188,13 +219,13 @@ class Bucket:
             number: the number of the parameter.
         """
         part = self.parts[number]
-        local = flat.detach()[part.start : part.start + part.length].to(self._device)
+        local = flat.detach()[part.start : part.start + part.length].to(self.device)
         packed = all_gather_tokens(local, self.axis)
         return packed[: math.prod(part.shape)].view(part.shape)
 
-    def _rounded(self) -> torch.Tensor:
-        master = self.master.detach().to(self._device, non_blocking=True)
-        return master.to(self.parameters[0].dtype)
+    def _local(self, part: Part) -> torch.Tensor:
+        """Return this rank's part of a parameter's master with its padding, as a view."""
+        return self.master.detach()[part.start : part.start + part.length]
 
     def _in_host_memory(self, flat: torch.Tensor) -> torch.Tensor:
         """Return a copy in host memory, pinned if the parameters are on a GPU."""

@@ -96,6 +96,7 @@ class Masters:
             for bucket in self._sharded.buckets
             for number, parameter in enumerate(bucket.parameters)
         }
+        student.decoder.weight_sources.append(self._sharded.publication)
         self.parts: dict[str, MasterPart] = {}
         for name, parameter in student.trained.items():
             if parameter in places:
@@ -147,9 +148,12 @@ class Masters:
     def reduce(self) -> torch.Tensor:
         """Sum every gradient over the ranks that computed a part of it; a collective call.
 
+        The decoder has complete weights afterwards, so that masters can be updated.
+
         Returns:
             A bool scalar: whether the gradients that this rank computed are finite.
         """
+        self.complete()
         total = self._plain.gradient.sum()
         if self._sharded.buckets:
             total = total + self._sharded.reduce()
@@ -194,8 +198,15 @@ class Masters:
             bucket.take_back_gradient()
 
     def publish(self) -> None:
-        """Give the decoder's parameters the values of the masters; a collective call."""
-        self._sharded.publish()
+        """Begin to give the decoder the values of the masters; a collective call.
+
+        The decoder's parameters are complete when the decoder uses them, or after ``complete``.
+        """
+        self._sharded.publication.start()
+
+    def complete(self) -> None:
+        """Complete the decoder's parameters for what reads them elsewhere; a collective call."""
+        self._sharded.publication.complete()
 
     def value(self, name: str) -> torch.Tensor:
         """Return the master of a parameter, fp32, this tp rank's slice; a collective call."""

@@ -1,9 +1,9 @@
 """Masters and gradients that are divided over ranks (ZeRO stages 1 and 2, arXiv 1910.02054).
 
 The gradients of a bucket are reduce-scattered as soon as the backward pass has computed them, while
-it goes on. A rank then updates its parts of the masters, and an all-gather returns the weights. The
-loss of a micro-batch has to reach the same parameters on all ranks, so that they send the same
-buckets.
+it goes on. A rank then updates its parts of the masters, and an all-gather returns the weights
+while the next forward pass begins (``megalard.training.masters.publication``). The loss of a
+micro-batch has to reach the same parameters on all ranks, so that they send the same buckets.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 
 from megalard.parallel.mesh import Axis
 from megalard.training.masters.bucket import Bucket
+from megalard.training.masters.publication import Publication
 
 # Elements of a bucket. A bucket of 2^25 fp32 gradients is 128 MiB, which an exchange over NVLink
 # carries at full speed.
@@ -31,6 +32,7 @@ class ShardedMasters:
 
     Attributes:
         buckets: the buckets.
+        publication: the way of updated weights to the decoder.
 
     Args:
         trained: each parameter with the ranks that hold it, in the order of the forward pass.
@@ -50,6 +52,7 @@ class ShardedMasters:
             Bucket(parameters, axis, dtype, gradient_dtype, is_offloaded)
             for parameters, axis in _fill_buckets(trained)
         ]
+        self.publication = Publication(self.buckets)
         # A parameter refers to its hook, which therefore must not keep the buckets alive.
         on_gradient = weakref.WeakMethod(self._on_gradient)
         for number, bucket in enumerate(self.buckets):
@@ -86,20 +89,6 @@ class ShardedMasters:
         """Return the square of the norm, to be summed over all ranks."""
         norms = [torch.linalg.vector_norm(b.gradient, dtype=torch.float32) for b in self.buckets]
         return torch.stack(norms).square().sum()
-
-    def publish(self) -> None:
-        """Give all ranks the weights of the updated masters; a collective call.
-
-        The gather of a bucket overlaps the copies of the bucket before it.
-        """
-        waiting: deque = deque()
-        for bucket in reversed(self.buckets):
-            waiting.append((bucket, bucket.start_gather()))
-            if len(waiting) > _IN_FLIGHT:
-                first, gathered = waiting.popleft()
-                first.finish_gather(gathered)
-        for bucket, gathered in waiting:
-            bucket.finish_gather(gathered)
 
     def _on_gradient(self, number: int) -> None:
         """Send all complete buckets. Every rank sends them in the same order."""

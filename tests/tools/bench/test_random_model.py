@@ -25,7 +25,7 @@ def test_weights_are_read_by_slice():
     weights = RandomWeights(spec, "tiny")
     decoder = load_decoder(spec, rope_table(spec), SINGLE, weights, torch.device("cpu"),
                            torch.float32)  # fmt: skip
-    query = decoder.layers[0].self_attn.q_proj.weight
+    query = decoder.model.layers[0].self_attn.q_proj.weight
     assert 0.015 < query.std() < 0.025 and bool((decoder.model.norm.weight == 1).all())
     name = "model.layers.0.self_attn.q_proj.weight"
     held = slice_of_parameter(name, weights.shape(name), spec, 1, 2)

@@ -100,6 +100,7 @@ def _memory_and_bits(folder: str) -> None:
             ),
         }
         weights = {name: masters.value(name).clone() for name in masters.parts}
+        masters.complete()
         for name, parameter in distiller.student.trained.items():
             assert torch.equal(parameter, weights[name]), "every rank has the updated weights"
         results.append((bytes_of, weights))

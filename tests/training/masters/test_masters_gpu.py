@@ -44,6 +44,7 @@ def test_an_update_on_the_host_is_that_of_the_gpu(dtype, tolerance, models):
         assert parameter.device.type == "cpu" and parameter.is_pinned()
     for state in offloaded.optimizer.state.values():
         assert state["exp_avg"].device.type == "cpu"
+    offloaded.masters.complete()
     for name in plain.masters.parts:
         value, expected = offloaded.masters.value(name), plain.masters.value(name)
         # Learning rates of 1e-2 and gradients that differ by the rounding of the dtype.
