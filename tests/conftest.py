@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -63,6 +64,20 @@ def no_pictures(monkeypatch):
 
     for module in (comparison, evaluator):
         monkeypatch.setattr(module, "draw", draw)
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Let every figure be made, and nothing be drawn of it, which takes most of a small run."""
+    from matplotlib.figure import Figure
+
+    def save(figure: Figure, file: Path | IO[bytes], **options: object) -> None:
+        if isinstance(file, Path):
+            file.write_bytes(b"no picture")
+        else:
+            file.write(b"no picture")
+
+    monkeypatch.setattr(Figure, "savefig", save)
 
 
 @pytest.hookimpl(optionalhook=True)

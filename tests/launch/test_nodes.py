@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.jobs import metrics, steps_reported
+from tests.jobs import metrics
 from tests.launch.namespaces import Network, two_namespaces
-from tests.launch.nodes import STEPS, Node, stand_in, words_of
+from tests.launch.nodes import STEPS, Node, changed_trainer, stand_in, words_of
 from tests.processes import kill
 from tests.ranks import free_port
 
@@ -49,9 +49,26 @@ def network(request):
         yield network
 
 
+# No rank begins step 8 before a node is lost. The save after step 5 ends meanwhile, or has ended.
+WAITS_FOR_THE_LOSS = """
+from megalard.training.run import Run
+
+step = Run.step
+
+def wait_and_step(run, stage, number):
+    if number == 8:
+        (FOLDER / f"waits-{os.environ['RANK']}").touch()
+        wait_for(FOLDER / "lost")
+    step(run, stage, number)
+
+Run.step = wait_and_step
+"""
+
+
 def test_two_nodes_are_one_of_two_ranks_though_one_is_lost_and_starts_again(
-    job, uninterrupted, network, start
+    job, uninterrupted, network, tmp_path, start
 ):
+    environment = network.environment() | changed_trainer(tmp_path, WAITS_FOR_THE_LOSS)
     output, logs = job / "lost", [job / "lost-0.log", job / "lost-1.log"]
     rendezvous = f"{network.addresses[0]}:{free_port()}"
     options = ["--nodes", "2", "--gpus", "1", "--rendezvous", rendezvous, "--max-restarts", "1"]
@@ -59,23 +76,23 @@ def test_two_nodes_are_one_of_two_ranks_though_one_is_lost_and_starts_again(
     def start_node(number: int) -> Node:
         place = ["--address", network.addresses[number], "--node-rank", str(number)]
         words, before = words_of(job, output, *options, *place), network.inside(number)
-        return start(words, logs[number], before=before, **network.environment())
+        return start(words, logs[number], before=before, **environment)
 
     first, second = start_node(0), start_node(1)
-    # A save runs next to the steps and may take as long as several of them.
     first.wait((output / "checkpoints" / "step-000005").is_dir)
+    for rank in (0, 1):
+        first.wait((tmp_path / f"waits-{rank}").exists)
     network.cable("down")
     kill(second.process)
     network.cable("up")
-    steps_done = len(steps_reported(output))
-    assert steps_done < STEPS, "the run was over before the node was lost"
+    (tmp_path / "lost").touch()
     second = start_node(1)
     first.succeed()
     second.succeed()
     # The node that has rank 0 after the restart says so.
     printed = "".join(log.read_text() for log in logs)
     (resumed,) = re.findall(r"resuming from .* after step (\d+)", printed)
-    assert 5 <= int(resumed) <= steps_done
+    assert int(resumed) == 5
     assert_same_run(output, uninterrupted)
 
 
