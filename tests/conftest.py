@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import IO
 
 import pytest
 import torch
+
+from tests.pictures import draw_nothing
 
 if torch.cuda.is_available():
     # Tests with run.deterministic need this variable, which cuBLAS reads once, at its first matrix
@@ -68,16 +69,8 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def no_drawing(monkeypatch):
-    """Let every figure be made, and nothing be drawn of it, which takes most of a small run."""
-    from matplotlib.figure import Figure
-
-    def save(figure: Figure, file: Path | IO[bytes], **options: object) -> None:
-        if isinstance(file, Path):
-            file.write_bytes(b"no picture")
-        else:
-            file.write(b"no picture")
-
-    monkeypatch.setattr(Figure, "savefig", save)
+    """Draw nothing of the figures that the code under test makes; see ``draw_nothing``."""
+    draw_nothing(monkeypatch)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -77,7 +77,11 @@ train.report_start = wait
 
 def test_a_signal_before_the_first_step_ends_the_run_with_0(job, tmp_path, start):
     """When the rank has no handler yet, and when it has one; the same output is then used."""
-    output, log, environment = job / "early", job / "early.log", changed_trainer(tmp_path, WAITS_TWICE)
+    output, log, environment = (
+        job / "early",
+        job / "early.log",
+        changed_trainer(tmp_path, WAITS_TWICE),
+    )
     words = words_of(job, output, "--gpus", "1", "--max-restarts", "2")
     node = start(words, log, **environment)
     node.wait((tmp_path / "started").exists)
@@ -114,6 +118,17 @@ def test_a_signal_to_a_run_that_has_just_failed(restarts, job, tmp_path, start):
     # The status of a run that a signal ended is 128 + its number.
     expected = 0 if restarts else 128 + signal.SIGKILL
     assert node.status() == expected, node.log.read_text()[-4000:]
+
+
+def test_ctrl_c_lets_the_ranks_end(job, tmp_path, start):
+    words = words_of(job, tmp_path / "output", "--gpus", "1")
+    node = start(words, tmp_path / "log", **stand_in(tmp_path, STOPS_WHEN_ASKED))
+    node.wait((tmp_path / "0-0").exists)
+    node.process.send_signal(signal.SIGINT)
+    node.succeed()
+    assert (tmp_path / "log").read_text() == (
+        "train.sh: saving a checkpoint and stopping; Ctrl-C again ends the run without saving\n"
+    )
 
 
 def test_a_second_ctrl_c_ends_at_once(job, tmp_path, start):
