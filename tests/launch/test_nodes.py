@@ -97,19 +97,23 @@ def test_two_nodes_are_one_of_two_ranks_though_one_is_lost_and_starts_again(
 
 
 # In the first two starts the ranks wait to be killed. In the second and the third start, one rank
-# comes three seconds after the other.
+# comes a second after the other.
 RANK = """
 import os, time
+from pathlib import Path
 import torch
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import build_mesh
 
 start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+folder = Path(os.environ["STAND_IN_FOLDER"])
 if (start, rank) in {(1, 0), (2, 1)}:
-    time.sleep(3)
+    while not (folder / f"{start}-{1 - rank}-joins").exists():
+        time.sleep(0.02)
+    time.sleep(1)
+(folder / f"{start}-{rank}-joins").touch()
 ranks = all_reduce(torch.ones(1), build_mesh("cpu", 1).world).item()
-with open(os.path.join(os.environ["STAND_IN_FOLDER"], f"{start}-{rank}"), "w") as file:
-    file.write(f"{ranks:.0f}")
+(folder / f"{start}-{rank}").write_text(f"{ranks:.0f}")
 time.sleep(0 if start == 2 else 600)
 """
 
