@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.pictures import draw_nothing
+
 if torch.cuda.is_available():
     # Tests with run.deterministic need this variable, which cuBLAS reads once, at its first matrix
     # product.
@@ -63,6 +65,12 @@ def no_pictures(monkeypatch):
 
     for module in (comparison, evaluator):
         monkeypatch.setattr(module, "draw", draw)
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Draw nothing of the figures that the code under test makes; see ``draw_nothing``."""
+    draw_nothing(monkeypatch)
 
 
 @pytest.hookimpl(optionalhook=True)
