@@ -192,13 +192,14 @@ class Bucket:
         Returns:
             The gather, or the rounded masters if no other rank has a part of them.
         """
-        if len(self._gathered) == len(self.parts):
-            master = self.master.detach()
-        elif self._gathered:
-            master = torch.cat([self._local(part) for part, _ in self._gathered])
-        else:
+        pieces = [self.master.detach()]
+        if len(self._gathered) < len(self.parts):
+            pieces = [self._local(part) for part, _ in self._gathered]
+        if not pieces:
             return self.gradient.new_empty(0)
-        rounded = master.to(self.device, non_blocking=True).to(self.parameters[0].dtype)
+        on_device = [piece.to(self.device, non_blocking=True) for piece in pieces]
+        master = on_device[0] if len(on_device) == 1 else torch.cat(on_device)
+        rounded = master.to(self.parameters[0].dtype)
         return rounded if self.axis.size == 1 else start_all_gather_tokens(rounded, self.axis)
 
     def finish_gather(self, gathered: PendingCollective | torch.Tensor) -> None:
