@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.pictures import draw_nothing
+
 if torch.cuda.is_available():
     # Tests with run.deterministic need this variable, which cuBLAS reads once, at its first matrix
     # product.
@@ -18,20 +20,37 @@ else:
     if importlib.util.find_spec("triton") is not None:
         importlib.import_module("tests.quick_interpreter")
 
-# Files and folders that take a minute or more. They begin first, so that no process is left with
-# one of them when the others have nothing to do any more.
+# Files and folders that take ten CPU seconds or more, the longest first. They begin first, so that
+# no process is left with one of them when the others have nothing to do any more.
 SLOW = (
-    "tests/parity/",
+    "tests/parity/test_parity.py",
     "tests/launch/test_nodes.py",
+    "tests/launch/test_signals.py",
     "tests/training/test_resume.py",
-    "tests/launch/",
+    "tests/settings/test_run_settings.py",
     "tests/kernels/test_op.py",
+    "tests/estimate/test_state.py",
+    "tests/training/test_validator.py",
     "tests/checkpoint/sharded/test_save_load.py",
+    "tests/tools/study/test_restoration.py",
+    "tests/tools/campaigns/test_campaigns.py",
     "tests/training/test_killed_runs.py",
-    "tests/settings/",
-    "tests/tools/campaigns/",
-    "tests/tools/study/",
     "tests/test_launcher.py",
+    "tests/tools/bench/test_checkpoint.py",
+    "tests/training/test_export.py",
+    "tests/test_packaging.py",
+    "tests/evaluation/test_lm_eval.py",
+    "tests/estimate/test_passes.py",
+    "tests/report/",
+    "tests/checkpoint/test_peft.py",
+    "tests/training/test_full_disks.py",
+    "tests/test_train.py",
+    "tests/launch/test_slurm.py",
+    "tests/model/test_decoder.py",
+    "tests/distill/terms/",
+    "tests/tools/",
+    "tests/settings/",
+    "tests/training/",
 )
 
 
@@ -63,6 +82,12 @@ def no_pictures(monkeypatch):
 
     for module in (comparison, evaluator):
         monkeypatch.setattr(module, "draw", draw)
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Draw nothing of the figures that the code under test makes; see ``draw_nothing``."""
+    draw_nothing(monkeypatch)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -80,10 +80,10 @@ def interrupted(complete: Path, target: Path, step: int = 4) -> Path:
     return target
 
 
-def losses(output: Path) -> list[float]:
+def losses(output: Path, steps: int = STEPS) -> list[float]:
     """Return the loss of every step, each of which must be reported once."""
     lines = metrics(output)
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
     return [line["loss"] for line in lines]
 
 

@@ -7,11 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.processes import LIMIT_S, descendants, finished, is_running, started
-from tests.ranks import wait_until
+from tests.processes import CHECKOUT, LIMIT_S, descendants, is_running, started
+from tests.ranks import SERVER, kill, wait_until
 
 # What each rank does, in a script.
 JOIN = """
@@ -55,6 +56,34 @@ def launch(tmp_path):
         return [*words, "--nproc-per-node", "2", str(path)]
 
     return launch
+
+
+def _launch_here(words: list[str], output: Path, errors: Path) -> None:
+    """Be the launcher, in a forked process that has imported torch."""
+    from megalard.launcher import main
+
+    for number, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ["PYTHONPATH"] = str(CHECKOUT)
+    sys.exit(main(words))
+
+
+@pytest.fixture
+def launched(launch, tmp_path):
+    """A function that launches a script in the same way and returns its status and its output."""
+
+    def launched(script: str, *options: str) -> subprocess.CompletedProcess:
+        words, files = launch(script, *options)[3:], (tmp_path / "output", tmp_path / "errors")
+        launcher = SERVER.Process(target=_launch_here, args=(words, *files))
+        launcher.start()
+        try:
+            launcher.join(LIMIT_S)
+        finally:
+            kill([launcher])
+        output, errors = (path.read_text() for path in files)
+        return subprocess.CompletedProcess(words, launcher.exitcode, output, errors)
+
+    return launched
 
 
 def test_ranks_of_one_node_find_each_other_without_the_network(launch, tmp_path):
@@ -101,8 +130,8 @@ def listening_beyond_loopback() -> set[str]:
     return numbers
 
 
-def test_the_reason_of_a_failure_is_printed_last_and_bad_input_is_not_tried_again(launch):
-    done = finished(launch(BAD_INPUT, "--max-restarts", "3"))
+def test_the_reason_of_a_failure_is_printed_last_and_bad_input_is_not_tried_again(launched):
+    done = launched(BAD_INPUT, "--max-restarts", "3")
     assert done.returncode == 1
     sentence = "megalard: error: the key is wrong: correct it"
     assert done.stderr.splitlines()[-1] == sentence
@@ -112,7 +141,7 @@ def test_the_reason_of_a_failure_is_printed_last_and_bad_input_is_not_tried_agai
     assert 1 <= done.stdout.count("tried") <= 2
 
 
-def test_a_rank_that_crashes_is_tried_again(launch, tmp_path):
+def test_a_rank_that_crashes_is_tried_again(launched, tmp_path):
     script = f"""
 import os, sys
 start, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
@@ -120,13 +149,13 @@ if start == "0":
     sys.exit(7)
 open({str(tmp_path / "tries")!r}, "a").write(rank)
 """
-    done = finished(launch(script, "--max-restarts", "1"))
+    done = launched(script, "--max-restarts", "1")
     assert done.returncode == 0, done.stderr
     assert sorted((tmp_path / "tries").read_text()) == ["0", "1"]
 
 
-def test_the_status_is_that_of_the_rank(launch):
-    done = finished(launch("import sys\nsys.exit(7)\n"))
+def test_the_status_is_that_of_the_rank(launched):
+    done = launched("import sys\nsys.exit(7)\n")
     assert done.returncode == 7
     last = done.stderr.splitlines()[-1]
     assert re.fullmatch(
@@ -135,8 +164,8 @@ def test_the_status_is_that_of_the_rank(launch):
     )
 
 
-def test_torchrun_s_messages_are_printed_if_asked(launch):
-    done = finished(launch("import sys\nsys.exit(7)\n", "--verbose"))
+def test_torchrun_s_messages_are_printed_if_asked(launched):
+    done = launched("import sys\nsys.exit(7)\n", "--verbose")
     assert done.returncode == 7 and "exitcode  : 7" in done.stderr
 
 

@@ -62,17 +62,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB/S",
         help="GB/s that one GPU sends to other nodes (default: 50, a 400 Gb/s card per GPU)",
     )
+    parser.add_argument(
+        "--host-memory",
+        type=_positive,
+        metavar="GIB",
+        help="host memory of a node in GiB, which limits parallel.offload and "
+        "parallel.offload_optimizer (not limited when not given)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan of a run; return 1 if no layout fits."""
-    from megalard.estimate.gpus import Machines, parse_gpus
+    from megalard.estimate.gpus import GIB, Machines, parse_gpus
     from megalard.estimate.report import plan_json, plan_lines
     from megalard.training.planned import check_of, plan_run, read_shape
 
     count, gpu = parse_gpus(options.gpus, options.gpu_memory, options.gpu_tflops)
-    machines = Machines(gpu, count, options.nodes, options.network * 1e9)
+    host_memory = None if options.host_memory is None else options.host_memory * GIB
+    machines = Machines(gpu, count, options.nodes, options.network * 1e9, host_memory)
     config = load_config(options.config, options.rest, has_files=False)
     if options.model is None and not config.model.teacher:
         raise UserError("there is no model: give --model MODEL, a directory or its config.json")

@@ -164,12 +164,14 @@ class Machines:
         per_node: GPUs of a node.
         nodes: nodes.
         network: bytes per second that one rank sends to other nodes.
+        host_memory: bytes of the host memory of a node; None if it is not known.
     """
 
     gpu: Gpu
     per_node: int
     nodes: int
     network: float
+    host_memory: float | None = None
 
     @property
     def ranks(self) -> int:

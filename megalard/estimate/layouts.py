@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megalard.config.schema import Config
 from megalard.errors import UserError
-from megalard.estimate.gpus import Machines
+from megalard.estimate.gpus import GIB, Machines
 from megalard.estimate.memory import MEMORY_ERROR, Memory, memory_of
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.time import StepTime, run_times
@@ -86,7 +86,8 @@ def candidates(
     """Return the estimates of all layouts that can run, the fastest first.
 
     Returns:
-        The candidates, and why each of the other layouts cannot run.
+        The candidates, and why each of the other layouts cannot run. Host memory that does not
+        suffice is such a reason.
     """
     possible, refused = [], {}
     for layout in layouts(spec, machines):
@@ -95,8 +96,36 @@ def candidates(
         except UserError as error:
             refused[layout] = str(error)
             continue
-        possible.append(candidate(config, spec, layout, machines))
+        one = candidate(config, spec, layout, machines)
+        try:
+            check_host_memory(one.memory, machines.per_node, machines.host_memory)
+        except UserError as error:
+            refused[layout] = f"with {layout} {error}"
+            continue
+        possible.append(one)
     return sorted(possible, key=lambda one: (one.seconds, one.needed)), refused
+
+
+def check_host_memory(memory: Memory, per_node: int, capacity: float | None) -> None:
+    """Refuse an estimate that exceeds the host memory of a node by more than the error.
+
+    Args:
+        memory: the estimate of one rank.
+        per_node: ranks of a node.
+        capacity: bytes of a node; None if they are not known.
+
+    Raises:
+        UserError: the host memory does not suffice.
+    """
+    needed = memory.host.total() * per_node
+    if capacity is None or needed * (1 - MEMORY_ERROR) <= capacity:
+        return
+    kinds = ", ".join(f"{kind} {size * per_node / GIB:.1f}" for kind, size in memory.host.items())
+    raise UserError(
+        f"the run needs {needed / GIB:.1f} GiB of host memory per node ({kinds}) but a node has "
+        f"{capacity / GIB:.1f} GiB: set parallel.offload or parallel.offload_optimizer false, or "
+        "use more nodes"
+    )
 
 
 def candidate(config: Config, spec: ModelSpec, layout: RankLayout, machines: Machines) -> Candidate:

@@ -7,14 +7,16 @@ all shapes that were measured, the estimate is within ``MEMORY_ERROR`` (docs/pla
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megalard.config.schema import Config
 from megalard.estimate.buckets import Buckets
+from megalard.estimate.host import host_memory
 from megalard.estimate.passes import passes
 from megalard.estimate.rank_layout import RankLayout
+from megalard.estimate.saved import MicroBatch
 from megalard.estimate.sizes import Sizes
 from megalard.estimate.trained import trained_state
 from megalard.estimate.weights import parameters_of
@@ -29,7 +31,6 @@ STUDENT = "weights of the student alone"
 MASTERS = "fp32 weights that are trained"
 MOMENTS = "moments of AdamW"
 GRADIENTS = "gradients"
-HOST = "optimizer's state in host memory"
 BATCH = "tokens and positions"
 COPIES = "fp32 copies of gradients"
 GATHERING = "weights that are being gathered"
@@ -49,7 +50,7 @@ class Memory:
     Attributes:
         kinds: bytes by kind of tensor at the peak.
         between_steps: bytes in use between steps.
-        host: bytes of the optimizer's state in host memory.
+        host: bytes in host memory by kind, of the stage that needs most.
         stage: the stage of the peak.
         stream: the stream of the peak.
         instant: what is computed at the peak.
@@ -57,7 +58,7 @@ class Memory:
 
     kinds: Counter
     between_steps: int
-    host: int
+    host: Counter
     stage: str
     stream: str
     instant: str
@@ -80,11 +81,12 @@ def memory_of(
         repeats_kv: whether attention over packed documents repeats the heads of k and v; None for
             what the installed torch does.
     """
-    stages = range(len(config.all_stages()))
-    return max(
-        (stage_memory(config, number, spec, layout, repeats_kv) for number in stages),
-        key=lambda memory: memory.total,
-    )
+    stages = [
+        stage_memory(config, number, spec, layout, repeats_kv)
+        for number in range(len(config.all_stages()))
+    ]
+    largest = max(stages, key=lambda memory: memory.total)
+    return replace(largest, host=max((stage.host for stage in stages), key=Counter.total))
 
 
 def stage_memory(
@@ -136,4 +138,8 @@ def stage_memory(
     )
     stream, instant, tensors = max(peaks, key=lambda peak: peak[2].total())
     between_steps = kinds.total() + kept.total()
-    return Memory(kinds + tensors, between_steps, state.host, name, stream, instant)
+    saved = [
+        MicroBatch(size, trained, buckets, parallel, dropout).offloaded() for size in sizes.values()
+    ]
+    host = host_memory(state, buckets, saved, parallel)
+    return Memory(kinds + tensors, between_steps, host, name, stream, instant)

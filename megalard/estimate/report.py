@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megalard.config.schema import Config
 from megalard.estimate.gpus import GIB, TIME_ERROR, UNMEASURED_TIME_ERROR, Machines
 from megalard.estimate.layouts import Candidate
-from megalard.estimate.memory import HOST, MEMORY_ERROR
+from megalard.estimate.memory import MEMORY_ERROR
 from megalard.estimate.remedies import Remedy
 from megalard.model.spec import ModelSpec
 
@@ -94,9 +94,9 @@ def memory_lines(candidate: Candidate, machines: Machines) -> Iterator[str]:
         f"  {'all':<40}{candidate.needed / GIB:8.2f} GiB of {machines.gpu.memory / GIB:.1f} GiB "
         f"(± {MEMORY_ERROR:.0%})"
     )
-    if memory.host:
-        node = memory.host * machines.per_node / GIB
-        yield f"{HOST}: {memory.host / GIB:.2f} GiB per GPU, {node:.1f} GiB per node"
+    for kind, size in memory.host.items():
+        node = size * machines.per_node / GIB
+        yield f"{kind}: {size / GIB:.2f} GiB per GPU, {node:.1f} GiB per node"
 
 
 def _fitting_lines(result: PlanResult) -> Iterator[str]:
@@ -238,7 +238,8 @@ def candidate_json(candidate: Candidate) -> dict:
         "cp": layout.cp,
         "tp": layout.tp,
         "bytes": candidate.needed,
-        "host_bytes": candidate.memory.host,
+        "host_bytes": candidate.memory.host.total(),
+        "host_kinds": dict(candidate.memory.host),
         "kinds": {**candidate.memory.kinds, ALLOCATOR: candidate.allocator},
         "stage": candidate.memory.stage,
         "instant": candidate.memory.instant,

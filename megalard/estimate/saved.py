@@ -51,6 +51,26 @@ class MicroBatch:
         del instant[WORKING]
         return instant
 
+    def offloaded(self) -> list[int]:
+        """Return the bytes of each tensor that offloading has in host memory after the last layer.
+
+        What a layer saves without activation checkpointing counts as one tensor.
+        """
+        sizes, tensors = self.sizes, []
+        for layer in range(self._reach.layer + 1):
+            tensors.append(self._saved_input(layer))
+            gradients = self._loss_gradients(layer)
+            if layer in self._compared:
+                for operand in sizes.operands:
+                    tensors.append(sizes.tokens * sizes.features(operand) * sizes.element)
+                    gradients -= tensors[-1]
+            tensors.append(gradients)
+            if not self.parallel.activation_checkpointing:
+                saved = Instant()
+                add_layer(saved, self._layers[layer])
+                tensors.append(saved.total())
+        return [size for size in tensors if size]
+
     @cached_property
     def _objective(self):
         return self.sizes.stream.objective

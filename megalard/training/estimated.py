@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from megalard.config.schema import Config
 from megalard.errors import UserError
 from megalard.estimate.gpus import GIB, NETWORK, Machines, gpu_of
+from megalard.estimate.host import HOST
+from megalard.estimate.layouts import check_host_memory
 from megalard.estimate.memory import (
     GRADIENTS,
-    HOST,
     MASTERS,
     MEMORY_ERROR,
     MOMENTS,
@@ -43,12 +44,32 @@ def machines_of(mesh: Mesh) -> Machines | None:
     gpu = gpu_of(mesh.device)
     if gpu is None:
         return None
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world.size))
+    per_node = _ranks_of_node(mesh)
     return Machines(gpu, per_node, -(-mesh.world.size // per_node), NETWORK)
 
 
+def _ranks_of_node(mesh: Mesh) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world.size))
+
+
+def host_memory_of_node() -> int | None:
+    """Return the bytes of memory that this node's processes may use; None if they are not known.
+
+    This is the physical memory, or the limit of the container if it is lower (cgroup version 2).
+    """
+    try:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        limit = "max"
+    return min(physical, int(limit)) if limit.isdecimal() else physical
+
+
 def check_fits(config: Config, spec: ModelSpec, mesh: Mesh) -> None:
-    """Refuse a run that cannot fit into the memory of its GPUs, before weights are read.
+    """Refuse a run that cannot fit into the memory of its GPUs and hosts, before weights are read.
 
     On a CPU nothing is refused.
 
@@ -61,6 +82,7 @@ def check_fits(config: Config, spec: ModelSpec, mesh: Mesh) -> None:
             # Whether heads are repeated depends on the text, so this is the smaller estimate.
             memory = memory_of(config, spec, layout_of(mesh), repeats_kv=False)
             refuse_if_too_large(memory, capacity)
+            check_host_memory(memory, _ranks_of_node(mesh), host_memory_of_node())
 
 
 def refuse_if_too_large(memory: Memory, capacity: float) -> None:
@@ -128,7 +150,7 @@ def comparison_lines(
     """Yield the estimate and the measurement side by side."""
     layout, machines = layout_of(mesh), machines_of(mesh)
     last = stage_memory(config, len(config.all_stages()) - 1, spec, layout)
-    estimated = last.kinds + Counter({HOST: last.host})
+    estimated = last.kinds + last.host
     rows = [(kind, size_text(estimated[kind]), size_text(x)) for kind, x in measured.state.items()]
     if measured.peak is not None:
         peak = memory_of(config, spec, layout).total

@@ -23,6 +23,14 @@ def test_changes_below_half_a_step_are_lost(monkeypatch):
     assert (loss.changed, loss.lost) == (12, 2)
 
 
+def test_a_row_longer_than_a_block_is_rounded_too(monkeypatch):
+    exact = torch.full((2, 1000), 1 + 2**-10)
+    expected = rounded(exact, torch.bfloat16, "a", 0, True)
+    monkeypatch.setattr(rounding, "_BLOCK_ELEMENTS", 3)
+    assert torch.equal(rounded(exact, torch.bfloat16, "a", 0, True), expected)
+    assert 0 < (expected != 1).float().mean() < 0.25, "an eighth of the values is rounded up"
+
+
 def test_nothing_changed_is_nothing_lost():
     assert RoundingLoss().share == 0
 

@@ -12,6 +12,7 @@ from megalard.checkpoint import weights as weights_module
 from megalard.checkpoint.weights import (
     MergedWeights,
     check_trained,
+    is_finite,
     merge_lora,
     size_of,
     trained_parts,
@@ -103,6 +104,18 @@ def base() -> Tensors:
         norm__weight=torch.randn(4),
         lm_head__weight=torch.randn(8, 4).bfloat16(),
     )
+
+
+def test_nan_and_infinity_are_found_and_what_cannot_hold_them_is_finite():
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        values = torch.ones(3, 2).to(dtype)
+        assert is_finite(values)
+        for bad in ("nan", "inf", "-inf") if dtype.itemsize > 1 else ("nan",):
+            changed = values.float()
+            changed[1, 1] = float(bad)
+            assert not is_finite(changed.to(dtype))
+        assert is_finite(torch.empty(0, dtype=dtype)), "an empty tensor holds neither"
+    assert is_finite(torch.tensor([1, 2])) and is_finite(torch.tensor([True]))
 
 
 def test_trained_weights_replace_those_of_the_base_in_its_dtype():

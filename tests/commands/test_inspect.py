@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,20 @@ def test_the_files_of_the_base_are_compared(job, checkpoint, tmp_path, capsys):
     assert f"{base}/model.safetensors is not the file" in capsys.readouterr().out
     assert inspect(checkpoint, "--no-base") == 0
     assert "base files" not in capsys.readouterr().out
+
+
+def test_reading_the_base_shows_its_progress(checkpoint, monkeypatch):
+    advanced: dict[str, list[int]] = {}
+
+    @contextmanager
+    def noted(title, total):
+        counts = advanced[title] = [total]
+        yield counts.append
+
+    monkeypatch.setattr("megalard.progress.byte_bar", noted)
+    assert inspect(checkpoint) == 0
+    total, *counts = advanced["base model"]
+    assert sum(counts) == total > 0
 
 
 def test_the_files_of_another_teacher_are_compared(job, tmp_path, capsys):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
 from megalard.data.blocks import PackedBlocks
 from megalard.data.loader import BatchLoader
-from megalard.data.positions import skipped_positions
+from megalard.data.positions import _truncated_gaussian, skipped_positions
 
 SIZES = [(512, 4096), (8192, 32768), (24, 96), (2, 16), (3, 9), (10, 10), (16, 40), (7, 1000)]
 
@@ -70,6 +71,17 @@ def test_the_middle_is_placed_as_in_cream(middle):
     error = np.hypot(np.std(ours), np.std(theirs)) / draws**0.5
     assert abs(np.mean(ours) - np.mean(theirs)) < 4 * error
     assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.06)
+
+
+@pytest.mark.parametrize("high", [16.0, 6.4])
+def test_the_quantiles_are_those_of_a_truncated_gaussian(high):
+    """``v`` has the mass from v to v + 1, and the last integer what is left up to ``high``."""
+    gaussian = NormalDist(5.0, 3.0)
+    below = [gaussian.cdf(v) for v in range(2, math.floor(high) + 1)] + [gaussian.cdf(high)]
+    for u in np.linspace(0.0005, 0.9995, 1000):
+        mass = below[0] + u * (below[-1] - below[0])
+        expected = next(v for v, end in enumerate(below[1:], 2) if mass <= end)
+        assert _truncated_gaussian(u, 5.0, 3.0, 2, high) == expected
 
 
 def test_the_positions_of_a_row_do_not_depend_on_the_rank(make_store):

@@ -41,6 +41,7 @@ class MetaStep:
             need in addition.
         after: what is in use after the step in addition.
         host: masters, moments and gradients in host memory.
+        offloaded: the bytes of each tensor of the last micro-batch that was saved in host memory.
     """
 
     weights: int
@@ -50,6 +51,7 @@ class MetaStep:
     update: int
     after: int
     host: int
+    offloaded: list[int]
 
 
 def shape(name: str, layers: int, window: int, **changes) -> ModelSpec:
@@ -104,11 +106,13 @@ def run_step(config: Config, spec: ModelSpec, layout: RankLayout) -> MetaStep:
         scale = torch.empty(len(objective.terms), device=META)
         reads = teacher if stream.objective.needs_teacher else None
         for _ in range(stream.global_batch // (stream.micro_batch * layout.dp)):
-            with _OnHost().hooks() if config.parallel.offload else torch.enable_grad():
+            on_host = _OnHost()
+            with on_host.hooks() if config.parallel.offload else torch.enable_grad():
                 loss, _ = objective(reads, student.decoder, batch, scale)
             loss.backward()
             distiller.masters.end_backward()
-            del loss
+            offloaded = on_host.sizes
+            del loss, on_host
         peak, live.peak = live.peak - before, live.now
         _update(distiller, config)
     host_copies = sum(
@@ -125,6 +129,7 @@ def run_step(config: Config, spec: ModelSpec, layout: RankLayout) -> MetaStep:
         live.now - before,
         # The optimizer is a stand-in; its two moments are as large as the masters.
         sum(3 * x.nbytes for x in distiller.masters.parameters if x.device != META) + host_copies,
+        offloaded,
     )
 
 
@@ -155,6 +160,11 @@ class _OnHost:
         self._fetched: dict[int, torch.Tensor] = {}
         self._saved: list[tuple] = []
         self._unread = 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """The bytes of each tensor that has left the device."""
+        return [shape.numel() * dtype.itemsize for shape, _, dtype in self._saved]
 
     def hooks(self) -> saved_tensors_hooks:
         return saved_tensors_hooks(self._pack, self._unpack)

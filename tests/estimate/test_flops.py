@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from megalard.estimate.flops import step_flops, stream_flops
+from megalard.estimate.flops import flops_by_kind, step_flops, stream_flops
 from megalard.estimate.gpus import peak_flops
 from megalard.model.spec import read_spec
 from tests.config.loading import load
@@ -94,6 +94,24 @@ def test_relations_are_counted_by_hand(model):
     options = ("--objective.layers=[0, 1]", "--objective.relations={q: 0, k: 0, qk: 1}")
     lora_options = ("--trainable.lora={targets: [q], rank: 8}",)
     assert flops(model, *options, *lora_options) == expected + lora + relations
+
+
+def test_the_products_of_the_forward_passes_are_counted_by_hand(model):
+    """Two operations per token, model and weight; LoRA has a third of its products there."""
+    weights = 3 * (128 * (128 + 64 + 64) + 128 * 128 + 3 * 128 * 256) + 67 * 128
+    head = "--objective={relations: {q: 0, k: 0, v: 0}, logits_kl: 1}"
+    lora = "--trainable.lora={targets: [q], rank: 8}"
+    pairs = 2 * 8 * (128 + 128) * 3
+    for options, expected in (
+        (LANGUAGE_MODELLING, 2 * weights),
+        ((head, "--trainable.mode=all"), 2 * 2 * weights),
+        ((head, "--trainable.mode=weights", "--trainable.weights=[q]"), 2 * 2 * weights),
+        ((head, lora), 2 * 2 * weights + pairs),
+    ):
+        config = load(f"--data.context_length={TOKENS}", *options)
+        (stream,) = config.all_streams().values()
+        counted = flops_by_kind(stream, config.trainable, read_spec(model))
+        assert counted.products_forward == expected * TOKENS
 
 
 def test_a_step_is_all_blocks_of_all_streams(model):

@@ -6,9 +6,12 @@ stand-ins that allocate and save what the kernels of a GPU allocate and save.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from megalard.config.schema import Config
+from megalard.estimate.host import HOST, SAVED
 from megalard.estimate.memory import BATCH, MOMENTS, WORKSPACES, stage_memory
 from megalard.estimate.rank_layout import RankLayout
 from tests.estimate import meta_kernels
@@ -41,6 +44,10 @@ CASES = {
     "lora-cp4-64k": ({"data.context_length": 65536}, {"cp": 4}),
     "lora-cp8-64k-not-again": ({**NOT_AGAIN, "data.context_length": 65536}, {"cp": 8}),
     "lora-offload": ({**OFFLOAD, "data.context_length": 32768}, {}),
+    "lora-offload-8b-cp2": (
+        {**OFFLOAD, "data.context_length": 49152},
+        {"cp": 2, "shape": "llama3-8b", "layers": 6},
+    ),
     "lora-offload-not-again": ({**OFFLOAD, **NOT_AGAIN}, {}),
     "lora-fp32": ({**NOT_AGAIN, "model.compute_dtype": "float32"}, {}),
     "qk-and-others": ({**NOT_AGAIN, "objective.relations.qk": 1}, {}),
@@ -52,6 +59,8 @@ CASES = {
     "weights": ({"trainable.mode": "weights"}, {}),
     "all-relations-tp2": ({"trainable.mode": "all", **FOUR_BLOCKS}, {"tp": 2}),
     "all-cpt-16k": ({**CPT, "data.context_length": 16384}, {}),
+    # The peak is in the backward pass of attention.
+    "all-cpt-cp8-64k": ({**CPT, "data.context_length": 65536}, {"cp": 8}),
     "all-cpt-128k": (
         {**CPT, "data.context_length": 131072},
         {"cp": 2, "tp": 4, "shape": "llama3-8b"},
@@ -117,4 +126,8 @@ def test_memory_is_what_the_step_allocates(case, monkeypatch):
         memory.instant
     )
     assert step.after < 2**20, "nothing but the state is left after a step"
-    assert memory.host == step.host
+    assert memory.host[HOST] == step.host
+    assert memory.host[SAVED] == pytest.approx(sum(step.offloaded), rel=TOLERANCE)
+    if step.offloaded and config.parallel.activation_checkpointing:
+        pinned = sum(2 ** math.ceil(math.log2(size)) for size in step.offloaded)
+        assert memory.host.total() == pytest.approx(pinned, rel=TOLERANCE)

@@ -17,8 +17,8 @@ from tests.processes import CHECKOUT, LIMIT_S, descendants, started
 
 LAUNCH = CHECKOUT / "launch"
 TRAIN, SLURM = LAUNCH / "train.sh", LAUNCH / "slurm.sbatch"
-# A node that is lost during the run has many of these steps left.
-STEPS = 48
+# A node that is lost during the run has some of these steps left.
+STEPS = 12
 ENDLESS = ("optimizer.steps=20000", "checkpoint.save_every=0")
 # What train.sh has options for.
 _REQUIRED = ("--model.teacher=", "--data.paths=", "--run.output=")
@@ -133,6 +133,35 @@ def stand_in(folder: Path, body: str) -> dict[str, str]:
     path.write_text(f"#!{sys.executable}\n{body}")
     path.chmod(0o755)
     return {"PYTHON_EXEC": str(path), "STAND_IN_FOLDER": str(folder)}
+
+
+# torchrun starts a rank as ``PYTHON -u -m megalard.train ARGUMENTS``.
+_RUN_TRAINER = """
+from megalard.train import main
+main(sys.argv[4:])
+"""
+
+
+def changed_trainer(folder: Path, change: str) -> dict[str, str]:
+    """Return an environment in which every rank is the trainer after a change to its modules.
+
+    Args:
+        change: a program that runs first. It may use ``os``, ``sys``, ``Path``, ``wait_for``, which
+            waits for a path to exist, and ``FOLDER``, which is ``folder``.
+    """
+    return stand_in(folder, _TOOLS + change + _RUN_TRAINER)
+
+
+_TOOLS = """
+import os, sys, time
+from pathlib import Path
+
+FOLDER = Path(os.environ["STAND_IN_FOLDER"])
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.02)
+"""
 
 
 # A rank that notes that it runs and ends with status 0 after a signal, as the trainer does.

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.jobs import metrics, steps_reported
+from tests.jobs import metrics
 from tests.launch.namespaces import Network, two_namespaces
-from tests.launch.nodes import STEPS, Node, stand_in, words_of
+from tests.launch.nodes import STEPS, Node, changed_trainer, stand_in, words_of
 from tests.processes import kill
 from tests.ranks import free_port
 
@@ -49,9 +49,26 @@ def network(request):
         yield network
 
 
+# No rank begins step 8 before a node is lost. The save after step 5 ends meanwhile, or has ended.
+WAITS_FOR_THE_LOSS = """
+from megalard.training.run import Run
+
+step = Run.step
+
+def wait_and_step(run, stage, number):
+    if number == 8:
+        (FOLDER / f"waits-{os.environ['RANK']}").touch()
+        wait_for(FOLDER / "lost")
+    step(run, stage, number)
+
+Run.step = wait_and_step
+"""
+
+
 def test_two_nodes_are_one_of_two_ranks_though_one_is_lost_and_starts_again(
-    job, uninterrupted, network, start
+    job, uninterrupted, network, tmp_path, start
 ):
+    environment = network.environment() | changed_trainer(tmp_path, WAITS_FOR_THE_LOSS)
     output, logs = job / "lost", [job / "lost-0.log", job / "lost-1.log"]
     rendezvous = f"{network.addresses[0]}:{free_port()}"
     options = ["--nodes", "2", "--gpus", "1", "--rendezvous", rendezvous, "--max-restarts", "1"]
@@ -59,40 +76,44 @@ def test_two_nodes_are_one_of_two_ranks_though_one_is_lost_and_starts_again(
     def start_node(number: int) -> Node:
         place = ["--address", network.addresses[number], "--node-rank", str(number)]
         words, before = words_of(job, output, *options, *place), network.inside(number)
-        return start(words, logs[number], before=before, **network.environment())
+        return start(words, logs[number], before=before, **environment)
 
     first, second = start_node(0), start_node(1)
-    # A save runs next to the steps and may take as long as several of them.
     first.wait((output / "checkpoints" / "step-000005").is_dir)
+    for rank in (0, 1):
+        first.wait((tmp_path / f"waits-{rank}").exists)
     network.cable("down")
     kill(second.process)
     network.cable("up")
-    steps_done = len(steps_reported(output))
-    assert steps_done < STEPS, "the run was over before the node was lost"
+    (tmp_path / "lost").touch()
     second = start_node(1)
     first.succeed()
     second.succeed()
     # The node that has rank 0 after the restart says so.
     printed = "".join(log.read_text() for log in logs)
     (resumed,) = re.findall(r"resuming from .* after step (\d+)", printed)
-    assert 5 <= int(resumed) <= steps_done
+    assert int(resumed) == 5
     assert_same_run(output, uninterrupted)
 
 
 # In the first two starts the ranks wait to be killed. In the second and the third start, one rank
-# comes three seconds after the other.
+# comes a second after the other.
 RANK = """
 import os, time
+from pathlib import Path
 import torch
 from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import build_mesh
 
 start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+folder = Path(os.environ["STAND_IN_FOLDER"])
 if (start, rank) in {(1, 0), (2, 1)}:
-    time.sleep(3)
+    while not (folder / f"{start}-{1 - rank}-joins").exists():
+        time.sleep(0.02)
+    time.sleep(1)
+(folder / f"{start}-{rank}-joins").touch()
 ranks = all_reduce(torch.ones(1), build_mesh("cpu", 1).world).item()
-with open(os.path.join(os.environ["STAND_IN_FOLDER"], f"{start}-{rank}"), "w") as file:
-    file.write(f"{ranks:.0f}")
+(folder / f"{start}-{rank}").write_text(f"{ranks:.0f}")
 time.sleep(0 if start == 2 else 600)
 """
 

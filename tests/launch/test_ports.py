@@ -5,17 +5,16 @@ The other machine is a network namespace.
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.jobs import arguments, make_job, steps_reported
+from tests.jobs import make_job
 from tests.launch.namespaces import two_namespaces
-from tests.processes import CHECKOUT, descendants, started
-from tests.ranks import wait_until
+from tests.launch.nodes import stand_in, words_of
+from tests.processes import descendants, started
 
 # Try to connect to every port that is given; print those that answer.
 CONNECT = """
@@ -75,34 +74,28 @@ def test_a_port_that_is_open_to_all_is_found(network):
         assert reached_from_the_other(network, listening_ports(pid)) == {port}
 
 
-def test_no_port_of_a_run_on_one_node_is_reached(network, tmp_path):
-    job, output, log = make_job(tmp_path), tmp_path / "output", tmp_path / "log"
-    words = arguments(job, output, "optimizer.steps=20000")
-    given = ("--model.teacher=", "--data.paths=", "--run.output=")
-    rest = [word for word in words if not word.startswith(given)]
-    paths = ("--model", job / "model", "--data", job / "train.txt", "--output", output)
-    command = [*network.inside(0), "bash", CHECKOUT / "launch" / "train.sh", *paths]
-    with (
-        open(log, "wb") as file,
-        started(
-            [*command, "--gpus", "2", "--", *rest],
-            stdout=file,
-            stderr=file,
-            env={"PYTHON": sys.executable},
-        ) as node,
-    ):
+# What connects the ranks of a trainer: two axes of one rank each, and one of all.
+RANK = """
+import os, time
+import torch
+from megalard.parallel.collectives import all_reduce
+from megalard.parallel.mesh import build_mesh
 
-        def is_training() -> bool:
-            assert node.poll() is None, log.read_text()
-            return len(steps_reported(output)) > 2
-
-        wait_until(is_training, 300)
-        ranks = [pid for pid in descendants(node.pid) if re.search(rb"RANK=", environment(pid))]
-        ports = listening_ports(ranks[0])
-        # The ranks listen to each other, on the loopback device.
-        assert len(ranks) >= 2 and ports, "nothing listens at all"
-        assert reached_from_the_other(network, ports) == set()
+mesh = build_mesh("cpu", 2)
+for axis in (mesh.world, mesh.data, mesh.tp):
+    all_reduce(torch.ones(1), axis)
+open(os.path.join(os.environ["STAND_IN_FOLDER"], os.environ["RANK"]), "w").close()
+time.sleep(600)
+"""
 
 
-def environment(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/environ").read_bytes()
+def test_no_port_of_a_run_on_one_node_is_reached(network, tmp_path, start):
+    words = words_of(make_job(tmp_path), tmp_path / "output", "--gpus", "2")
+    environment = stand_in(tmp_path, RANK)
+    node = start(words, tmp_path / "log", before=network.inside(0), **environment)
+    for rank in ("0", "1"):
+        node.wait((tmp_path / rank).exists)
+    ports = listening_ports(node.ranks()[0])
+    # The ranks listen to each other, on the loopback device.
+    assert len(node.ranks()) == 2 and ports, "nothing listens at all"
+    assert reached_from_the_other(network, ports) == set()

@@ -9,7 +9,15 @@ import time
 import pytest
 
 from tests.jobs import steps_reported, train
-from tests.launch.nodes import STOPS_WHEN_ASKED, handles, run_settings, stand_in, words_of
+from tests.launch.nodes import (
+    STEPS,
+    STOPS_WHEN_ASKED,
+    changed_trainer,
+    handles,
+    run_settings,
+    stand_in,
+    words_of,
+)
 from tests.processes import LIMIT_S, descendants, is_running
 from tests.ranks import wait_until
 
@@ -52,19 +60,40 @@ def test_a_signal_before_there_are_ranks_ends_the_run_with_0(number, job, tmp_pa
         assert printed == "" and {path.name for path in tmp_path.glob("0-*")} == {"0-0", "0-1"}
 
 
-def test_a_signal_before_the_first_step_ends_the_run_with_0(job, start):
+# The trainer before it is imported, and when all is ready for the first step.
+WAITS_TWICE = """
+(FOLDER / "started").touch()
+wait_for(FOLDER / "signalled")
+
+from megalard import train
+
+def wait(run):
+    (FOLDER / "ready").touch()
+    wait_for(FOLDER / "never")
+
+train.report_start = wait
+"""
+
+
+def test_a_signal_before_the_first_step_ends_the_run_with_0(job, tmp_path, start):
     """When the rank has no handler yet, and when it has one; the same output is then used."""
-    output, log = job / "early", job / "early.log"
+    output, log, environment = (
+        job / "early",
+        job / "early.log",
+        changed_trainer(tmp_path, WAITS_TWICE),
+    )
     words = words_of(job, output, "--gpus", "1", "--max-restarts", "2")
-    node = start(words, log)
-    node.wait(node.ranks)
+    node = start(words, log, **environment)
+    node.wait((tmp_path / "started").exists)
     assert not any(handles(pid, SIGUSR1) for pid in node.ranks())
     node.process.send_signal(SIGUSR1)
+    (tmp_path / "signalled").touch()
     node.succeed()
     assert log.read_text() == "SIGUSR1: stopped; nothing to save\n"
 
-    node = start(words, log)
-    node.wait(lambda: any(handles(pid, SIGTERM) for pid in node.ranks()))
+    node = start(words, log, **environment)
+    node.wait((tmp_path / "ready").exists)
+    assert any(handles(pid, SIGTERM) for pid in node.ranks())
     node.process.send_signal(SIGTERM)
     node.succeed()
     printed = log.read_text()
@@ -72,8 +101,8 @@ def test_a_signal_before_the_first_step_ends_the_run_with_0(job, start):
     assert printed.endswith("SIGTERM: stopped; nothing to save\n")
     assert not steps_reported(output)
 
-    train(run_settings(job, output, "optimizer.steps=2"))
-    assert steps_reported(output) == [1, 2]
+    train(run_settings(job, output))
+    assert steps_reported(output) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
@@ -89,6 +118,17 @@ def test_a_signal_to_a_run_that_has_just_failed(restarts, job, tmp_path, start):
     # The status of a run that a signal ended is 128 + its number.
     expected = 0 if restarts else 128 + signal.SIGKILL
     assert node.status() == expected, node.log.read_text()[-4000:]
+
+
+def test_ctrl_c_lets_the_ranks_end(job, tmp_path, start):
+    words = words_of(job, tmp_path / "output", "--gpus", "1")
+    node = start(words, tmp_path / "log", **stand_in(tmp_path, STOPS_WHEN_ASKED))
+    node.wait((tmp_path / "0-0").exists)
+    node.process.send_signal(signal.SIGINT)
+    node.succeed()
+    assert (tmp_path / "log").read_text() == (
+        "train.sh: saving a checkpoint and stopping; Ctrl-C again ends the run without saving\n"
+    )
 
 
 def test_a_second_ctrl_c_ends_at_once(job, tmp_path, start):

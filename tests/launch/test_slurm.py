@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+from contextlib import redirect_stdout
 from pathlib import Path
 
-from tests.launch.nodes import ENDLESS, SLURM, words_of
+from tests.jobs import train
+from tests.launch.nodes import ENDLESS, SLURM, run_settings, words_of
+from tests.ranks import exit_codes, started_ranks, wait_until
 
 
 def fake_slurm(folder: Path) -> Path:
@@ -34,8 +37,14 @@ def fake_slurm(folder: Path) -> Path:
     return folder
 
 
+def train_into(log: str, command: list[str]) -> None:
+    """Train, with the output at the end of a file."""
+    with open(log, "a") as file, redirect_stdout(file):
+        train(command)
+
+
 def test_a_slurm_job_out_of_time_saves_and_queues_itself_again(job, start):
-    """The same arguments then resume the run, here outside of Slurm and until Ctrl-C."""
+    """The same settings then resume the run, here in a process that nothing launches."""
     output, log, folder = job / "slurm", job / "slurm.log", fake_slurm(job / "slurm-bin")
     environment = {
         "PATH": f"{folder}:{os.environ['PATH']}",
@@ -55,10 +64,10 @@ def test_a_slurm_job_out_of_time_saves_and_queues_itself_again(job, start):
     (saved,) = re.findall(r"SIGUSR1: saved after step (\d+)", log.read_text())
     assert (folder / "requeued").read_text() == "7\n"
 
-    node = start(words, log)
-    node.wait_for(f"step {int(saved) + 3}/20000")
-    node.process.send_signal(signal.SIGINT)
-    node.succeed()
+    with started_ranks(1, train_into, str(log), run_settings(job, output, *ENDLESS)) as ranks:
+        wait_until(lambda: f"step {int(saved) + 3}/20000" in log.read_text())
+        os.kill(ranks[0].pid, signal.SIGTERM)
+        assert exit_codes(ranks) == [0]
     printed = log.read_text()
     assert f"after step {saved}\n" in printed and "Traceback" not in printed
     assert "SIGTERM: saved after step" in printed

@@ -46,9 +46,10 @@ OTHER_LAYOUTS = {
     (2, 2, 1): [LORA, "all-longred"],
     # Two of four tp ranks hold the same K/V heads, on each of two dp ranks.
     (2, 1, 4): [LORA],
-    # Rows of padding on the last of three tp ranks, also where two cp ranks share the blocks.
+    # Rows of padding on the last of three tp ranks, also where two cp ranks share the blocks. There
+    # LoRA is that of "dropout-thirds".
     (1, 1, 3): [*THIRDS],
-    (1, 2, 3): ["lora-thirds", "all-thirds"],
+    (1, 2, 3): ["all-thirds"],
 }
 # Weights that are divided over dp, over cp, and over dp with tensor-parallel slices.
 DIVIDED_LAYOUTS = {

@@ -166,7 +166,7 @@ def test_the_command_writes_the_same_page_again(output, page, tmp_path, capsys):
     assert (copy / "report.html").read_text() == page
 
 
-def test_a_run_without_evaluation_has_a_report(small_job, tmp_path):
+def test_a_run_without_evaluation_has_a_report(small_job, tmp_path, no_drawing):
     train(arguments(small_job, tmp_path / "run", "run.report=true", "optimizer.steps=2"))
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Nothing was evaluated: the run had no held-out text." in page
@@ -174,7 +174,7 @@ def test_a_run_without_evaluation_has_a_report(small_job, tmp_path):
     assert "Validation during the run" not in page
 
 
-def test_a_run_that_has_not_ended_has_a_report(output, tmp_path):
+def test_a_run_that_has_not_ended_has_a_report(output, tmp_path, no_drawing):
     """The last line of its metrics is being written."""
     copy = tmp_path / "run"
     copy.mkdir()
@@ -204,7 +204,7 @@ def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
     ],
 )
 def test_a_section_that_damaged_files_do_not_fill_has_a_note(
-    output, page, file, damage, headings, tmp_path
+    output, page, file, damage, headings, tmp_path, no_drawing
 ):
     assert DAMAGED not in page
     copy = tmp_path / output.name

@@ -8,7 +8,7 @@ from tests.settings.tiny_run import make_tiny_job, tiny_run
 
 
 @pytest.fixture(autouse=True)
-def quick(no_pictures):
+def quick(no_pictures, no_drawing):
     """Draw nothing: a picture takes longer than a tiny run."""
 
 

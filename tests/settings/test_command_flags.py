@@ -42,6 +42,15 @@ def test_defaults_are_written_in_one_way(command):
         )
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(command):
+    """With a text, and with a name in capitals for a value that is not one of a few choices."""
+    for action in options_of(parser_of_command(command)):
+        assert action.help, action.option_strings
+        if action.nargs != 0 and not action.choices:
+            assert (action.metavar or "").isupper(), action.option_strings
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> Path:
     """A job with a finished run, whose checkpoint is ``state``, and two sharded models."""

@@ -93,6 +93,23 @@ def test_plan_network(plan):
     assert plan("--network", 1)["layouts"] == plan()["layouts"]
 
 
+def test_plan_host_memory(plan, model, capsys):
+    """All weights of 7B have 16 bytes per parameter in host memory, and pinned tensors more."""
+    words = (
+        *("--trainable.mode", "all", "--objective.relations", "{q: 0, k: 0, v: 0}"),
+        *("--objective.language_modelling", 1, "--parallel.offload_optimizer", "true"),
+    )
+    needed = plan(*words, gpus="1 x H100")["layouts"][0]["host_bytes"] / 2**30
+    assert 16 * 6.74e9 / 2**30 < needed < 24 * 6.74e9 / 2**30
+    enough = plan(*words, "--host-memory", needed, gpus="1 x H100")
+    assert enough["fits"] and enough["layouts"][0]["host_bytes"] / 2**30 == needed
+    given = ("plan", "--model", model, "--gpus", "1 x H100", *words, "--host-memory", 64)
+    sentence = refusal(capsys, *given)
+    assert f"needs {needed:.1f} GiB of host memory per node (optimizer's state" in sentence
+    assert "but a node has 64.0 GiB: set parallel.offload or parallel.offload_optim" in sentence
+    assert plan("--host-memory", 1, gpus="1 x H100")["fits"], "nothing is offloaded"
+
+
 def test_plan_json(plan, model, capsys):
     report = plan()
     assert megalard("plan", "--model", model, "--gpus", H100) == 0

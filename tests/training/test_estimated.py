@@ -16,7 +16,8 @@ GIB = 2**30
 
 
 def memory(gib: float) -> Memory:
-    return Memory(Counter({"gradients": gib * GIB}), 0, 0, "main", "main", "the logits")
+    kinds = Counter({"gradients": gib * GIB})
+    return Memory(kinds, 0, Counter(), "main", "main", "the logits")
 
 
 def test_a_run_is_refused_only_beyond_the_error_of_the_estimate():
@@ -38,6 +39,28 @@ def test_training_stops_before_weights_are_read(small_job, tmp_path, capsys, mon
     monkeypatch.setattr("megalard.train.Run", None)
     line = refusal(capsys, "train", *arguments(small_job, tmp_path / "output"))
     assert re.search(r"the run needs 0\.\d GiB per GPU .* but the GPU has 0\.0 GiB", line)
+
+
+def test_training_stops_if_its_host_has_too_little_memory(small_job, tmp_path, capsys, monkeypatch):
+    class LargeGpu:
+        total_memory = 2**40
+
+    monkeypatch.setattr(estimated, "_is_gpu", lambda mesh: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: LargeGpu)
+    monkeypatch.setattr(estimated, "host_memory_of_node", lambda: 2**10)
+    monkeypatch.setattr("megalard.train.Run", None)
+    words = arguments(small_job, tmp_path / "output", "parallel.offload_optimizer=true")
+    line = refusal(capsys, "train", *words)
+    assert re.search(r"the run needs 0\.\d GiB of host memory per node .* a node has 0\.0", line)
+
+
+def test_the_memory_of_a_host_is_that_of_the_container(monkeypatch):
+    with open("/proc/meminfo", encoding="ascii") as file:
+        physical = int(file.readline().split()[1]) * 1024
+    limits = {"max": physical, "2097152": 2097152, str(2 * physical): physical}
+    for limit, expected in limits.items():
+        monkeypatch.setattr(estimated.Path, "read_text", lambda path, encoding, x=limit: f"{x}\n")
+        assert estimated.host_memory_of_node() == expected
 
 
 def test_a_cpu_refuses_nothing(small_job, tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ loss and the trained weights need them. Weights that are not trained have no wei
 Activation checkpointing computes some products twice, and they count once. Everything else, such as
 norms, softmax and RoPE, does not count.
 
-Under each row are the parts of one more step, which torch.profiler traces. For the shape that the
+Under each row are the parts of one more step, which torch.profiler traces (--no-trace leaves it
+out, for blocks so long that a step takes minutes). For the shape that the
 paper trains, LLaMA2-7B, a row also has the time that the paper's 4.25M tokens would take at this
 rate. The authors' implementation is not part of this repository, so there is no time of it here.
 """
@@ -133,6 +134,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="also print the N kernels of the traced step that take most of the GPU's time",
     )
+    parser.add_argument("--no-trace", action="store_true", help="leave out the traced step")
     command_line.add_json(parser)
     return parser.parse_args(arguments)
 
@@ -225,7 +227,8 @@ class StepReport:
             "" if memory is None else f"{memory:.1f}",
             "" if memory is None else f"{result['between_steps_gib']:.1f}",
         )
-        print_trace(StepTrace(**result["trace"]))
+        if "trace" in result:
+            print_trace(StepTrace(**result["trace"]))
         if "recipe_minutes" in result:
             print(
                 f"    the paper's {result['recipe_tokens'] / 1e6:.2f}M tokens would take "

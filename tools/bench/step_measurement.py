@@ -85,8 +85,9 @@ def measure(
     }
     if options.shape == _RECIPE_SHAPE and options.train == "lora":
         result |= {"recipe_tokens": _RECIPE_TOKENS, "recipe_minutes": _RECIPE_TOKENS / rate / 60}
-    trace = trace_step(lambda: distiller.step(batches, 0), mesh.device)
-    result["trace"] = asdict(replace(trace, kernels=trace.kernels[: options.longest_kernels]))
+    if not options.no_trace:
+        trace = trace_step(lambda: distiller.step(batches, 0), mesh.device)
+        result["trace"] = asdict(replace(trace, kernels=trace.kernels[: options.longest_kernels]))
     return result
 
 

@@ -9,9 +9,9 @@ Each mutant is one change, such as + for - or an argument that is not handed ove
 seed from all places of the package. In a copy of the checkout the tests of the file are run first,
 then those of its folder, then whole runs (settings and parity). A mutant that none of them catches
 has survived: read it, and add a test, or a reason why it changes nothing. docs/testing.md has a
-sample. A test that fails is run again without the change: if it fails there too, the run ends,
-because it catches nothing. Results are appended, and a mutant that has one is not repeated. The
-status is 1 if any mutant survived.
+sample. A test that fails is run again without the change: if it fails there too, it catches
+nothing, and the mutant has no result. Results are appended, and a mutant that has one is not
+repeated. The status is 1 if any mutant survived or has no result.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
     mutants = sample(ROOT, package_files(options.changed), options.count, options.seed)
     results = read_results(options.output)
     left = [mutant for mutant in mutants if mutant.key not in results]
+    unsettled: list[str] = []
     with tempfile.TemporaryDirectory(prefix="megalard-mutants-") as name:
         pytest = Pytest(options.python, options.limit_s, tuple(options.deselect))
         copies: SimpleQueue[Path] = SimpleQueue()
@@ -115,7 +116,15 @@ def run(options: argparse.Namespace) -> int:
                 for number, future in enumerate(
                     as_completed(pending), len(mutants) - len(left) + 1
                 ):
-                    mutant, result = pending[future], future.result()
+                    mutant = pending[future]
+                    try:
+                        result = future.result()
+                    except UserError as error:
+                        unsettled.append(str(error))
+                        print(
+                            f"{number}/{len(mutants)} {mutant.path} no result: {error}", flush=True
+                        )
+                        continue
                     results[mutant.key] = result
                     with open(options.output, "a", encoding="utf-8") as file:
                         file.write(json.dumps(result) + "\n")
@@ -126,11 +135,15 @@ def run(options: argparse.Namespace) -> int:
                 pool.shutdown(wait=False, cancel_futures=True)
                 pytest.stop()
                 raise
-    tried = [results[mutant.key] for mutant in mutants]
+    tried = [results[mutant.key] for mutant in mutants if mutant.key in results]
     survivors = [result for result in tried if not result["caught_by"]]
     for result in survivors:
         print(f"\n{result['diff']}", end="")
     print(f"{len(survivors)} of {len(tried)} mutants survived")
+    if unsettled:
+        raise UserError(
+            f"{len(unsettled)} mutants have no result, such as this one: {unsettled[0]}"
+        )
     return 1 if survivors else 0
 
 

@@ -301,3 +301,16 @@ def test_the_optimizer_is_not_among_the_weights_of_a_run(tmp_path):
     run = {**SECTIONS, "kind": "training", "base": note, "trained": {}, "training": {}}
     save_sharded(tmp_path / "run", tensors, run, SINGLE, WriteOptions())
     assert ShardedWeights(tmp_path / "run").names() == ["a"]
+
+
+def _check_distributed_tensor() -> None:
+    mesh = build_mesh("cpu", 2)
+    full = torch.arange(24.0).view(2, 4, 3)
+    held = ParameterSlice((2, 4, 3), 1, 2 * mesh.tp.rank, 2, 1)
+    tensor = as_dtensor(held.cut(full), held, mesh)
+    assert (tensor.shape, tensor.stride()) == (full.shape, full.stride())
+    assert torch.equal(tensor.to_local(), held.cut(full))
+
+
+def test_a_distributed_tensor_has_the_shape_and_strides_of_the_full_one():
+    run_ranks(2, _check_distributed_tensor)

@@ -72,6 +72,15 @@ def test_every_number_of_the_report_is_printed(capsys):
         assert f" {part} " in printed
 
 
+def test_the_trace_can_be_left_out(tmp_path, capsys):
+    file = tmp_path / "step.json"
+    options = ("--tokens", 32, "--activation-checkpointing", "yes", "--no-trace", "--json", file)
+    assert step(*SMALL, *options) == 0
+    (result,) = json.loads(file.read_text())["results"]
+    assert "trace" not in result and result["of_product"] > 0
+    assert "traced step" not in capsys.readouterr().out
+
+
 def test_two_ranks_share_a_step(tmp_path):
     """Tensor-parallel, so that both ranks work on the same blocks."""
     file = tmp_path / "step.json"

@@ -35,8 +35,8 @@ SHARES = {
 
 
 @pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """Other tests may keep the cores busy."""
+def patient(monkeypatch, no_drawing):
+    """Other tests may keep the cores busy. Drawing takes four fifths of the time of a run."""
     monkeypatch.setattr(settings, "SLOWEST_S", 30.0)
 
 

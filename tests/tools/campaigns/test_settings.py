@@ -27,11 +27,11 @@ class Sentence(UserError):
 
 
 def test_configurations_are_read_or_refused(capsys):
-    assert campaign("--count", 400, "--seed", 10**6) == 0
+    assert campaign("--count", 200, "--seed", 10**6) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     counts = dict(reversed(words) for words in lines if len(words) == 2)
-    assert int(counts["read"]) > 20 and int(counts["refused"]) > 200
-    assert sum(map(int, counts.values())) == 400
+    assert int(counts["read"]) > 10 and int(counts["refused"]) > 100
+    assert sum(map(int, counts.values())) == 200
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,10 @@ def test_every_key_is_drawn(tmp_path):
     assert {"optimizer.betas", "trainable.lora.rank", "objective.relations.q"} <= set(keys)
     sections = {field.name for field in dataclasses.fields(Config)}
     assert {key.partition(".")[0] for key in keys} == sections
-    drawn = " ".join(
-        " ".join(settings.draw(random.Random(seed), tmp_path)[1]) for seed in range(2000)
-    )
-    assert [key for key in keys if f"--{key}" not in drawn] == []
+    missing = set(keys)
+    for seed in range(2000):
+        words = " ".join(settings.draw(random.Random(seed), tmp_path)[1])
+        missing -= {key for key in missing if f"--{key}" in words}
+        if not missing:
+            break
+    assert missing == set()

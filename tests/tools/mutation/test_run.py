@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from megalard.errors import UserError
 from tests.command_line import user_error
 from tools.mutation import run
 from tools.mutation.places import DROP_STATEMENT, Mutant
@@ -65,7 +66,7 @@ def test_a_mutant_is_caught_or_survives_and_is_taken_back(copy, monkeypatch):
     assert (copy / "code_under_test.py").read_text() == before
 
 
-def test_a_test_that_fails_without_a_change_ends_the_run(copy, monkeypatch):
+def test_a_test_that_fails_without_a_change_catches_nothing(copy, monkeypatch):
     monkeypatch.setattr(run, "tests_of", lambda path: [["tests/test_code.py"]])
     (copy / "tests" / "test_code.py").write_text("def test_f():\n    assert False\n")
     mutant = Mutant("code_under_test.py", DROP_STATEMENT, 0, (2, 4))
@@ -89,8 +90,26 @@ def test_a_mutant_that_takes_too_long_is_caught(copy, monkeypatch):
     assert run.try_mutant(mutant, copy, run.Pytest(sys.executable, 3))["caught_by"] == "time (3 s)"
 
 
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    """The options of a run that copies nothing."""
+    monkeypatch.setattr(run, "copy_checkout", lambda target: target)
+    monkeypatch.setattr(run.signal, "signal", lambda *arguments: None)
+    return argparse.Namespace(
+        changed=None,
+        count=2,
+        seed=0,
+        output=tmp_path / "x.jsonl",
+        python="python",
+        limit_s=1.0,
+        jobs=1,
+        deselect=[],
+    )
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_results_are_kept_and_survivors_give_status_1(jobs, tmp_path, monkeypatch, capsys):
+def test_results_are_kept_and_survivors_give_status_1(jobs, options, monkeypatch, capsys):
+    options.jobs = jobs
     mutants = [Mutant("megalard/cli.py", DROP_STATEMENT, n, (n, 0)) for n in range(2)]
     tried = []
 
@@ -100,24 +119,28 @@ def test_results_are_kept_and_survivors_give_status_1(jobs, tmp_path, monkeypatc
         return {"key": mutant.key, "caught_by": caught, "diff": f"diff {mutant.occurrence}\n"}
 
     monkeypatch.setattr(run, "sample", lambda *arguments: mutants)
-    monkeypatch.setattr(run, "copy_checkout", lambda target: target)
     monkeypatch.setattr(run, "try_mutant", answer)
-    monkeypatch.setattr(run.signal, "signal", lambda *arguments: None)
-    options = argparse.Namespace(
-        changed=None,
-        count=2,
-        seed=0,
-        output=tmp_path / "x.jsonl",
-        python="python",
-        limit_s=1.0,
-        jobs=jobs,
-        deselect=[],
-    )
     assert run.run(options) == run.run(options) == 1
     assert sorted(tried, key=lambda mutant: mutant.occurrence) == mutants
-    assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 2
+    assert len(options.output.read_text().splitlines()) == 2
     printed = capsys.readouterr().out
     assert "diff 0\n1 of 2 mutants survived" in printed and "diff 1" not in printed
-    lines = (tmp_path / "x.jsonl").read_text().splitlines()
+    lines = options.output.read_text().splitlines()
     caught = [json.loads(line)["caught_by"] for line in lines]
     assert sorted(caught) == ["", "tests/test_cli.py"]
+
+
+def test_the_others_are_tried_when_a_mutant_has_no_result(options, monkeypatch, capsys):
+    mutants = [Mutant("megalard/cli.py", DROP_STATEMENT, n, (n, 0)) for n in range(2)]
+
+    def answer(mutant, *rest):
+        if mutant.occurrence == 0:
+            raise UserError("tests/test_a.py::test_f fails without any change")
+        return {"key": mutant.key, "caught_by": "tests/test_cli.py", "diff": ""}
+
+    monkeypatch.setattr(run, "sample", lambda *arguments: mutants)
+    monkeypatch.setattr(run, "try_mutant", answer)
+    sentence = user_error(run.run, options)
+    assert sentence.startswith("1 mutants have no result") and "test_f fails" in sentence
+    assert "0 of 1 mutants survived" in capsys.readouterr().out
+    assert list(run.read_results(options.output)) == [mutants[1].key]

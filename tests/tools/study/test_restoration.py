@@ -11,6 +11,7 @@ import torch
 
 from megalard.checkpoint.open import open_model
 from tests.command_line import one_error, tool
+from tests.pictures import draw_nothing
 from tests.ranks import SERVER
 from tools.study import pool, pretraining, run
 from tools.study.description import Run
@@ -35,6 +36,7 @@ def folder(tmp_path_factory, corpus):
     # With the usual 0.02 the scores of so small a model are zero, whatever its RoPE.
     small |= {"initializer_range": 0.5}
     with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
         patch.setattr(pretraining, "TEACHER", pretraining.TEACHER | small)
         assert restoration("pretrain", folder, "--shrink", 3000, "--device", "cpu") == 0
     return folder

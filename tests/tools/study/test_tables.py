@@ -54,7 +54,7 @@ def test_a_report_has_tables_numbers_and_plots(results, tmp_path, capsys):
     assert [tokens for tokens, _ in entry["in_domain"]["curve"]] == [1000, 10_000, 100_000]
 
 
-def test_a_study_without_a_gap_is_reported(tmp_path):
+def test_a_study_without_a_gap_is_reported(tmp_path, no_drawing):
     """As one that was shrunk so much that its teacher has learned nothing."""
     write_report(tmp_path, [*baselines(3.0, 3.0), final("cpt", 1, [2.0])], "python")
     assert "| PI, CPT | 15.00M | 0.1 | - |" in (tmp_path / "restoration-tables.md").read_text()
@@ -68,7 +68,7 @@ def test_results_that_are_not_complete_are_refused(results, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_published_numbers_are_made_from_the_recorded_results(tmp_path, capsys):
+def test_the_published_numbers_are_made_from_the_recorded_results(tmp_path, capsys, no_drawing):
     """The tables of docs/restoration.md, from every measurement of the study."""
     assert restoration("report", FIGURES, "--output", tmp_path) == 0
     recorded = json.loads((FIGURES / "restoration.json").read_text())
