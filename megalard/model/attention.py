@@ -91,8 +91,8 @@ def attend(
 class _ContiguousGradient(torch.autograd.Function):
     """The identity, whose gradient is contiguous.
 
-    torch 2.11 finds cuDNN's plan for the backward pass by the strides of q, k and v alone. A
-    gradient with other strides than the one that the plan was made for gives wrong results.
+    A gradient with other strides than the one that a plan of cuDNN was made for gives wrong results
+    in torch 2.11: see ``megalard.model.merged_attention.as_torch_has_them``.
     """
 
     @staticmethod

@@ -68,7 +68,7 @@ class _MergedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
-        grad = grad.contiguous().transpose(1, 2)  # see attention._ContiguousGradient
+        grad = grad.contiguous().transpose(1, 2)
         grad_q, grad_k, grad_v = map(torch.zeros_like, (q, k, v))
         for row, rows, rectangle, triangle in _parts(ctx.spans):
             for columns, causal in ((triangle, True), (rectangle, False)):
@@ -132,6 +132,28 @@ def attention_part(
     return out, lse[..., None]
 
 
+def as_torch_has_them(
+    grad: torch.Tensor, out: torch.Tensor, q: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a gradient and an output in the memory layouts that they have in torch's attention.
+
+    torch 2.11 finds cuDNN's plan for the backward pass by the strides of q, k and v alone. Every
+    call with the same q, k and v has to have the same strides of the gradient and of the output,
+    too: those of ``megalard.model.attention``, where the gradient is contiguous tokens first, and
+    the output is in the order of q. Other strides give wrong results.
+
+    Args:
+        grad, out, q: [b, h, s, d].
+    """
+    is_heads_first = q.stride(1) > q.stride(2)
+    return _tokens_first(grad), out.contiguous() if is_heads_first else _tokens_first(out)
+
+
+def _tokens_first(x: torch.Tensor) -> torch.Tensor:
+    """Return [b, h, s, d] contiguous as [b, s, h, d]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def attention_part_backward(grad, q, out, lse, k, v, causal: bool):
     """Return the gradients of q, k and v for some of a row's keys.
 
@@ -144,6 +166,7 @@ def attention_part_backward(grad, q, out, lse, k, v, causal: bool):
     lse = lse.contiguous()
     if q.is_cuda:
         unused = torch.empty((), dtype=torch.int64, device=q.device)  # state of the dropout
+        grad, out = as_torch_has_them(grad, out, q)
         return _aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, out, lse, unused, unused, None, None, None, q.shape[2], k.shape[2],
             0.0, causal,

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from megalard.model import attention
-from megalard.model.merged_attention import attention_part, merge, merged_attention
+from megalard.model.merged_attention import (
+    as_torch_has_them,
+    attention_part,
+    merge,
+    merged_attention,
+)
 from tests.model.test_attention import WITHOUT_WINDOWS, check, is_hopper
 
 
@@ -51,3 +56,25 @@ def test_merging_two_sets_of_keys_is_attention_over_their_union():
     torch.testing.assert_close(
         lse.double(), scores.logsumexp(-1, keepdim=True), rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=["heads-first", "tokens-first"])
+@pytest.mark.parametrize("rows", [slice(None), slice(4, None)], ids=["all", "late"])
+def test_gradient_and_output_have_the_strides_that_torch_gives_them(order, rows):
+    """torch allocates the output like q, and the gradient comes from [b, s, h, d]."""
+    shape = (2, 3, 8, 4)  # b, h, s, d
+    tokens_first = torch.empty(2, 8, 3, 4).transpose(1, 2)
+
+    def like(order):
+        return torch.randn([shape[dim] for dim in order]).permute(order)[:, :, rows]
+
+    q = like(order)
+    for given in ((0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)):
+        if given == (2, 0, 1, 3):
+            grad, out = (torch.randn(8, 2, 3, 4).permute(1, 2, 0, 3)[:, :, rows] for _ in range(2))
+        else:
+            grad, out = like(given), like(given)
+        new_grad, new_out = as_torch_has_them(grad, out, q)
+        assert torch.equal(new_grad, grad) and torch.equal(new_out, out)
+        assert new_grad.stride() == torch.empty_like(tokens_first[:, :, rows]).stride()
+        assert new_out.stride() == torch.empty_like(q).stride()
