@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 
+from megalard import parents
 from tests.processes import descendants, is_running, started
 from tests.ranks import wait_until
 
@@ -37,3 +39,14 @@ def test_a_process_ends_with_its_parent(number):
         parent.send_signal(number)
         parent.wait(60)
         wait_until(lambda: not is_running(child), 60)
+
+
+@pytest.mark.parametrize("parent", [100_001, 100_002])
+def test_a_process_whose_parent_has_just_ended_ends_too(parent, monkeypatch):
+    """The parent is 100,001 before the call, and after it the process may have another one."""
+    answers, sent = iter([100_001, parent]), []
+    monkeypatch.setattr(parents.os, "getppid", lambda: next(answers))
+    monkeypatch.setattr(parents.os, "kill", lambda process, number: sent.append(number))
+    monkeypatch.setattr(parents.ctypes, "CDLL", lambda *arguments, **options: MagicMock())
+    parents.end_with_parent(signal.SIGINT)
+    assert sent == ([] if parent == 100_001 else [signal.SIGINT])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -97,6 +98,20 @@ def test_recorded_checksums_are_compared(folder, tmp_path, capsys):
     copy = shutil.copytree(folder / "sharded", tmp_path / "copy")
     flip_bit(next(copy.glob("weights-*.safetensors")))
     assert "is damaged" in cannot_compare(capsys, folder / "hf", copy)
+
+
+def test_reading_checksums_shows_its_progress(folder, monkeypatch):
+    advanced: dict[str, list[int]] = {}
+
+    @contextmanager
+    def noted(title, total):
+        counts = advanced[title] = [total]
+        yield counts.append
+
+    monkeypatch.setattr("megalard.progress.byte_bar", noted)
+    assert verify(folder / "hf", folder / "sharded") == 0
+    total, *counts = advanced["checksums"]
+    assert sum(counts) == total > 0
 
 
 def test_what_cannot_be_compared_is_status_2(folder, tmp_path, capsys):

@@ -93,6 +93,14 @@ def test_a_value_out_of_range_is_refused_by_its_key(key, value, must_be):
             "checkpoint.keep_every 6 must be a multiple of checkpoint.save_every 0",
         ),
         (
+            ["--evaluation.patience", "2"],
+            "evaluation.patience 2 compares validations, and evaluation.every is 0: give the",
+        ),
+        (
+            ["--checkpoint.keep_best", "true"],
+            "checkpoint.keep_best true compares validations, and evaluation.every is 0",
+        ),
+        (
             [f"--objective.relations.{name}=0" for name in "qkv"],
             "objective is empty: give relations, attention_output, hidden_cosine, logits_kl or "
             "language_modelling a weight",

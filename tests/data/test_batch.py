@@ -34,6 +34,11 @@ def test_a_batch_has_the_place_of_each_token(make_store):
         batch.documents = ()
 
 
+def test_positions_of_a_document_stay_within_it():
+    batch = collate([(np.arange(6), [(0, 3), (3, 6)]), (np.arange(6), [(0, 1)])])
+    assert batch.position_bs.tolist() == [[0, 1, 2, 0, 1, 2], [0] * 6]
+
+
 BLOCK = (np.arange(100, 108), [(0, 3), (3, 7)])
 
 

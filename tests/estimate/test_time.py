@@ -51,6 +51,18 @@ def test_the_kinds_of_operations_are_all_of_them():
     assert flops.attention_forward == 2 * 31 * 4 * pairs
 
 
+def test_attention_over_two_nodes_waits_for_k_and_v_that_its_products_do_not_hide():
+    """One block without relations; LoRA of rank 1 has hardly any gradients to sum."""
+    given = {f"objective__relations__{name}": 0 for name in "qkv"} | {"objective__logits_kl": 1}
+    given |= {"optimizer__global_batch": 1, "trainable__lora__rank": 1}
+    layout = RankLayout(cp=16)
+    slow, fast = (times(layout, 2, network, **given)[EXCHANGE] for network in (1e9, 1e15))
+    # Of each of 32 layers, K and V of 15 other ranks: bf16, 4096 features of 2048 tokens. Teacher
+    # and student gather them, the student again, and the backward pass scatters the gradients.
+    sent = 32 * 4 * 2 * 15 * 2048 * 4096 * 2
+    assert slow - fast == pytest.approx(sent / 1e9, rel=0.03)
+
+
 @pytest.mark.parametrize("axis", ["dp", "cp", "tp"])
 def test_two_ranks_halve_products_and_relations(axis):
     one, two = times(RankLayout()), times(RankLayout(**{axis: 2}))

@@ -41,6 +41,7 @@ def test_a_restoration_shows_perplexity_with_the_native_window(figures, tmp_path
     assert list(curves["teacher"].get_xdata()) == [32, 64, 128]
     # The teacher is not compared with itself.
     assert list(figure.axes[1].lines[0].get_xdata()) == []
+    assert figure.axes[0].get_yscale() == "log"
 
 
 def test_a_comparison_shows_positions_tasks_and_depths(figures, tmp_path):
@@ -56,6 +57,7 @@ def test_a_comparison_shows_positions_tasks_and_depths(figures, tmp_path):
     ]
     positions = figure.axes[1].lines[1]
     assert (list(positions.get_xdata()), list(positions.get_ydata())) == ([16, 128], [4.0, 2.0])
+    assert figure.axes[1].get_yscale() == "linear"
 
 
 def test_lengths_are_written_in_thousands_where_that_is_exact():

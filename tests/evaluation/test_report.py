@@ -38,6 +38,14 @@ def test_the_restored_gap_is_the_share_of_the_short_text_loss_won_back():
     assert RESTORATION.gap_restored(worse, entries) == pytest.approx(-0.5)
 
 
+def test_positions_are_counted_from_one_to_the_end_of_the_window():
+    console = Console(width=140, record=True, file=io.StringIO())
+    print_tables(comparison_entries(), None, console)
+    text = console.export_text()
+    head = text[text.index("windows of 128 tokens") :].splitlines()[2]
+    assert [cell.strip() for cell in head.split("┃")[1:-1]] == ["model", "1-15", "16-127"]
+
+
 def test_there_is_no_share_where_there_is_no_gap():
     teacher, scaled, restored = restoration_entries()
     assert RESTORATION.gap_restored(restored, [scaled, teacher]) is None

@@ -51,6 +51,18 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
+def test_a_file_is_closed_once(tmp_path):
+    """Another file may have its number afterwards."""
+    writer = TensorFileWriter(tmp_path / "x", {"x": Entry(torch.float32, (1,))}, {})
+    number = writer._file
+    writer.abandon()
+    with open(os.devnull, "rb") as other:
+        assert other.fileno() == number
+        standard_output = os.fstat(1)
+        writer.abandon()
+        assert os.fstat(number) and os.fstat(1) == standard_output
+
+
 def test_the_library_reads_the_files(tmp_path):
     size, digest = write(tmp_path / "x", TENSORS)
     content = (tmp_path / "x").read_bytes()

@@ -19,6 +19,13 @@ from tests.kernels.oracle import dense_allowed, segment_ids
 LAYOUTS = ["single", "left_pad", "right_pad", "both_pad", "all_pad", "packed", "packed_pad"]
 
 
+@pytest.mark.parametrize("shapes", [((1, 6), (1, 5)), ((2, 6), (1, 6)), ((6,), (6,))])
+def test_bounds_of_documents_have_one_shape_with_rows(shapes):
+    start, end = (torch.zeros(shape, dtype=torch.int32) for shape in shapes)
+    with pytest.raises(ValueError, match=r"must both be \[b, s\]"):
+        chunk_mask(start, end, row_offset=0, n=2, col_offset=0, m=2, causal=True)
+
+
 def dense_sides(mask):
     """Return the allowed pairs, bool [b, n, m], as the rows have them and as the columns do."""
     i, j = torch.arange(mask.n), torch.arange(mask.m)

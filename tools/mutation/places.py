@@ -154,7 +154,10 @@ def _replaced(source: str, span: Span, text: str) -> str:
 
 
 def without_effect(source: str) -> list[Span]:
-    """Return the places of type annotations, which are not evaluated, and of docstrings."""
+    """Return the places of what computes nothing.
+
+    These are type annotations, docstrings, and whether a dataclass may be changed.
+    """
     spans = []
     for node in ast.walk(ast.parse(source)):
         found = [getattr(node, "annotation", None), getattr(node, "returns", None)]
@@ -162,6 +165,8 @@ def without_effect(source: str) -> list[Span]:
             first = node.body[0]
             is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
             found += [first] if is_text else []
+        if isinstance(node, ast.ClassDef):
+            found += [d for d in node.decorator_list if "dataclass" in ast.unparse(d)]
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             found.append(node)
         spans += [_span(place) for place in found if place is not None]

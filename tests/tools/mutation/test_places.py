@@ -62,13 +62,16 @@ def test_one_statement_is_left_out():
 
 
 def test_types_and_docstrings_are_left_alone():
-    ignored = places.without_effect(SOURCE)
-    lines = SOURCE.splitlines()
+    source = SOURCE + "@dataclass(frozen=True)\nclass Point:\n    x: int = 0\n"
+    ignored = places.without_effect(source)
+    lines = source.splitlines()
     texts = {lines[a - 1].encode()[start:end].decode() for (a, start), (_, end) in ignored}
     assert texts == {
         '"""A file, 1 + 1."""',
         "int | None",
         "float",
+        "dataclass(frozen=True)",
+        "int",
         "dict[str, int]",
         '"""Return a sum."""',
     }

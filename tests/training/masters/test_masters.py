@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from megalard.model.names import kind_of
+from megalard.parallel.collectives import all_reduce
 from megalard.parallel.mesh import SINGLE, build_mesh
 from megalard.training.masters import sharded
 from megalard.training.masters.sharded import ShardedMasters
@@ -125,3 +127,29 @@ def models(tmp_path_factory):
 
 def test_four_ranks_hold_a_quarter_each_and_take_the_same_step(models):
     run_ranks(4, _memory_and_bits, str(models))
+
+
+def _norms(folder: str) -> None:
+    """Compare the norm of each kind of parameter with its gradients; both ranks call this."""
+    for cp, tp in ((1, 1), (2, 1), (1, 2)):
+        mesh = build_mesh("cpu", tp, cp)
+        for is_sharded in (False, True):
+            config = make_config(CASE, Path(folder), tp, cp, "float32")
+            parallel = dataclasses.replace(
+                config.parallel, shard_optimizer=is_sharded, offload_optimizer=False
+            )
+            distiller = make_distiller(dataclasses.replace(config, parallel=parallel), mesh)
+            result = distiller.step(micro_batches(CASE, 0, mesh, 1), 0)
+            squares: dict[str, torch.Tensor] = {}
+            for name in distiller.masters.parts:
+                held = distiller.student.decoder.slices[name]
+                square = distiller.masters.gradient(name).square().sum() / held.replicas
+                squares[kind_of(name)] = squares.get(kind_of(name), torch.zeros(())) + square
+            clipped = result.gradient_norm / min(config.optimizer.clip, result.gradient_norm)
+            for kind, square in squares.items():
+                expected = all_reduce(square, mesh.tp).sqrt() * clipped
+                assert result.gradient_norms[kind] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_norms_of_kinds_are_those_of_their_gradients(models):
+    run_ranks(2, _norms, str(models))
