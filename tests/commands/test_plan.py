@@ -67,6 +67,25 @@ ALL_WEIGHTS = (
 PARAMETERS = 6_738_415_616  # of LLaMA2-7B
 
 
+def test_dividing_weights_is_named_with_what_it_saves(model, capsys):
+    """Three GPUs, which tp does not divide: a third of the layers' weights, and two layers."""
+    words = ("--config", "llama2-7b-x8", "--gpus", "3 x RTX 4090", "--gpu-memory", 14)
+    words += ("--optimizer.global_batch", 3)
+    assert plan(model, *words) == 1
+    printed = capsys.readouterr().out
+    saved = re.search(r"\(parallel.shard_weights true\) saves ([\d.]+) GiB per GPU", printed)
+    per_layer = 4 * 4096**2 + 3 * 4096 * 11008
+    assert saved and float(saved[1]) == pytest.approx(2 * (32 * 2 / 3 - 2) * per_layer / 2**30, rel=0.05)
+
+
+def test_a_model_whose_step_waits_for_its_host_is_named(model, capsys):
+    said = "so small a step may wait for the host, which launches its kernels"
+    for tokens, is_small in ((256, True), (4096, False)):
+        words = ("--data.context_length", tokens, "--gpus", "1 x H100")
+        assert plan(model, *words) == 0
+        assert (said in capsys.readouterr().out) == is_small
+
+
 def test_all_weights_of_7b_fit_on_two_gpus_because_they_divide_the_state(model, capsys):
     assert plan(model, *ALL_WEIGHTS, "--gpus", "2 x H100", "--json") == 0
     layouts = json.loads(capsys.readouterr().out)["layouts"]

@@ -221,7 +221,8 @@ def test_words_after_a_key_are_a_list():
 def test_numbers_of_tokens_have_a_unit(lengths, write):
     config = load("--evaluation.lengths", *lengths, "--data.context_length=8k")
     assert config.evaluation.lengths == [4096, 2048, 7] and config.data.context_length == 8192
-    assert load(path=write("evaluation: {max_tokens: 64K}")).evaluation.max_tokens == 65536
+    evaluation = load(path=write("evaluation: {max_tokens: 64K, validation_tokens: 8K}")).evaluation
+    assert (evaluation.max_tokens, evaluation.validation_tokens) == (65536, 8192)
     # Other numbers have none.
     assert "optimizer.steps must be of type int, got '2K'" in refusal("--optimizer.steps=2K")
     assert "data.context_length must be of type int" in refusal("--data.context_length=4.5K")

@@ -54,11 +54,6 @@ CASES = {
     "qk-grouped-8b": ({**NOT_AGAIN, **QK}, {"shape": "llama3-8b"}),
     "logits-lora-o": ({**NOT_AGAIN, **LOGITS, **LORA_O}, {}),
     "logits-cp2-8b": ({**LOGITS, "data.context_length": 16384}, {"cp": 2, "shape": "llama3-8b"}),
-    # The peak is in the relations, of which the last one has the fewest heads.
-    "q-and-v-cp2-8b": (
-        {"objective.relations.k": 0, "data.context_length": 65536},
-        {"cp": 2, "shape": "llama3-8b", "intermediate_size": 8192, "layers": 2},
-    ),
     "attention-output": ({**NOT_AGAIN, "objective.attention_output": 1}, {}),
     "longred": ({**HIDDEN, "trainable.mode": "all"}, {"tie_word_embeddings": True}),
     "weights": ({"trainable.mode": "weights"}, {}),
