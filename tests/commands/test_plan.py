@@ -74,8 +74,8 @@ def test_dividing_weights_is_named_with_what_it_saves(model, capsys):
     assert plan(model, *words) == 1
     printed = capsys.readouterr().out
     saved = re.search(r"\(parallel.shard_weights true\) saves ([\d.]+) GiB per GPU", printed)
-    per_layer = 4 * 4096**2 + 3 * 4096 * 11008
-    assert saved and float(saved[1]) == pytest.approx(2 * (32 * 2 / 3 - 2) * per_layer / 2**30, rel=0.05)
+    per_layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008) / 2**30
+    assert saved and float(saved[1]) == pytest.approx((32 * 2 / 3 - 2) * per_layer, rel=0.05)
 
 
 def test_a_model_whose_step_waits_for_its_host_is_named(model, capsys):
