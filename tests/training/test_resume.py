@@ -28,9 +28,10 @@ from tests.jobs import (
 from tests.logits import relative_error
 from tests.ranks import run_ranks
 
+SAVE = ("checkpoint.save_every=2", "checkpoint.keep_last=9")
 # Two steps follow the checkpoint of step 4: the second begins where the restored state was updated.
 STEPS = 6
-SAVE = ("checkpoint.save_every=2", "checkpoint.keep_last=9", f"optimizer.steps={STEPS}")
+SHORT = (*SAVE, f"optimizer.steps={STEPS}")
 ALL = ("trainable.mode=all", "objective.logits_kl=0.5", "model.compute_dtype=float32")
 STREAMS = (
     "trainable.mode=all",
@@ -70,7 +71,7 @@ RESUMED = {
 
 def run(ranks: int, job: Path, output: Path, *options: str) -> None:
     """Train on some ranks."""
-    run_ranks(ranks, train, arguments(job, output, *SAVE, *options))
+    run_ranks(ranks, train, arguments(job, output, *SHORT, *options))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_it_prints_what_it_resumes_from_and_removes(job, tmp_path, capfd):
     for name in ("step-000002.done-01234567", "step-000003.partial", "step-000007.partial"):
         (output / name).mkdir()
     (output / "step-000007.partial" / ".unfinished").touch()
-    train(arguments(job, output, *SAVE))
+    train(arguments(job, output, *SHORT))
     printed = capfd.readouterr().out
     assert printed.count("was not finished") == 3
     for name in ("step-000002.done-01234567", "step-000007.partial"):
@@ -123,13 +124,13 @@ def test_it_prints_what_it_resumes_from_and_removes(job, tmp_path, capfd):
     assert f"resuming from {output / 'checkpoints' / 'step-000004'} after step 4" in printed
     # Once all steps are done, only the export remains.
     (output / "finished.json").unlink()
-    train(arguments(job, output, *SAVE))
+    train(arguments(job, output, *SHORT))
     assert f"after step {STEPS}" in capfd.readouterr().out
 
 
 def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(job, tmp_path, capsys):
     output = interrupted(job / "one", tmp_path / "output", step=0)
-    train(arguments(job, output, *SAVE))
+    train(arguments(job, output, *SHORT))
     expected = f"{output} holds no complete checkpoint: the run begins at the start"
     assert expected in capsys.readouterr().out
     assert losses(output, STEPS) == losses(job / "one", STEPS)
@@ -140,7 +141,7 @@ def test_other_text_is_refused(job, tmp_path, capsys):
     text = tmp_path / "other.txt"
     text.write_text((job / "train.txt").read_text().upper())
     options = (f"data.cache={tmp_path / 'cache'}", f"data.paths={text}")
-    line = refusal(capsys, "train", *arguments(job, output, *SAVE, *options))
+    line = refusal(capsys, "train", *arguments(job, output, *SHORT, *options))
     assert f"the text is not the text {checkpoint_path(output / 'checkpoints', 4)} was" in line
     assert line.endswith("restore data.paths, or choose another run.output")
 
@@ -151,7 +152,7 @@ def test_another_student_config_is_refused(job, tmp_path, capsys):
     model = shutil.copytree(job / "model", tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    line = refusal(capsys, "train", *arguments(job, output, *SAVE, f"model.teacher={model}"))
+    line = refusal(capsys, "train", *arguments(job, output, *SHORT, f"model.teacher={model}"))
     assert "the student's norm_eps is not what " in line
     assert "restore the model's config.json and rope.table" in line
 
@@ -163,11 +164,11 @@ def test_a_changed_bit_is_reported_with_the_checkpoint_to_resume_from(
     output = interrupted(job / "one", tmp_path / "output")
     damaged = checkpoint_path(output / "checkpoints", 4)
     flip_bit(sorted(damaged.glob("optimizer-*.safetensors"))[0], position)
-    line = refusal(capsys, "train", *arguments(job, output, *SAVE))
+    line = refusal(capsys, "train", *arguments(job, output, *SHORT))
     assert "is damaged" in line
     assert line.endswith(f"; remove {damaged} to resume from step-000002")
     shutil.rmtree(damaged)
-    train(arguments(job, output, *SAVE))
+    train(arguments(job, output, *SHORT))
 
 
 def test_the_manifest_describes_the_run(job):
@@ -247,7 +248,7 @@ def test_a_manifest_that_lacks_an_entry_is_refused_though_it_is_signed(kind, job
     change, sentence = SIGNED[kind]
     output = interrupted(job / "one", tmp_path / "output")
     rewrite_manifest(checkpoint_path(output / "checkpoints", 4), change)
-    assert sentence in refusal(capsys, "train", *arguments(job, output, *SAVE))
+    assert sentence in refusal(capsys, "train", *arguments(job, output, *SHORT))
 
 
 def test_the_settings_of_the_optimizer_are_those_of_the_configuration(job, tmp_path):
@@ -258,5 +259,5 @@ def test_the_settings_of_the_optimizer_are_those_of_the_configuration(job, tmp_p
     rewrite_manifest(
         checkpoint, lambda body: body["training"]["optimizer"]["groups"][0].update(settings)
     )
-    train(arguments(job, output, *SAVE))
+    train(arguments(job, output, *SHORT))
     assert losses(output, STEPS) == losses(job / "one", STEPS)
