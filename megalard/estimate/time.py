@@ -37,8 +37,12 @@ _ADAMW_BYTES = 28
 _DIVIDED_UPDATE_BYTES = _ADAMW_BYTES + 4 + 4 + 8
 _UPDATE_BYTES = _DIVIDED_UPDATE_BYTES + 4
 
-HOST_UPDATE = 25e9
-"""Bytes per second of AdamW on the CPU, per rank. This is assumed and was not measured."""
+HOST_UPDATE = 98e9
+"""Bytes per second of AdamW on the CPU, per rank.
+
+With eight threads, in docs/figures/optimizer_offload/llama-1b.json. Several ranks of a node share
+the bandwidth of its memory.
+"""
 
 
 Seconds = defaultdict[str, float]

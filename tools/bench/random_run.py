@@ -73,7 +73,9 @@ def make_distiller(config: Config, spec: ModelSpec, mesh: Mesh) -> Distiller:
         division=division,
     )
     needs_teacher = any(s.objective.needs_teacher for s in config.all_streams().values())
-    return Distiller(teacher if needs_teacher else None, student, config, mesh)
+    compared = teacher if needs_teacher else None
+    del teacher  # A run frees it before masters and gradients are made.
+    return Distiller(compared, student, config, mesh)
 
 
 def random_batches(config: Config, spec: ModelSpec, mesh: Mesh) -> dict[str, list[Batch]]:
