@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megalard.config.schema import RopeConfig
@@ -95,7 +96,9 @@ def apply_rope(x_bhsd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
 
 
 def rope_table(spec: ModelSpec) -> RopeTable:
-    """Return the table that transformers builds for a model.
+    """Return the table that the rotary class of transformers builds for a model.
+
+    The classes are not imported, because that takes seconds at the start of a run.
 
     Raises:
         UserError: transformers cannot build a table from what ``config.json`` says.
@@ -111,10 +114,13 @@ def rope_table(spec: ModelSpec) -> RopeTable:
         with quiet_transformers():
             config = as_transformers_reads(spec.hf_config, "the model")
             config.head_dim = spec.head_dim
-            embedding = FAMILIES[spec.family].rotary()(config)
+            if kind == "default":
+                table = _native_table(spec, config)
+            else:
+                inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, None)
+                table = RopeTable(inv_freq, float(attention_scaling))
             if kind == "longrope":
                 long, _ = ROPE_INIT_FUNCTIONS[kind](config, None, seq_len=original + 1)
-        table = RopeTable(embedding.inv_freq.clone(), float(embedding.attention_scaling))
         _check_table(table.inv_freq, spec)
         if long is not None:
             _check_table(long, spec)
@@ -127,6 +133,13 @@ def rope_table(spec: ModelSpec) -> RopeTable:
     if long is not None and not torch.equal(long, table.inv_freq):
         table = replace(table, long_inv_freq=long, original_positions=original)
     return table
+
+
+def _native_table(spec: ModelSpec, config: PretrainedConfig) -> RopeTable:
+    """Return the table without scaling: theta^(-2i / r) for the i-th pair of r rotary features."""
+    features = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32)
+    theta = config.rope_parameters["rope_theta"]
+    return RopeTable(1.0 / theta ** (features / spec.rotary_dim), 1.0)
 
 
 def _check_table(inv_freq: torch.Tensor, spec: ModelSpec) -> None:
@@ -142,10 +155,8 @@ def is_native(spec: ModelSpec) -> bool:
     """Whether a model's RoPE is unscaled, whatever type its config.json names."""
     if spec.rope["rope_type"] == "default":
         return True
-    table, config = rope_table(spec), as_transformers_reads(spec.hf_config, "the model")
-    config.head_dim = spec.head_dim
-    native, _ = FAMILIES[spec.family].rotary().compute_default_rope_parameters(config)
-    return table.same_as(RopeTable(native, 1.0))
+    config = as_transformers_reads(spec.hf_config, "the model")
+    return rope_table(spec).same_as(_native_table(spec, config))
 
 
 def window_of(spec: ModelSpec, native_window: int | None = None) -> int:

@@ -132,7 +132,6 @@ class Family:
         model_type: the value in ``config.json``.
         flags: returns the fields of ``ModelSpec`` in which the family differs from Llama without
             biases, from the configuration object of transformers.
-        rotary: imports and returns the class that makes the table of rotary positions.
         read: the keys that are read, in addition to ``READ``.
         without_effect: key to the reason why it has no effect, in addition to ``WITHOUT_EFFECT``.
         required: key to the only value that is accepted, in addition to ``REQUIRED``.
@@ -142,7 +141,6 @@ class Family:
 
     model_type: str
     flags: Callable[[PretrainedConfig], dict[str, Any]]
-    rotary: Callable[[], Any]
     read: frozenset[str] = frozenset()
     without_effect: Mapping[str, str] = field(default_factory=dict)
     required: Mapping[str, Any] = field(default_factory=dict)
@@ -181,10 +179,3 @@ def windows_of(config: PretrainedConfig) -> dict[str, Any]:
     if window is None and "sliding_attention" in config.layer_types:
         raise ValueError("its layer_types hold 'sliding_attention', but it has no sliding_window")
     return {"windows": tuple(kinds[kind] for kind in config.layer_types)}
-
-
-def llama_rotary() -> Any:
-    """Import and return the class for rotary positions that most families use."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    return LlamaRotaryEmbedding

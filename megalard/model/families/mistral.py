@@ -6,14 +6,14 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megalard.model.families.family import Family, llama_rotary, windows_of
+from megalard.model.families.family import Family, windows_of
 
 
 def _flags(config: PretrainedConfig) -> dict[str, Any]:
     return {"windows": (config.sliding_window,) * config.num_hidden_layers}
 
 
-MISTRAL = Family("mistral", _flags, llama_rotary, read=frozenset({"sliding_window"}))
+MISTRAL = Family("mistral", _flags, read=frozenset({"sliding_window"}))
 
 
 def _ministral(config: PretrainedConfig) -> dict[str, Any]:
@@ -25,6 +25,4 @@ def _ministral(config: PretrainedConfig) -> dict[str, Any]:
 
 
 # transformers also reads a file of model_type mistral as Ministral if it has layer_types.
-MINISTRAL = Family(
-    "ministral", _ministral, llama_rotary, read=frozenset({"sliding_window", "layer_types"})
-)
+MINISTRAL = Family("ministral", _ministral, read=frozenset({"sliding_window", "layer_types"}))

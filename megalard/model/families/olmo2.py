@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megalard.model.families.family import Family, llama_rotary
+from megalard.model.families.family import Family
 
 
 def _flags(config: PretrainedConfig) -> dict[str, Any]:
@@ -14,4 +14,4 @@ def _flags(config: PretrainedConfig) -> dict[str, Any]:
     return {"qkv_bias": has_bias, "o_bias": has_bias, "qk_norm": "full", "norms": "after"}
 
 
-OLMO2 = Family("olmo2", _flags, llama_rotary, read=frozenset({"attention_bias"}))
+OLMO2 = Family("olmo2", _flags, read=frozenset({"attention_bias"}))

@@ -13,16 +13,9 @@ def _flags(config: PretrainedConfig) -> dict[str, Any]:
     return {"windows": (config.sliding_window,) * config.num_hidden_layers}
 
 
-def _rotary() -> Any:
-    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
-
-    return Phi3RotaryEmbedding
-
-
 PHI3 = Family(
     "phi3",
     _flags,
-    _rotary,
     read=frozenset({"sliding_window", "partial_rotary_factor"}),
     rope_types=("longrope",),
     fused={

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megalard.model.families.family import Family, llama_rotary, windows_of
+from megalard.model.families.family import Family, windows_of
 
 _WINDOW_KEYS = frozenset(
     {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
@@ -22,5 +22,5 @@ def _qwen3(config: PretrainedConfig) -> dict[str, Any]:
     return {"qkv_bias": has_bias, "o_bias": has_bias, "qk_norm": "head", **windows_of(config)}
 
 
-QWEN2 = Family("qwen2", _qwen2, llama_rotary, read=_WINDOW_KEYS)
-QWEN3 = Family("qwen3", _qwen3, llama_rotary, read=_WINDOW_KEYS | {"attention_bias"})
+QWEN2 = Family("qwen2", _qwen2, read=_WINDOW_KEYS)
+QWEN3 = Family("qwen3", _qwen3, read=_WINDOW_KEYS | {"attention_bias"})

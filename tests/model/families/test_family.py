@@ -11,7 +11,6 @@ from megalard.model.families.family import Family, windows_of
 FAMILY = Family(
     "made-up",
     flags=lambda config: {},
-    rotary=lambda: None,
     read=frozenset({"partial_rotary_factor", "sliding_window"}),
     without_effect={"mascot": "nothing reads it"},
     required={"logit_scale": 1.0},
