@@ -243,6 +243,12 @@ def test_documents_are_of_all_lengths_and_the_same_again(tokenizer, filler):
     assert max(lengths) <= 1200 and min(lengths) < 500 and len(set(lengths)) > 10
 
 
+def test_documents_are_of_all_tasks_in_turn(tokenizer, filler):
+    documents = make_documents(tokenizer, 7, 400, 1200, [filler], ["passkey", "multi_key"])
+    texts = [flat(tokenizer.decode(row.tolist())) for row in itertools.islice(documents, 6)]
+    assert ["pass key" in text for text in texts] == [True, False] * 3
+
+
 def test_a_length_that_does_not_hold_the_task_is_refused(tokenizer, filler):
     sentence = "20 tokens are too few for the task multi_value, whose"
     with pytest.raises(TooShort, match=sentence) as caught:

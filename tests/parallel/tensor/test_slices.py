@@ -80,7 +80,7 @@ def test_a_vocabulary_is_split_as_torch_chunk_splits_it(rows):
         for rank, chunk in enumerate(chunks):
             held = slice_of_parameter(name, (rows, 32), spec(), rank, 4)
             assert held.cut(full).tolist() == chunk.tolist()
-            assert held.local_shape == (len(chunk), 32)
+            assert held.local_shape == (len(chunk), 32) and held.replicas == 1
 
 
 def test_a_cut_is_the_slice_of_the_full_tensor():
