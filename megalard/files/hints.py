@@ -43,8 +43,8 @@ def fix_for_text(path: Path) -> str:
         return "unpack it first"
     if not path.exists() and looks_like_hub_name(path):
         return (
-            "check its spelling; a dataset on the Hugging Face Hub has to be written to .jsonl "
-            "first, such as with the method to_json of the package datasets"
+            "check its spelling; a dataset on the Hugging Face Hub is tokenized by "
+            f"megalard prepare --dataset {path}"
         )
     return "check its spelling"
 

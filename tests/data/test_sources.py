@@ -66,13 +66,15 @@ def test_a_bad_json_line_is_named(tmp_path, line, message):
 def test_bad_paths_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "image.png").write_bytes(b"\xff")
+    (tmp_path / "table.csv").write_text("a,b")
     (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "link.txt").symlink_to(tmp_path / "nowhere.txt")
     for names, message in [
         (["missing.txt"], "missing.txt does not exist"),
-        (["image.png"], "unsupported suffix '.png'"),
+        (["image.png"], "unsupported suffix '.png': give one of .* or a directory of them$"),
+        (["table.csv"], "unsupported suffix '.csv': .* or a directory of them; write it as .jsonl"),
         (["empty"], "directory .*empty contains no .*: add some text"),
         (["broken"], "link.txt is not readable"),
         (["latin.txt"], "latin.txt is not UTF-8"),

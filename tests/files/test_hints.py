@@ -17,7 +17,7 @@ def test_a_name_on_the_hub_is_recognized():
         "no model directory at meta-llama/Llama-3.1-8B: if that is a name on the Hugging Face Hub, "
         "download it with hf download meta-llama/Llama-3.1-8B --local-dir DIR, and give DIR"
     )
-    assert "a dataset on the Hugging Face Hub has to be written to .jsonl" in user_error(
+    assert "a dataset on the Hugging Face Hub is tokenized by megalard prepare" in user_error(
         list_files, ["allenai/c4"]
     )
 
