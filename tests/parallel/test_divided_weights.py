@@ -204,8 +204,8 @@ def _over_ranks() -> None:
         parameter = division.parameter(DOWN, held, value, mesh.device, torch.bfloat16, True)
         assert parameter.rows.dtype == torch.float32
         assert torch.equal(parameter.value().cpu(), value), "fp32 until masters take the rows"
-        parameter.rows = parameter.rows.to(torch.bfloat16)
-        for _ in range(2):
+        for dtype in (torch.float32, torch.bfloat16):
+            parameter.rows = parameter.rows.to(dtype)
             parameter.start()
             parameter.finish()
             assert torch.equal(parameter.detach().cpu(), value.bfloat16())
