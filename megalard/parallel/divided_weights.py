@@ -169,7 +169,9 @@ class LayerGathers:
     """
 
     def __init__(self, decoder: Decoder):
-        self._embedding: nn.Module = decoder.model.embed_tokens
+        # A head that is the embedding too is used after the last layer, when no layer follows.
+        is_tied = decoder.spec.tied_embeddings
+        self._embedding: nn.Module | None = None if is_tied else decoder.model.embed_tokens
         self._layers = [
             [p for p in layer.parameters() if isinstance(p, DividedParameter)]
             for layer in decoder.model.layers
@@ -199,7 +201,7 @@ class LayerGathers:
                 output.register_hook(on_gradient)
 
     def _move(self, number: int, ahead: int) -> None:
-        """Have a layer's weights, start those of another layer, and free all others."""
+        """Complete a layer's weights, start to gather those ahead, and free all others."""
         for other in self._held - {number, ahead}:
             for parameter in self._layers[other]:
                 parameter.free()

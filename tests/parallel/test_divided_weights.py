@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,8 +137,9 @@ def test_what_one_rank_holds_alone_stays_whole():
 class Stack(nn.Module):
     """As much of a decoder as ``LayerGathers`` reads, with layers of one weight."""
 
-    def __init__(self, weights: list[DividedParameter]):
+    def __init__(self, weights: list[DividedParameter], tied_embeddings: bool = False):
         super().__init__()
+        self.spec = SimpleNamespace(tied_embeddings=tied_embeddings)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Module()
         self.model.layers = nn.ModuleList(nn.ParameterList([weight]) for weight in weights)
@@ -171,6 +174,14 @@ def test_two_layers_exist_at_a_time_forward_and_backward(reach, make):
         # This hook precedes that of the gathers: it sees what the layer above has left.
         assert all(len(numbers) <= 2 for numbers in backward)
         assert stack.present() == [0]
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_first_layer_is_gathered_with_the_embedding_and_not_with_a_tied_head(is_tied, make):
+    stack = Stack([make(4, 4)[0] for _ in range(NUM_LAYERS)], is_tied)
+    gathers = LayerGathers(stack)
+    gathers.before_use(stack.model.embed_tokens)
+    assert stack.present() == ([] if is_tied else [0])
 
 
 def test_layers_that_two_decoders_share_are_gathered_once(make, monkeypatch):
