@@ -18,6 +18,9 @@ HOST = "optimizer's state in host memory"
 SAVED = "saved tensors in host memory"
 ROUNDED_UP = "rounding of pinned tensors"
 
+SETTINGS = {HOST: "parallel.offload_optimizer", SAVED: "parallel.offload"}
+"""By kind: the setting that keeps it in host memory."""
+
 
 def host_memory(
     state: TrainedState,

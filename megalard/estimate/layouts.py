@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megalard.config.schema import Config
 from megalard.errors import UserError
 from megalard.estimate.gpus import GIB, Machines
+from megalard.estimate.host import SETTINGS
 from megalard.estimate.memory import MEMORY_ERROR, Memory, memory_of
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.time import StepTime, run_times
@@ -86,8 +87,8 @@ def candidates(
     """Return the estimates of all layouts that can run, the fastest first.
 
     Returns:
-        The candidates, and why each of the other layouts cannot run. Host memory that does not
-        suffice is such a reason.
+        The candidates, and why each of the other layouts cannot run, for example because a node
+        has too little host memory.
     """
     possible, refused = [], {}
     for layout in layouts(spec, machines):
@@ -107,7 +108,7 @@ def candidates(
 
 
 def check_host_memory(memory: Memory, per_node: int, capacity: float | None) -> None:
-    """Refuse an estimate that exceeds the host memory of a node by more than the error.
+    """Refuse an estimate that exceeds the host memory of a node by more than its error.
 
     Args:
         memory: the estimate of one rank.
@@ -121,10 +122,10 @@ def check_host_memory(memory: Memory, per_node: int, capacity: float | None) -> 
     if capacity is None or needed * (1 - MEMORY_ERROR) <= capacity:
         return
     kinds = ", ".join(f"{kind} {size * per_node / GIB:.1f}" for kind, size in memory.host.items())
+    settings = " or ".join(name for kind, name in SETTINGS.items() if kind in memory.host)
     raise UserError(
         f"the run needs {needed / GIB:.1f} GiB of host memory per node ({kinds}) but a node has "
-        f"{capacity / GIB:.1f} GiB: set parallel.offload or parallel.offload_optimizer false, or "
-        "use more nodes"
+        f"{capacity / GIB:.1f} GiB: set {settings} false, or use more nodes"
     )
 
 

@@ -137,10 +137,10 @@ def as_torch_has_them(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a gradient and an output in the memory layouts that they have in torch's attention.
 
-    torch 2.11 finds cuDNN's plan for the backward pass by the strides of q, k and v alone. Every
-    call with the same q, k and v has to have the same strides of the gradient and of the output,
-    too: those of ``megalard.model.attention``, where the gradient is contiguous tokens first, and
-    the output is in the order of q. Other strides give wrong results.
+    torch 2.11 finds cuDNN's plan for the backward pass by the strides of q, k and v alone. A plan
+    that was made for other strides of the gradient or of the output gives wrong results. Both
+    therefore get the strides that they have in ``megalard.model.attention``: the gradient is
+    contiguous tokens first, and the output has the order of q.
 
     Args:
         grad, out, q: [b, h, s, d].

@@ -39,12 +39,14 @@ class DividedParameter(nn.Parameter):
     Attributes:
         axis: the ranks that hold the same parameter.
         rows: [ceil(n / ranks), ...], this rank's rows, in the dtype of the parameter. The rows of a
-            trained parameter are fp32 until ``megalard.training.masters`` takes them.
+            trained parameter are fp32 until ``megalard.training.masters`` takes them, and are
+            rounded to that dtype when they are gathered.
     """
 
     axis: Axis
     rows: torch.Tensor
-    _storage_of: torch.Tensor
+    _whole: torch.Tensor  # [ranks * rows, ...], with padding
+    _bytes: int
     _pending: PendingCollective | None
 
     def keep_rows(self, value: torch.Tensor, axis: Axis, dtype: torch.dtype) -> None:
@@ -54,23 +56,23 @@ class DividedParameter(nn.Parameter):
         local = value[axis.rank * count : (axis.rank + 1) * count]
         self.rows = torch.zeros(count, *value.shape[1:], dtype=dtype, device=self.device)
         self.rows[: local.shape[0]] = local.to(self.device)
-        whole = self.new_empty(count * axis.size, *value.shape[1:], requires_grad=False)
-        self._storage_of, self._bytes = whole, whole.untyped_storage().nbytes()
+        self._whole = self.new_empty(count * axis.size, *value.shape[1:], requires_grad=False)
+        self._bytes = self._whole.untyped_storage().nbytes()
         # Assigned to ``data``, the tensors share their storage and not their version.
-        self.data = whole[: value.shape[0]]
+        self.data = self._whole[: value.shape[0]]
         self.free()
 
     @property
     def is_gathered(self) -> bool:
         """Whether the storage exists: the values are there, or on their way."""
-        return self._storage_of.untyped_storage().nbytes() > 0
+        return self._whole.untyped_storage().nbytes() > 0
 
     def start(self) -> None:
         """Start to gather the values, unless they are there; a collective call."""
         if not self.is_gathered:
-            self._storage_of.untyped_storage().resize_(self._bytes)
-            rows = self.rows
-            self._pending = start_all_gather_tokens_into(self._storage_of, rows, self.axis)
+            self._whole.untyped_storage().resize_(self._bytes)
+            rows = self.rows.to(self._whole.dtype)
+            self._pending = start_all_gather_tokens_into(self._whole, rows, self.axis)
 
     def finish(self) -> None:
         """Let the stream of the computation wait for the values."""
@@ -81,7 +83,7 @@ class DividedParameter(nn.Parameter):
     def free(self) -> None:
         """Free the memory of the values, after the computation that has been launched."""
         self.finish()
-        self._storage_of.untyped_storage().resize_(0)
+        self._whole.untyped_storage().resize_(0)
 
     def write(self, rows: torch.Tensor) -> None:
         """Replace this rank's rows, padding included, by a tensor of as many elements."""
@@ -167,7 +169,9 @@ class LayerGathers:
     """
 
     def __init__(self, decoder: Decoder):
-        self._embedding: nn.Module = decoder.model.embed_tokens
+        # A head that is the embedding too is used after the last layer, when no layer follows.
+        is_tied = decoder.spec.tied_embeddings
+        self._embedding: nn.Module | None = None if is_tied else decoder.model.embed_tokens
         self._layers = [
             [p for p in layer.parameters() if isinstance(p, DividedParameter)]
             for layer in decoder.model.layers
@@ -197,7 +201,7 @@ class LayerGathers:
                 output.register_hook(on_gradient)
 
     def _move(self, number: int, ahead: int) -> None:
-        """Have a layer's weights, start those of another layer, and free all others."""
+        """Complete a layer's weights, start to gather those ahead, and free all others."""
         for other in self._held - {number, ahead}:
             for parameter in self._layers[other]:
                 parameter.free()

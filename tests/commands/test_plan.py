@@ -163,3 +163,18 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, capsys):
     (tmp_path / "b.json").write_text("[]")
     assert "does not hold a JSON object" in refusal(capsys, *words, tmp_path / "b.json")
     assert "there is no file" in refusal(capsys, *words, tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "sentence"),
+    [
+        ("--host-memory", "much", "much is not a positive number"),
+        ("--gpu-memory", "nan", "nan is not a positive number"),
+        ("--network", "-3", "-3 is not a positive number"),
+        ("--nodes", "two", "two is not a number of nodes: give 1 or more"),
+    ],
+)
+def test_a_flag_that_is_no_number_is_refused(flag, value, sentence, model, capsys):
+    with pytest.raises(SystemExit):
+        plan(model, "--gpus", "1 x H100", flag, value)
+    assert f"argument {flag}: {sentence}\n" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,8 +137,9 @@ def test_what_one_rank_holds_alone_stays_whole():
 class Stack(nn.Module):
     """As much of a decoder as ``LayerGathers`` reads, with layers of one weight."""
 
-    def __init__(self, weights: list[DividedParameter]):
+    def __init__(self, weights: list[DividedParameter], tied_embeddings: bool = False):
         super().__init__()
+        self.spec = SimpleNamespace(tied_embeddings=tied_embeddings)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Module()
         self.model.layers = nn.ModuleList(nn.ParameterList([weight]) for weight in weights)
@@ -173,6 +176,14 @@ def test_two_layers_exist_at_a_time_forward_and_backward(reach, make):
         assert stack.present() == [0]
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_first_layer_is_gathered_with_the_embedding_and_not_with_a_tied_head(is_tied, make):
+    stack = Stack([make(4, 4)[0] for _ in range(NUM_LAYERS)], is_tied)
+    gathers = LayerGathers(stack)
+    gathers.before_use(stack.model.embed_tokens)
+    assert stack.present() == ([] if is_tied else [0])
+
+
 def test_layers_that_two_decoders_share_are_gathered_once(make, monkeypatch):
     made = [make(4, 4)[0] for _ in range(NUM_LAYERS)]
     started, start = [], DividedParameter.start
@@ -204,8 +215,8 @@ def _over_ranks() -> None:
         parameter = division.parameter(DOWN, held, value, mesh.device, torch.bfloat16, True)
         assert parameter.rows.dtype == torch.float32
         assert torch.equal(parameter.value().cpu(), value), "fp32 until masters take the rows"
-        parameter.rows = parameter.rows.to(torch.bfloat16)
-        for _ in range(2):
+        for dtype in (torch.float32, torch.bfloat16):
+            parameter.rows = parameter.rows.to(dtype)
             parameter.start()
             parameter.finish()
             assert torch.equal(parameter.detach().cpu(), value.bfloat16())

@@ -106,7 +106,11 @@ def test_plan_host_memory(plan, model, capsys):
     given = ("plan", "--model", model, "--gpus", "1 x H100", *words, "--host-memory", 64)
     sentence = refusal(capsys, *given)
     assert f"needs {needed:.1f} GiB of host memory per node (optimizer's state" in sentence
-    assert "but a node has 64.0 GiB: set parallel.offload or parallel.offload_optim" in sentence
+    assert sentence.endswith(
+        "but a node has 64.0 GiB: set parallel.offload_optimizer false, or use more nodes"
+    )
+    both = refusal(capsys, *given, "--parallel.offload", "true")
+    assert "set parallel.offload_optimizer or parallel.offload false, or" in both
     assert plan("--host-memory", 1, gpus="1 x H100")["fits"], "nothing is offloaded"
 
 

@@ -153,3 +153,20 @@ def test_a_run_is_resumed_with_divided_weights_or_without(step, before, job, tmp
     (output / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     run(2, job, output, *([SHARDED] if before == "whole" else []))
     assert_same_run(output, job / "whole")
+
+
+def test_all_weights_in_bfloat16_are_measured_before_the_first_step(job, tmp_path):
+    """The trained rows are fp32 then, and are gathered in the compute dtype."""
+    common = (
+        "model.compute_dtype=bfloat16",
+        "trainable.mode=all",
+        "optimizer.steps=1",
+        f"evaluation.paths={job / 'heldout.txt'}",
+        "evaluation.lengths=[32,64]",
+        "evaluation.max_tokens=192",
+    )
+    evaluations = []
+    for name, options in (("whole", ()), ("divided", (SHARDED,))):
+        run_ranks(2, train, arguments(job, tmp_path / name, *common, *options))
+        evaluations.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
+    assert evaluations[0] == evaluations[1]
