@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megalard.config.schema import Config
-from megalard.estimate.gpus import Machines
+from megalard.estimate.gpus import GIB, Machines
 from megalard.estimate.layouts import Candidate, Check, candidate, fastest_that_fits
 from megalard.model.spec import ModelSpec
 
 _GPUS_OF_A_NODE, _DOUBLINGS = 8, 6
+_LEAST_SAVED = GIB // 20
+"""Bytes per GPU that a change has to save to be named; less is printed as 0.0 GiB."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def remedies(
     results, everything = [], config
     for change in changes(config):
         remedy = _remedy(change, change.apply(config), spec, machines, check, least)
-        if remedy.saved > 0:
+        if remedy.saved >= _LEAST_SAVED:
             everything = change.apply(everything)
             results.append(remedy)
     results.sort(key=lambda remedy: (remedy.best is None, -remedy.saved))

@@ -66,6 +66,7 @@ def run_preflight(config: Config, plan: Plan, scratch: Path, mesh: Mesh) -> None
             if len(stages) > 1:
                 console.print(f"stage {stage.name}")
             total_minutes += _print_stage(console, distiller, seconds, losses)
+    student.complete()  # No weights are on their way when the ranks end.
     if mesh.is_rank_0:
         _print_rope(console, rope, student.decoder.rope, plan)
         if len(stages) > 1:
