@@ -251,7 +251,7 @@ def _is_about(size: float, memory: float) -> bool:
 
 
 def _named(name: str) -> Gpu | None:
-    """Return the first entry of the table whose words are all in ``name``, with their numbers whole.
+    """Return the first entry of the table whose words and whole numbers are all in ``name``.
 
     The spaces may be others, as in RTX4090, H100PCIe and 40 GB.
     """
