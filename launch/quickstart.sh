@@ -39,6 +39,8 @@ restore with-qk --objective.relations.qk 1.0 --run.report false
 echo
 "$python" tools/compare_runs.py "$output/published" "$output/with-qk" --output "$output"
 echo
-echo "This shows on one tiny model and on text that it was not trained on: both stages give back most of" \
-    "what scaling cost on short text, and make text of eight native windows readable. It does not" \
-    "show how much comes back in a large model: docs/restoration.md has those measurements."
+cat << 'END'
+Both stages give back most of what scaling cost on short text, and make text of eight native windows
+readable. The text is held out. One tiny model does not show how much comes back in a large model:
+docs/restoration.md has those measurements.
+END

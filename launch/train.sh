@@ -142,8 +142,9 @@ if [ -z "$gpus" ]; then
 fi
 ranks=$((nodes * gpus)) share=$((${tp:-1} * ${cp:-1}))
 if [ $((ranks % share)) != 0 ]; then
-    fail "--tp ${tp:-1} x --cp ${cp:-1} is $share, which does not divide the $ranks processes: give" \
-        "--gpus N, the number of processes on this node (on the CPU any number works), or other sizes"
+    fail "--tp ${tp:-1} x --cp ${cp:-1} is $share, which does not divide $ranks, the number of" \
+        "processes: give --gpus N, the processes on this node (on the CPU any number works), or" \
+        "other sizes"
 fi
 if [ "$nodes" -gt 1 ] && [ $((gpus % ${tp:-1})) != 0 ]; then
     echo "train.sh: warning: --tp $tp does not divide the $gpus processes of a node, so" \

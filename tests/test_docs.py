@@ -35,6 +35,7 @@ FOREIGN = {
     "pip",
     "python3",
     "source",
+    "zipfile",
     "pre-commit",
     "ruff",
     "sbatch",

@@ -50,13 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help=".txt, .md, .py and .jsonl files, directories of them, or one prepared token store",
+        help="text in the forms that training takes (.txt, .jsonl, .parquet and others), "
+        "directories of it, or one prepared token directory",
     )
     add(
         "--text-key",
         default="text",
         metavar="KEY",
-        help="key of the text in .jsonl files (default: text)",
+        help="key of the text in .jsonl files, or its column in tables (default: text)",
     )
     add(
         "--max-tokens",

@@ -71,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
     newest = "the newest has a problem"
     if results[-1][2]:
         newest = f"the next start resumes from {checkpoints[-1].name}"
+        if has_finished(folder.parent):
+            newest = f"the run has finished, and its student is in {folder.parent / 'student'}"
     leftovers = unfinished(folder)
     if options.json:
         summary = {

@@ -26,6 +26,9 @@ RENAMED = {"objective.attention_context": "objective.attention_output"}
 # A stream takes these from the section optimizer unless it gives its own.
 STREAM_BATCHES = ("global_batch", "micro_batch")
 
+# The sections of named entries.
+GROUPS = ("streams", "stages")
+
 # A stage takes the keys that it leaves out of these sections from the run's section of that name.
 STAGE_SECTIONS = ("trainable", "data", "optimizer")
 
@@ -59,6 +62,8 @@ def load_config(path: str | None, overrides: list[str], has_files: bool = True) 
         keys.append(present)
     for key in keys:
         _check_shared_values(tree, key)
+    # A faulty key is named as it was written, and not under a stage that takes it.
+    _build(Config, {key: value for key, value in tree.items() if key not in GROUPS}, "")
     _complete_stages(tree)
     _complete_streams(tree)
     config = _build(Config, tree, "")
@@ -191,7 +196,7 @@ def _check_shared_values(tree: dict, override: str | None) -> None:
     Raises:
         UserError: a key has no effect; the message names it.
     """
-    for group in ("streams", "stages"):
+    for group in GROUPS:
         entries = tree.get(group)
         if not isinstance(entries, dict):
             continue
@@ -239,7 +244,7 @@ def _name_entries(tree: dict) -> None:
 
     The parser has refused names that are the same as text, such as 1 and "1".
     """
-    for group in ("streams", "stages"):
+    for group in GROUPS:
         entries = tree.get(group)
         if isinstance(entries, dict):
             tree[group] = {str(name): entry for name, entry in entries.items()}

@@ -35,14 +35,14 @@ class RelationWeights:
     """Weight of each relation in the loss. A relation of weight zero is not computed."""
 
     q: float = _relation(1.0, rows="q", columns="q")
-    """Q Qᵀ."""
+    """Weight of the KL of Q Qᵀ."""
     k: float = _relation(1.0, rows="k", columns="k")
-    """K Kᵀ."""
+    """Weight of the KL of K Kᵀ."""
     v: float = _relation(1.0, rows="v", columns="v")
-    """V Vᵀ."""
+    """Weight of the KL of V Vᵀ."""
     qk: float = _relation(0.0, rows="q", columns="k")
-    """Q Kᵀ, the attention map itself, which q and k alone do not determine. It is not part of the
-    published method."""
+    """Weight of the KL of Q Kᵀ, the attention map itself, which q and k alone do not determine. It
+    is not part of the published method."""
 
 
 RELATIONS: dict[str, Relation] = {

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from pathlib import Path
+
+from megalard.errors import UserError, shown
 
 _FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -13,9 +17,21 @@ def recipes() -> dict[str, Path]:
 
 
 def find_config(name: str) -> str:
-    """Return the path of a configuration file that is given by its path or as a recipe's name."""
-    path = recipes().get(name)
-    return str(path) if path is not None and not Path(name).exists() else name
+    """Return the path of a configuration file that is given by its path or as a recipe's name.
+
+    Raises:
+        UserError: the name is not a path, and no recipe has it; the nearest recipe is named.
+    """
+    paths = recipes()
+    if os.sep in name or os.path.exists(name):
+        return name
+    if name in paths:
+        return str(paths[name])
+    (nearest,) = difflib.get_close_matches(name[:100], paths, n=1, cutoff=0.0)
+    raise UserError(
+        f"--config {shown(name)} is neither a file nor a recipe: give a file, or a recipe that "
+        f"`megalard train --help` lists, such as {nearest}"
+    )
 
 
 def title(path: Path) -> str:

@@ -251,9 +251,14 @@ def _is_about(size: float, memory: float) -> bool:
 
 
 def _named(name: str) -> Gpu | None:
-    """Return the first entry of the table whose words are all in ``name``."""
-    joined = re.sub(r"[\s_-]+", "", name.lower())
+    """Return the first entry of the table whose words and whole numbers are all in ``name``.
+
+    The spaces may be others, as in RTX4090, H100PCIe and 40 GB.
+    """
     for gpu in GPUS:
-        if all(word in joined for word in gpu.name.lower().split()):
+        patterns = (
+            re.sub(r"(\d+)", r"(?<!\\d)\1(?!\\d)[\\s_-]*", word) for word in gpu.name.split()
+        )
+        if all(re.search(pattern, name, re.IGNORECASE) for pattern in patterns):
             return gpu
     return None

@@ -39,7 +39,9 @@ def draw(
         axes.axis("off")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=min(2 * columns, len(labels))
+        )
     figure.savefig(path, dpi=130, format="png")
     pyplot.close(figure)
 

@@ -28,21 +28,27 @@ th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; } p.note { color: #555; } code { font-size: .92em; }
 """
 
-# Settings that are shown in short: the others are in run.json.
-_SHOWN = (
-    "model.teacher",
-    "model.student",
-    "rope.type",
-    "rope.factor",
+# Settings that are shown in short: the others are in run.json. Every stage, and every stream, has
+# values for its part of them, and those of the run have no effect then.
+_OF_STREAM = ("data.paths", "data.context_length", "global_batch")
+_REPLACED_BY_STREAMS = ("data.paths", "data.context_length", "optimizer.global_batch")
+_OF_STAGE = (
     "trainable.mode",
     "data.paths",
     "data.context_length",
     "optimizer.steps",
     "optimizer.learning_rate",
     "optimizer.global_batch",
+)
+_OF_RUN = (
+    "model.teacher",
+    "model.student",
+    "rope.type",
+    "rope.factor",
     "parallel.tp",
     "parallel.cp",
     "run.seed",
+    *_OF_STAGE,
 )
 
 
@@ -127,16 +133,34 @@ def _result(record: RunRecord) -> str:
 
 
 def _configuration(record: RunRecord) -> str:
-    flat = _flat(record.settings)
-    rows = [[key, _short(flat[key])] for key in _SHOWN if flat.get(key) not in (None, "", [])]
-    for group in ("stages", "streams"):
-        names = list(record.settings.get(group) or {})
-        if names:
-            rows.append([group, ", ".join(names)])
+    rows = _setting_rows(record.settings, _OF_RUN)
     window = record.summary.get("rope") or {}
     if window:
         rows.append(["window", f"{window.get('native_window')} to {window.get('window')} tokens"])
     return _table(["setting", "value"], rows) if rows else ""
+
+
+def _setting_rows(settings: Mapping, keys: Sequence[str], prefix: str = "") -> list[list[str]]:
+    """Return keys and values that have an effect: those of stages and streams where there are any.
+
+    Args:
+        settings: those of the run, a stage or a stream.
+        keys: the keys of these settings that are shown.
+        prefix: the place of these settings in the run's.
+    """
+    stages, streams = settings.get("stages") or {}, settings.get("streams") or {}
+    replaced = _OF_STAGE if stages else _REPLACED_BY_STREAMS if streams else ()
+    flat, rows = _flat(settings), []
+    for key in keys:
+        if key not in replaced and flat.get(key) not in (None, "", []):
+            rows.append([prefix + key, _short(flat[key])])
+    for group, entries, shown in (
+        ("stages", stages, _OF_STAGE),
+        ("streams", {} if stages else streams, _OF_STREAM),
+    ):
+        for name, entry in entries.items():
+            rows += _setting_rows(entry, shown, f"{prefix}{group}.{name}.")
+    return rows
 
 
 def _evaluation(record: RunRecord) -> str:

@@ -185,7 +185,7 @@ def test_nothing_but_json_is_printed(job, tmp_path, capsys):
         "step-000001",
         "step-000002",
     ]
-    assert facts["newest"] == "the next start resumes from step-000002"
+    assert facts["newest"] == f"the run has finished, and its student is in {run / 'student'}"
     assert facts["unfinished"] == [str(folder / "step-000003.partial")]
     name = "model.layers.0.self_attn.q_proj.lora_A"
     assert facts["checkpoints"][0]["slices"][name]["shape"] == [4, 32]
@@ -203,6 +203,7 @@ def test_a_save_that_was_not_finished_is_named(job, tmp_path, capsys):
     run = shutil.copytree(job / "run", tmp_path / "run")
     path = run / "checkpoints" / "step-000003.partial"
     path.mkdir()
+    (run / "finished.json").unlink()
     assert inspect(run) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"{path}: a save that was not finished; the next start removes it" in lines

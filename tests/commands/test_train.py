@@ -48,7 +48,7 @@ def test_preflight_is_an_option_and_a_command(job, tmp_path, capsys):
     ("words", "sentence"),
     [
         (["--config", "/no/such.yaml"], "cannot read the config file"),
-        (["--config", "no-such-recipe"], "cannot read the config file"),
+        (["--config", "no-such-recipe"], "is neither a file nor a recipe"),
         (["stray"], "expected --section.key value, got 'stray'"),
         (["--optimizer.steps"], "--optimizer.steps needs a value"),
         (["--optimizer.step", "3"], "the nearest known one is 'optimizer.steps'"),

@@ -9,6 +9,7 @@ import yaml
 
 from megalard.config.recipes import find_config, recipes, title
 from megalard.config.schema import Config
+from tests.command_line import user_error
 from tests.config.loading import load
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "configs"
@@ -46,12 +47,19 @@ def test_recipes_are_found_by_name(tmp_path, monkeypatch):
     for name in names:
         assert Path(find_config(name)).read_bytes() == (LAUNCH / f"{name}.yaml").read_bytes()
     assert load_recipe("linearard-llama2-7b-x8").rope.factor == 8
-    assert find_config("nothing-of-that-name") == "nothing-of-that-name"
+    assert find_config("/nothing/of-that-name") == "/nothing/of-that-name"
     # A file of the user goes before a recipe of the same name.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart").write_text("rope: {factor: 3}\n")
     assert find_config("quickstart") == "quickstart"
     assert load_recipe("quickstart").rope.factor == 3
+
+
+def test_a_misspelled_recipe_is_refused_with_the_nearest_one():
+    assert user_error(find_config, "qickstart") == (
+        "--config 'qickstart' is neither a file nor a recipe: give a file, or a recipe that "
+        "`megalard train --help` lists, such as quickstart"
+    )
 
 
 def test_a_title_is_the_first_sentence_of_the_comment(tmp_path):

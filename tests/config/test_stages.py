@@ -89,3 +89,9 @@ def test_a_setting_that_no_stage_takes_is_refused():
         f"--stages={stages}", "--optimizer.steps=9"
     )
     assert load(f"--stages={stages}", "--optimizer.warmup_steps=1").steps == 7
+
+
+def test_an_unknown_key_of_a_section_is_named_as_it_was_written():
+    """The stages take the section, and would be named otherwise."""
+    sentence = refusal(f"--stages={TWO}", "--optimizer.lerning_rate=1")
+    assert sentence.startswith("unknown key 'optimizer.lerning_rate'; the nearest known one is")

@@ -30,13 +30,16 @@ def parsed(text: str, **options: float) -> tuple[int, str]:
         ("8 x B200 192GB", (8, "B200")),
         ("2 x H200 141GB", (2, "H200")),
         ("l40s 48gb", (1, "L40S")),
+        ("8xH100PCIe", (8, "H100 PCIe")),
+        ("A100 40 GB", (1, "A100 40GB")),
+        ("rtx4090", (1, "RTX 4090")),
     ],
 )
 def test_names_as_people_and_drivers_write_them(text, expected):
     assert parsed(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "8 x", "-3 x H100", "99999999 x H100", "8 x TPU v5"])
+@pytest.mark.parametrize("text", ["", "8 x", "-3 x H100", "99999999 x H100", "8 x TPU v5", "H1000"])
 def test_what_is_no_known_gpu_is_refused(text):
     assert "--gpus" in user_error(parse_gpus, text, None, None) or "table" in user_error(
         parse_gpus, text, None, None

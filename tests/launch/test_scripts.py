@@ -43,7 +43,7 @@ BAD = {
     "no rendezvous": ([*GOOD, "--nodes", "2"], "--nodes 2 needs --rendezvous HOST:PORT"),
     "no port": ([*GOOD, "--nodes", "2", "--rendezvous", "here"], "must be HOST:PORT, not 'here'"),
     "one node": ([*GOOD, "--node-rank", "1"], "--node-rank and --address need --nodes N"),
-    "odd sizes": ([*GOOD, "--tp", "2"], "2, which does not divide the 1 processes"),
+    "odd sizes": ([*GOOD, "--tp", "2"], "2, which does not divide 1, the number of"),
 }
 
 

@@ -129,6 +129,29 @@ def test_the_tables_have_the_numbers_of_the_files(output, page):
     assert "4.0000" in reader.cells
 
 
+def test_settings_are_those_of_stages_and_streams_where_there_are_any(output):
+    """The run's own learning rate has no effect when every stage has one."""
+    record = collect(output)
+    stage = {"optimizer": {"learning_rate": 0.25}, "data": {"context_length": 16}}
+    stream = {"global_batch": 7, "data": {"context_length": 32}}
+    record.settings["stages"] = {"one": stage, "two": {**stage, "streams": {"chat": stream}}}
+    cells = read(render(record)).cells
+    start = cells.index("stages.one.data.context_length")
+    assert cells[start : start + 4] == [
+        *("stages.one.data.context_length", "16"),
+        *("stages.one.optimizer.learning_rate", "0.25"),
+    ]
+    start = cells.index("stages.two.optimizer.learning_rate")
+    assert cells[start : start + 6] == [
+        *("stages.two.optimizer.learning_rate", "0.25"),
+        *("stages.two.streams.chat.data.context_length", "32"),
+        *("stages.two.streams.chat.global_batch", "7"),
+    ]
+    assert "rope.factor" in cells
+    absent = {"optimizer.learning_rate", "data.context_length", "stages.two.data.context_length"}
+    assert not absent & set(cells)
+
+
 def test_the_cost_is_the_sum_over_the_steps(output):
     cost = collect(output).cost()
     lines = [line for line in metrics(output) if "loss" in line]
