@@ -50,6 +50,11 @@ def test_segment_mask_allows_exactly_its_documents(layout, causal):
     assert_mask_is(segment_mask(ids_bs, causal=causal), dense_allowed(ids_bs, causal))
 
 
+def test_rows_see_no_later_tokens_unless_it_is_asked_for():
+    ids_bs = segment_ids("packed", 2, 12)
+    assert_mask_is(segment_mask(ids_bs), dense_allowed(ids_bs, True))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_masks_of_chunk_pairs_are_rectangles_of_the_mask_of_the_sequence(layout, causal):
