@@ -105,12 +105,14 @@ def _fitting_lines(result: PlanResult) -> Iterator[str]:
         error += f", because no rate of a {result.machines.gpu.name} was measured"
     yield f"layouts that fit, the fastest first; times are estimates ({error}) without evaluation,"
     yield "saves and the compilation in the first steps:"
+    shown = result.fitting[:_SHOWN_LAYOUTS]
+    width = max(11, *(len(_seconds_per_step(candidate)) for candidate in shown))
     yield (
-        f"  {'dp':>4} {'cp':>4} {'tp':>4} {'GiB per GPU':>12} {'s per step':>11} {'tokens/s':>10} "
-        f"{'run':>10}"
+        f"  {'dp':>4} {'cp':>4} {'tp':>4} {'GiB per GPU':>12} {'s per step':>{width}} "
+        f"{'tokens/s':>10} {'run':>10}"
     )
-    for candidate in result.fitting[:_SHOWN_LAYOUTS]:
-        yield _row(candidate, result.config)
+    for candidate in shown:
+        yield _row(candidate, result.config, width)
     left = len(result.fitting) - _SHOWN_LAYOUTS
     if left > 0:
         yield f"  and {left} slower layouts"
@@ -145,14 +147,19 @@ def _is_host_bound(candidate: Candidate, result: PlanResult) -> bool:
     return False
 
 
-def _row(candidate: Candidate, config: Config) -> str:
+def _seconds_per_step(candidate: Candidate) -> str:
+    """Return the seconds of a step of each stage, such as ``0.82 / 10.7``."""
+    return " / ".join(f"{time.seconds:.3g}" for time in candidate.times.values())
+
+
+def _row(candidate: Candidate, config: Config, width: int) -> str:
+    """Return the line of a layout; the seconds of its steps take ``width`` columns."""
     layout, seconds = candidate.layout, candidate.seconds
-    times = candidate.times
-    steps = " / ".join(f"{time.seconds:.3g}" for time in times.values())
+    steps, tokens = _seconds_per_step(candidate), config.tokens / seconds
     close = " within the error of memory" if candidate.is_close else ""
     return (
         f"  {layout.dp:>4} {layout.cp:>4} {layout.tp:>4} {candidate.needed / GIB:>12.1f} "
-        f"{steps:>11} {config.tokens / seconds:>10,.0f} {duration(seconds):>10}{close}"
+        f"{steps:>{width}} {tokens:>10,.0f} {duration(seconds):>10}{close}"
     )
 
 

@@ -60,6 +60,14 @@ def test_what_to_change_is_named_with_what_it_saves(model, capsys):
     assert re.search(r"\d x H100 .* fit it without a change, with dp \d x cp \d x tp \d", printed)
 
 
+def test_the_columns_of_two_stages_are_aligned(model, capsys):
+    assert plan(model, "--config", "linearard-llama2-7b-x8", "--gpus", "8 x H100 80GB") == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(number for number, line in enumerate(lines) if "s per step" in line)
+    rows = [line for line in lines[head + 1 :] if re.match(r"^ +\d+ +\d+ +\d+ ", line)]
+    assert rows and {len(line.split(" within")[0]) for line in rows} == {len(lines[head])}
+
+
 ALL_WEIGHTS = (
     *("--trainable.mode", "all", "--objective.language_modelling", 1, "--objective.relations.q", 0),
     *("--objective.relations.k", 0, "--objective.relations.v", 0),
