@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import pytest
 
@@ -48,6 +49,19 @@ def tool(name: str) -> Callable[..., int]:
     """Return a function that runs a script of ``tools/`` in this process."""
     module = importlib.import_module(f"tools.{name}")
     return lambda *words: module.main([str(word) for word in words])
+
+
+def noted_bars(monkeypatch) -> dict[str, list[int]]:
+    """Draw no bars of bytes; return for each, by title, its total and what advances it."""
+    bars: dict[str, list[int]] = {}
+
+    @contextmanager
+    def bar(title: str, total: int):
+        counts = bars[title] = [total]
+        yield counts.append
+
+    monkeypatch.setattr("megalard.progress.byte_bar", bar)
+    return bars
 
 
 def refusal(capsys, *words: object) -> str:

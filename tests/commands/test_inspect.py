@@ -7,13 +7,12 @@ import json
 import os
 import shutil
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from megalard.training.run_folder import checkpoint_path
-from tests.command_line import megalard
+from tests.command_line import megalard, noted_bars
 from tests.conversions import to_adapter, to_sharded
 from tests.jobs import arguments, flip_bit, make_job, train
 from tests.models import change_config, make_model
@@ -113,16 +112,9 @@ def test_the_files_of_the_base_are_compared(job, checkpoint, tmp_path, capsys):
 
 
 def test_reading_the_base_shows_its_progress(checkpoint, monkeypatch):
-    advanced: dict[str, list[int]] = {}
-
-    @contextmanager
-    def noted(title, total):
-        counts = advanced[title] = [total]
-        yield counts.append
-
-    monkeypatch.setattr("megalard.progress.byte_bar", noted)
+    bars = noted_bars(monkeypatch)
     assert inspect(checkpoint) == 0
-    total, *counts = advanced["base model"]
+    total, *counts = bars["base model"]
     assert sum(counts) == total > 0
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.command_line import megalard, one_error
+from tests.command_line import megalard, noted_bars, one_error
 from tests.conversions import to_sharded
 from tests.jobs import flip_bit, make_job
 from tests.models import make_model
@@ -101,16 +100,9 @@ def test_recorded_checksums_are_compared(folder, tmp_path, capsys):
 
 
 def test_reading_checksums_shows_its_progress(folder, monkeypatch):
-    advanced: dict[str, list[int]] = {}
-
-    @contextmanager
-    def noted(title, total):
-        counts = advanced[title] = [total]
-        yield counts.append
-
-    monkeypatch.setattr("megalard.progress.byte_bar", noted)
+    bars = noted_bars(monkeypatch)
     assert verify(folder / "hf", folder / "sharded") == 0
-    total, *counts = advanced["checksums"]
+    total, *counts = bars["checksums"]
     assert sum(counts) == total > 0
 
 

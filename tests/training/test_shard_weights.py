@@ -75,13 +75,17 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
+def make_models_of_cases(folder: Path) -> Path:
+    """Make the models of all cases, each in a directory of its name; return the folder."""
     for name in CASES:
         (folder / name).mkdir()
         make_models(ALL_CASES[name], folder / name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return make_models_of_cases(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("world", RUNS)

@@ -14,9 +14,14 @@ from megalard.estimate.memory import stage_memory
 from megalard.estimate.rank_layout import RankLayout
 from megalard.parallel.mesh import build_mesh
 from tests.jobs import arguments, make_job, metrics, train
-from tests.parity.cases import ALL_CASES, make_models
 from tests.ranks import run_ranks
-from tests.training.test_shard_weights import CASES, RUN, RUNS, SHARDED, assert_same_bits
+from tests.training.test_shard_weights import (
+    RUN,
+    RUNS,
+    SHARDED,
+    assert_same_bits,
+    make_models_of_cases,
+)
 from tools.bench.random_model import random_spec
 from tools.bench.random_run import make_config, make_distiller, random_batches
 
@@ -30,11 +35,7 @@ def need(gpus: int) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name in CASES:
-        (folder / name).mkdir()
-        make_models(ALL_CASES[name], folder / name)
-    return folder
+    return make_models_of_cases(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("world", RUNS)
