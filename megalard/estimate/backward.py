@@ -50,7 +50,7 @@ class BackwardPass(MicroBatch):
         instant = self._saved_before(layer)
         if self._teacher:
             instant[WORKING] -= sizes.rope_tables  # the teacher's
-        instant[RELATIONS_KIND] += self._loss_gradients(layer, has_output=False)
+        instant[RELATIONS_KIND] += sum(self._loss_gradients(layer, has_output=False))
         instant[ACTIVATIONS] += sizes.residual
         instant[WORKING] += sizes.residual  # the gradient of the layer's output
         instant[LOGITS] += self._pending_head_gradient()

@@ -62,7 +62,7 @@ class ForwardPass(MicroBatch):
         """Return what is in use while the losses of a layer are computed, without their tensors."""
         instant = self._saved_before(layer) + self._student_state(layer)
         instant[WORKING] += self._teacher_state(layer)
-        instant[RELATIONS_KIND] += self._loss_gradients(layer)
+        instant[RELATIONS_KIND] += sum(self._loss_gradients(layer))
         return instant
 
     def _relations(self) -> Instant | None:

@@ -48,91 +48,96 @@ class Remedy:
 
 def changes(config: Config) -> list[Change]:
     """Return the changes that may save memory."""
-    stages = list(config.all_stages().values())
+    parallel, stages = config.parallel, list(config.all_stages().values())
     streams = [stream for stage in stages for stream in stage.all_streams().values()]
-    result = []
-    if not config.parallel.activation_checkpointing:
-        result.append(
-            Change(
+    longest = max(stream.data.context_length for stream in streams)
+    possible = (
+        (
+            not parallel.activation_checkpointing,
+            _of_parallel(
                 "activation checkpointing",
-                "parallel.activation_checkpointing true",
-                lambda c: _with_parallel(c, activation_checkpointing=True),
-            )
-        )
-    if not config.parallel.offload:
-        result.append(
-            Change(
+                "activation_checkpointing true",
+                activation_checkpointing=True,
+            ),
+        ),
+        (
+            not parallel.offload,
+            _of_parallel(
                 "keeping saved tensors in host memory",
-                "parallel.offload true",
-                lambda c: _with_parallel(c, activation_checkpointing=True, offload=True),
-            )
-        )
-    if not config.parallel.offload_optimizer:
-        result.append(
-            Change(
+                "offload true",
+                activation_checkpointing=True,
+                offload=True,
+            ),
+        ),
+        (
+            not parallel.offload_optimizer,
+            _of_parallel(
                 "keeping the optimizer's state in host memory",
-                "parallel.offload_optimizer true",
-                lambda c: _with_parallel(c, offload_optimizer=True),
-            )
-        )
-    if not (config.parallel.shard_optimizer or config.parallel.offload_optimizer):
-        result.append(
-            Change(
+                "offload_optimizer true",
+                offload_optimizer=True,
+            ),
+        ),
+        (
+            not (parallel.shard_optimizer or parallel.offload_optimizer),
+            _of_parallel(
                 "dividing the optimizer's state over GPUs",
-                "parallel.shard_optimizer true",
-                lambda c: _with_parallel(c, shard_optimizer=True),
-            )
-        )
-    if not config.parallel.shard_weights:
-        result.append(
-            Change(
+                "shard_optimizer true",
+                shard_optimizer=True,
+            ),
+        ),
+        (
+            not parallel.shard_weights,
+            _of_parallel(
                 "dividing the weights of layers over GPUs",
-                "parallel.shard_weights true",
-                lambda c: _with_parallel(c, shard_weights=True, shard_optimizer=True),
-            )
-        )
-    if config.parallel.gradient_dtype != "bfloat16":
-        result.append(
-            Change(
+                "shard_weights true",
+                shard_weights=True,
+                shard_optimizer=True,
+            ),
+        ),
+        (
+            parallel.gradient_dtype != "bfloat16",
+            _of_parallel(
                 "divided gradients in bfloat16",
-                "parallel.gradient_dtype bfloat16",
-                lambda c: _with_parallel(c, gradient_dtype="bfloat16"),
-            )
-        )
-    if any(stream.micro_batch > 1 for stream in streams):
-        result.append(
-            Change(
-                "one block per micro-batch",
-                "micro_batch 1",
-                lambda c: _with_stages(c, _one_block),
-            )
-        )
-    if any(stage.trainable.mode == "all" for stage in stages):
-        result.append(
-            Change(
+                "gradient_dtype bfloat16",
+                gradient_dtype="bfloat16",
+            ),
+        ),
+        (
+            any(stream.micro_batch > 1 for stream in streams),
+            _of_stages("one block per micro-batch", "micro_batch 1", _one_block),
+        ),
+        (
+            any(stage.trainable.mode == "all" for stage in stages),
+            _of_stages(
                 "training the projections q, k and v alone",
                 "trainable.mode weights",
-                lambda c: _with_stages(c, _projections_alone),
-            )
-        )
-    if any(stage.trainable.mode == "lora" and stage.trainable.lora.rank > 64 for stage in stages):
-        result.append(
-            Change(
-                "LoRA of rank 64",
-                "trainable.lora.rank 64",
-                lambda c: _with_stages(c, _small_lora),
-            )
-        )
-    longest = max(stream.data.context_length for stream in streams)
-    if longest > 2048:
-        result.append(
-            Change(
+                _projections_alone,
+            ),
+        ),
+        (
+            any(s.trainable.mode == "lora" and s.trainable.lora.rank > 64 for s in stages),
+            _of_stages("LoRA of rank 64", "trainable.lora.rank 64", _small_lora),
+        ),
+        (
+            longest > 2048,
+            _of_stages(
                 "blocks of half the length",
                 f"data.context_length {longest // 2}",
-                lambda c: _with_stages(c, lambda stage: _half_length(stage, longest)),
-            )
-        )
-    return result
+                lambda stage: _half_length(stage, longest),
+            ),
+        ),
+    )
+    return [change for is_possible, change in possible if is_possible]
+
+
+def _of_parallel(words: str, setting: str, **values) -> Change:
+    """Return a change of the section parallel; ``setting`` is without its name."""
+    return Change(words, f"parallel.{setting}", lambda config: _with_parallel(config, **values))
+
+
+def _of_stages(words: str, setting: str, change: Callable[[Config], Config]) -> Change:
+    """Return a change of a run, or of each of its stages."""
+    return Change(words, setting, lambda config: _with_stages(config, change))
 
 
 def remedies(

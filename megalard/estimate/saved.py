@@ -56,15 +56,9 @@ class MicroBatch:
 
         What a layer saves without activation checkpointing counts as one tensor.
         """
-        sizes, tensors = self.sizes, []
+        tensors = []
         for layer in range(self._reach.layer + 1):
-            tensors.append(self._saved_input(layer))
-            gradients = self._loss_gradients(layer)
-            if layer in self._compared:
-                for operand in sizes.operands:
-                    tensors.append(sizes.tokens * sizes.features(operand) * sizes.element)
-                    gradients -= tensors[-1]
-            tensors.append(gradients)
+            tensors += [self._saved_input(layer), *self._loss_gradients(layer)]
             if not self.parallel.activation_checkpointing:
                 saved = Instant()
                 add_layer(saved, self._layers[layer])
@@ -112,20 +106,20 @@ class MicroBatch:
     def _teacher(self) -> bool:
         return self._objective.needs_teacher
 
-    def _loss_gradients(self, layer: int, has_output: bool = True) -> int:
-        """Return the bytes of gradients that the losses of a layer keep from the forward pass.
+    def _loss_gradients(self, layer: int, has_output: bool = True) -> list[int]:
+        """Return the bytes of each gradient that the losses of a layer keep from the forward pass.
 
         Args:
             has_output: whether to count the gradient of the layer's output.
         """
-        sizes, total = self.sizes, 0
+        sizes, gradients = self.sizes, []
         if layer in self._compared:
-            total += sizes.tokens * sizes.operand_features * sizes.element
-            total += sizes.q if self._keeps_attention_output else 0
+            gradients += [sizes.tokens * sizes.features(x) * sizes.element for x in sizes.operands]
+            gradients += [sizes.q] * self._keeps_attention_output
         if self._objective.hidden_cosine and has_output:
             states = hidden_states(self._objective, sizes.spec.num_layers)
-            total += sizes.residual if layer + 1 in states else 0
-        return total
+            gradients += [sizes.residual] * (layer + 1 in states)
+        return gradients
 
     def _saved_input(self, layer: int) -> int:
         """Return the bytes of a layer's input as far as they are kept.
@@ -146,7 +140,7 @@ class MicroBatch:
             first = max(0, layer - 1) if self.parallel.activation_checkpointing else layer
         for before in range(first, layer):
             instant[ACTIVATIONS] += self._saved_input(before)
-            instant[RELATIONS_KIND] += self._loss_gradients(before)
+            instant[RELATIONS_KIND] += sum(self._loss_gradients(before))
             if not self.parallel.activation_checkpointing:
                 add_layer(instant, self._layers[before])
         return instant

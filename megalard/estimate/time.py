@@ -144,7 +144,7 @@ def micro_step_time(
     sums = reduction_time(trained, stage.parallel, element, layout, machines)
     backward = work.backward_seconds()
     forward = sum(seconds.values()) - backward
-    gathers = gather_times(stage, stream, spec, layout, machines)
+    gathers = gather_times(trained, stage, stream, spec, layout, machines)
     seconds[POINTWISE] += sums[POINTWISE]
     seconds[EXCHANGE] += max(0.0, gathers[0] - forward)
     seconds[EXCHANGE] += max(0.0, sums[EXCHANGE] + gathers[1] - backward)
@@ -152,13 +152,19 @@ def micro_step_time(
 
 
 def gather_times(
-    stage: Config, stream: StreamConfig, spec: ModelSpec, layout: RankLayout, machines: Machines
+    trained: Trained,
+    stage: Config,
+    stream: StreamConfig,
+    spec: ModelSpec,
+    layout: RankLayout,
+    machines: Machines,
 ) -> tuple[float, float]:
     """Return the seconds of gathering layers in the forward and in the backward pass.
 
     They are zero without ``parallel.shard_weights``. The gathers overlap the computation.
     """
-    trained = trained_of(stage, spec, layout).tensors
+    if not stage.parallel.shard_weights:
+        return 0.0, 0.0
     reach = deepest(reaches_of(stream.objective, spec.num_layers))
     forward, backward = 0.0, 0.0
     for name, held in slices_over(spec, layout.tp).items():
@@ -169,7 +175,7 @@ def gather_times(
         others = 1 - 1 / (layout.data * held.replicas)
         sent = others * prod(held.local_shape) * _element(stage)
         seconds = sent / _rate(layout.tp * layout.data, machines)
-        is_separate = name in trained or stage.model.student is not None
+        is_separate = name in trained.tensors or stage.model.student is not None
         forward += seconds * (2 if stream.objective.needs_teacher and is_separate else 1)
         backward += seconds
     return forward, backward

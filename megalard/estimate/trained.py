@@ -82,9 +82,7 @@ class Trained:
 
     def lora_in_layer(self, layer: int) -> list[str]:
         """Return the modules of a layer that have a LoRA pair."""
-        return [
-            module for place, module, kind in self._by_place if (place, kind) == (layer, "lora_A")
-        ]
+        return self._lora.get(layer, [])
 
     def outside_layers(self) -> Mapping[str, int]:
         """Return the trained weights of the embedding, the final norm and the head."""
@@ -113,6 +111,14 @@ class Trained:
             if kind == "weight":
                 weights.setdefault(layer, {})[module] = tensor.elements
         return weights
+
+    @cached_property
+    def _lora(self) -> dict[int | None, list[str]]:
+        modules: dict[int | None, list[str]] = {}
+        for layer, module, kind in self._by_place:
+            if kind == "lora_A":
+                modules.setdefault(layer, []).append(module)
+        return modules
 
 
 @dataclass(frozen=True)

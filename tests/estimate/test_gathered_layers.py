@@ -10,7 +10,7 @@ from megalard.estimate.gpus import Machines, parse_gpus
 from megalard.estimate.memory import LAYERS, stage_memory
 from megalard.estimate.rank_layout import RankLayout
 from megalard.estimate.time import gather_times
-from megalard.estimate.weights import parameters_of
+from megalard.estimate.weights import parameters_of, trained_of
 from megalard.parallel.divided_weights import DividedParameter, LayerGathers
 from megalard.parallel.mesh import build_mesh
 from tests.estimate.test_time import SPEC, times
@@ -84,6 +84,7 @@ def test_gathers_cost_time_where_the_network_is_slow():
     config = make_config({"parallel.shard_weights": True})
     (stream,) = config.all_streams().values()
     machines = Machines(parse_gpus("1 x H100", None, None)[1], 1, 2, 1e9)
-    forward, backward = gather_times(config, stream, SPEC, layout, machines)
+    trained = trained_of(config, SPEC, layout)
+    forward, backward = gather_times(trained, config, stream, SPEC, layout, machines)
     bytes_of_layers = 32 * 2 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert forward == backward == pytest.approx(bytes_of_layers / 2 / 1e9)
