@@ -68,7 +68,7 @@ class _MergedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
-        grad = grad.contiguous().transpose(1, 2)
+        grad = grad.contiguous().transpose(1, 2)  # copied here at most once, and not per part
         grad_q, grad_k, grad_v = map(torch.zeros_like, (q, k, v))
         for row, rows, rectangle, triangle in _parts(ctx.spans):
             for columns, causal in ((triangle, True), (rectangle, False)):
