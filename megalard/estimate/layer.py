@@ -81,8 +81,11 @@ def _projections(sizes: Sizes, rank: int, weights, pairs: list[str], dropout: bo
     if _QKV & weights.keys() and (has_norm or is_split):
         total += sizes.hidden
     if spec.qk_norm == "full" and is_split:
-        # The norm over all ranks' features is computed in fp32 and keeps two such tensors.
-        total += 2 * FP32_BYTES * (sizes.q + sizes.k) // sizes.element
+        # The norm over all ranks' features keeps its input in fp32, and its result before the
+        # product with the weight if the weight is trained.
+        for module, size in (("q_norm", sizes.q), ("k_norm", sizes.k)):
+            copies = 2 if module in weights else 1
+            total += copies * FP32_BYTES * size // sizes.element
     elif spec.qk_norm is not None:
         total += sizes.q + sizes.k + sizes.row_statistics * (1 if spec.qk_norm == "head" else 0)
     return total

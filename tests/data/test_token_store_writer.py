@@ -73,6 +73,8 @@ def test_the_same_store_is_used_again_and_another_is_refused(tmp_path, text_file
 
     for tokenizer, boundaries, sentence in (
         (make_byte_tokenizer(name="other"), None, "was made with another tokenizer"),
+        (make_byte_tokenizer(eos_id=EOS - 1), None, "was made with another tokenizer"),
+        (make_byte_tokenizer(EOS + 1, EOS + 2), None, "was made with another tokenizer"),
         (byte_tokenizer, Boundaries((7,), (EOS,)), "data.bos asks for [7]"),
     ):
         message = user_error(build_store, [moved], tokenizer, output, boundaries=boundaries)

@@ -85,6 +85,13 @@ CASES = {
     "all-host-state": ({**CPT, **HOST_STATE}, {}),
     "all-host-state-dp2": ({**CPT, **HOST_STATE}, {"dp": 2}),
     "lora-dp2-four-micro-batches": ({"optimizer.global_batch": 8}, {"dp": 2, "layers": 8}),
+    # Norms after attention and the MLP, and a norm of q and k over all features.
+    "all-cpt-olmo2": ({**CPT, **NOT_AGAIN}, {"model_type": "olmo2"}),
+    "all-cpt-olmo2-tp2": ({**CPT, **NOT_AGAIN}, {"model_type": "olmo2", "tp": 2, "layers": 8}),
+    "lora-olmo2-tp2": (NOT_AGAIN, {"model_type": "olmo2", "tp": 2}),
+    # A norm of q and k within each head.
+    "all-cpt-qwen3": (CPT, {"model_type": "qwen3", "shape": "llama3-8b"}),
+    "lora-qwen3-tp2": (NOT_AGAIN, {"model_type": "qwen3", "shape": "llama3-8b", "tp": 2}),
     "weights-dp4": ({"trainable.mode": "weights"}, {"dp": 4}),
 }
 # What the formulae leave out: masks, scalars, and tensors that Python drops an instant later.

@@ -12,21 +12,11 @@ from megalard.evaluation.comparison import (
     Request,
     choose_lengths,
     compare_models,
-    parse_length,
     short_names,
 )
 from megalard.parallel.mesh import build_mesh
 from tests.command_line import user_error
 from tests.jobs import make_job
-
-
-def test_lengths_are_tokens_or_thousands():
-    assert [parse_length(text) for text in ("4096", "4K", "128k")] == [4096, 4096, 131072]
-
-
-@pytest.mark.parametrize("text", ["", "K", "1", "0", "-4", "4.5", "4M", "1e3", "٣٢", "9" * 13])
-def test_what_is_not_a_length_is_refused(text):
-    assert "is not a length: write tokens, as 4096 or 4K" in user_error(parse_length, text)
 
 
 def test_given_lengths_are_sorted_and_must_be_divided_by_the_cp_ranks():

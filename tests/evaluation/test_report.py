@@ -23,10 +23,11 @@ from tests.evaluation.results import (
 
 
 def printed(entries, restoration=None) -> list[list[str]]:
-    """Return the cells of every printed row."""
+    """Return the cells of every printed row; the first row of a table has its headings."""
     console = Console(width=140, record=True, file=io.StringIO())
     print_tables(entries, restoration, console)
-    rows = (line for line in console.export_text().splitlines() if line.startswith("│"))
+    text = console.export_text().replace("┃", "│")
+    rows = (line for line in text.splitlines() if line.startswith("│"))
     return [[cell.strip() for cell in row.split("│")[1:-1]] for row in rows]
 
 
@@ -136,6 +137,8 @@ def test_a_loss_that_is_not_finite_is_null(tmp_path):
 
 def test_the_table_of_a_restoration_has_every_figure():
     rows = {row[0]: row[1:] for row in printed(restoration_entries(), RESTORATION)}
+    headings = ["gap restored", "KL to teacher", "same top-1", "tokens"]
+    assert rows["model"] == [*map(str, restoration_entries()[0].results.by_length), *headings]
     perplexities = [f"{math.exp(loss):.3f}" for loss in (1.4, 1.6, 3.0)]
     assert rows["restored"] == [*perplexities, "0.750", "0.5000", "0.750", "4,096"]
     # The share is of the restored students alone.

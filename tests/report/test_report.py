@@ -16,6 +16,7 @@ from megalard.report.collect import RunRecord, collect
 from megalard.report.figures import curves, heat_map, rope_curves, validation_curves
 from megalard.report.page import DAMAGED, render, write_report
 from tests.command_line import megalard, refusal
+from tests.evaluation.results import RESTORATION, entry, restoration_entries
 from tests.jobs import NATIVE, STEPS, arguments, make_job, metrics, train
 
 
@@ -259,6 +260,12 @@ def test_an_early_end_and_the_best_student_are_told(tmp_path):
     page = render(RunRecord(tmp_path, summary=summary))
     assert "The run ended early, after step 6 of 9. The student of step 4 is exported" in page
     assert "2 steps changed nothing." in page
+
+
+def test_the_share_that_was_restored_is_that_of_the_last_student(tmp_path):
+    entries = [*restoration_entries(), entry("later", 1.1, 3.0, 8192)]
+    page = render(RunRecord(tmp_path, entries=entries, restoration=RESTORATION))
+    assert "95.0% of the short-text gap were restored with 8,192 tokens." in page
 
 
 def test_a_failing_report_does_not_fail_the_run(small_job, tmp_path, capsys, monkeypatch):

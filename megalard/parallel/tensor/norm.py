@@ -27,6 +27,7 @@ def rms_norm_over_axis(
     if axis.size == 1:
         return F.rms_norm(x, weight.shape, weight, eps)
     replicas = x.shape[-1] * axis.size // features
-    squares = x.float().square().sum(-1, keepdim=True)
-    mean = all_reduce_with_gradient(squares, axis) / (replicas * features)
-    return (x.float() * torch.rsqrt(mean + eps) * weight).to(x.dtype)
+    wide = x.float()
+    mean = all_reduce_with_gradient(wide.square().sum(-1, keepdim=True), axis)
+    mean = mean / (replicas * features)
+    return (wide * torch.rsqrt(mean + eps) * weight).to(x.dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megalard.checkpoint.sharded.manifest import MANIFEST
+from megalard.files.safetensors import TensorFile
 from tests.checkpoint.sharded.damage import another_version, flip
 from tests.command_line import user_error
 from tests.conversions import shard_models, to_hugging_face, to_sharded
@@ -52,15 +53,24 @@ def test_every_flipped_bit_is_found(copy, tmp_path):
     to_hugging_face(copy, tmp_path / "out")
 
 
-def test_a_truncated_and_a_missing_shard_are_named(copy, tmp_path):
+def test_a_shard_of_another_length_and_a_missing_one_are_named(copy, tmp_path):
     shard = copy / "weights-00001-000.safetensors"
     content = shard.read_bytes()
-    for length in (0, 7, 100, len(content) - 1):
-        shard.write_bytes(content[:length])
+    for length in (0, 7, 100, len(content) - 1, len(content) + 1):
+        shard.write_bytes((content + b"x")[:length])
         sentence = refused_export(copy, tmp_path / "out")
         assert f"{shard} has {length} bytes, its manifest says {len(content)}" in sentence
     shard.unlink()
     assert f"{copy} lacks {shard.name}" in refused_export(copy, tmp_path / "out")
+
+
+def test_a_file_that_cannot_be_read_is_named(copy, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(TensorFile, "read", fail)
+    sentence = refused_export(copy, tmp_path / "out")
+    assert f"cannot read {copy}/weights-0000" in sentence and "Input/output error" in sentence
 
 
 def test_a_shard_of_another_model_is_refused(copy, sharded, tmp_path):
