@@ -88,9 +88,3 @@ def no_pictures(monkeypatch):
 def no_drawing(monkeypatch):
     """Draw nothing of the figures that the code under test makes; see ``draw_nothing``."""
     draw_nothing(monkeypatch)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """Return 0 on a machine with a GPU, so that one process has the GPU; otherwise the default."""
-    return 0 if torch.cuda.is_available() else None

@@ -34,6 +34,5 @@ install_apart tests/.lm-eval lm-evaluation-harness --requirement tests/lm_eval.t
 unset PYTHONDONTWRITEBYTECODE
 # Each rank has one thread, because distributed tests start several ranks on few cores.
 export OMP_NUM_THREADS=1
-# One process per core runs whole test files (-n 0: one process). On a GPU, tests/conftest.py makes
-# it one process.
-exec "$python" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+# One process per core, and at most eight, run whole test files (-n 0: one process).
+exec "$python" -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"

@@ -15,6 +15,32 @@ def test_checkpoints_are_saved_by_default():
     assert checkpoint.asynchronous and checkpoint.keep_every == checkpoint.export_every == 0
 
 
+def test_what_is_trained_by_default_stays_what_it_was():
+    """A configuration that leaves these out must not train another model in a later version."""
+    default = to_dict(Config())
+    assert default["trainable"] == {
+        "mode": "lora",
+        "lora": {"targets": ["q", "k", "v"], "rank": 1024, "alpha": 2048.0, "dropout": 0.05},
+        "weights": ["q", "k", "v"],
+    }
+    assert default["optimizer"] == {
+        "steps": 144,
+        "learning_rate": 2e-5,
+        "warmup_steps": 4,
+        "start_at_zero": False,
+        "min_ratio": 0.9,
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip": 5.0,
+        "global_batch": 8,
+        "micro_batch": 1,
+    }
+    assert default["objective"]["relations"] == {"q": 1.0, "k": 1.0, "v": 1.0, "qk": 0.0}
+    assert (default["rope"]["type"], default["rope"]["factor"]) == ("linear", 8.0)
+    assert default["data"]["context_length"] == 4096
+
+
 def test_a_configuration_is_plain_dictionaries():
     tree = to_dict(load("--streams={a: {objective: {logits_kl: 1}}}"))
     assert tree["streams"]["a"]["objective"]["logits_kl"] == 1

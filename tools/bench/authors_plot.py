@@ -1,6 +1,6 @@
 """Draw the time and the memory of a micro-step, of the authors' implementation and of megalard.
 
-  python -m tools.bench.authors_plot docs/figures/authors_h200.json docs/speed.png
+  python -m tools.bench.authors_plot docs/figures/authors.json docs/speed.png
 
 The first file is what ``python -m tools.bench.authors --json FILE`` writes.
 """

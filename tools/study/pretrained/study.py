@@ -67,10 +67,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="training tokens of all stages together; search reads the first number",
     )
     parser.add_argument(
-        "--rate",
+        "--rates",
+        nargs="+",
         type=command_line.above(0, float),
         metavar="RATE",
-        help="final: this learning rate in place of the searched ones (one stage)",
+        help="final: the learning rate of each stage, in place of the searched ones",
     )
     parser.add_argument(
         "--seeds", nargs="+", type=at_least(0), default=[1], metavar="N", help="final: seeds"
@@ -112,8 +113,14 @@ def final(options: argparse.Namespace) -> None:
     runs = [Run("baseline", "teacher", options.ropes[0], f) for f in options.factors]
     runs += [Run("baseline", "scaled", rope, f) for rope in options.ropes for f in options.factors]
     for name in options.methods:
+        stages = METHODS[name].stages
+        if options.rates and len(options.rates) != len(stages):
+            raise UserError(
+                f"{name} has {len(stages)} stages, and --rates gives {len(options.rates)}: give "
+                "one rate per stage"
+            )
         for rope in options.ropes:
-            rates = (options.rate,) if options.rate else best_rates(results, METHODS[name], rope)
+            rates = tuple(options.rates or best_rates(results, METHODS[name], rope))
             runs += [
                 Run("final", name, rope, factor, tokens, rates, seed)
                 for factor in options.factors

@@ -94,6 +94,16 @@ def test_the_report_names_both_stages(finished):
     assert "| logits KL, then CPT | 0.002048M |" in page and "### PI x 2" in page
 
 
+def test_given_rates_are_those_of_the_stages(folder, capsys, monkeypatch):
+    runs: list = []
+    run_all = "tools.study.pretrained.study._run_all"
+    monkeypatch.setattr(run_all, lambda options, given: runs.extend(given))
+    assert study("final", folder, *OPTIONS, "--rates", 0.25, 0.5, "--tokens", 64) == 0
+    assert [(run.kind, run.rates) for run in runs][2:] == [("final", (0.25, 0.5))]
+    assert study("final", folder, *OPTIONS, "--rates", 0.25) == 1
+    assert "logits+cpt has 2 stages, and --rates gives 1" in one_error(capsys.readouterr().err)
+
+
 def test_a_missing_part_is_named(folder, tmp_path, capsys):
     assert study("search", tmp_path, *OPTIONS) == 1
     assert "has no teacher/config.json" in one_error(capsys.readouterr().err)
