@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
 
-from tests.pictures import draw_nothing
+from tests.pictures import draw_no_evaluations, draw_nothing
 
 if torch.cuda.is_available():
     # Tests with run.deterministic need this variable, which cuBLAS reads once, at its first matrix
@@ -57,31 +58,27 @@ SLOW = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order slow files first, and skip tests marked ``gpu`` where there is no GPU."""
 
-    def place(item: pytest.Item) -> int:
-        matches = (i for i, name in enumerate(SLOW) if item.nodeid.startswith(name))
+    @cache
+    def place(file: str) -> int:
+        matches = (i for i, name in enumerate(SLOW) if file.startswith(name))
         return next(matches, len(SLOW))
 
-    items.sort(key=place)
+    items.sort(key=lambda item: place(item.nodeid.partition("::")[0]))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """Leave modules and tests, a million objects, out of each later collection of garbage."""
+    gc.freeze()
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Let evaluations write a file in place of a picture, which takes half a second to draw.
-
-    ``tests/evaluation/test_plots.py`` and ``tests/test_train.py`` look at pictures.
-    """
-    from megalard.evaluation import comparison
-    from megalard.training import evaluator
-
-    def draw(path: Path, *arguments: object) -> None:
-        path.write_bytes(b"no picture")
-
-    for module in (comparison, evaluator):
-        monkeypatch.setattr(module, "draw", draw)
+    """Let evaluations write a file in place of a picture; see ``draw_no_evaluations``."""
+    draw_no_evaluations(monkeypatch)
 
 
 @pytest.fixture
