@@ -14,11 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
-import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-
-from tests.pictures import draw_no_evaluations
 
 # The limit is for ranks that hang: on busy cores a job of a few seconds has taken a minute.
 LIMIT_S = 300
@@ -47,7 +44,6 @@ SERVER.set_forkserver_preload(
 def run_ranks(world: int, function: Callable, *args) -> None:
     """Call ``function(*args)`` in ``world`` processes that are set up as torchrun sets them up.
 
-    The ranks write a file in the place of an evaluation's picture.
     An exception of any rank fails the caller and names the rank. Nothing is left running.
     """
     # CUDA has not been tried in forked ranks.
@@ -126,9 +122,7 @@ def _rank(rank: int, world: int, port: int, function: Callable, args: tuple) -> 
     }
     torch.set_num_threads(1)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            draw_no_evaluations(patch)
-            function(*args)
+        function(*args)
     except SystemExit:
         raise
     except BaseException:
