@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
 
-from tests.pictures import draw_nothing
+from tests.pictures import draw_no_evaluations, draw_nothing
 
 if torch.cuda.is_available():
     # Tests with run.deterministic need this variable, which cuBLAS reads once, at its first matrix
@@ -24,29 +25,31 @@ else:
 # no process is left with one of them when the others have nothing to do any more.
 SLOW = (
     "tests/parity/test_parity.py",
+    "tests/training/test_shard_weights.py",
     "tests/launch/test_nodes.py",
     "tests/launch/test_signals.py",
-    "tests/training/test_resume.py",
+    "tests/tools/study/test_restoration.py",
     "tests/settings/test_run_settings.py",
     "tests/kernels/test_op.py",
+    "tests/training/test_resume.py",
+    "tests/tools/campaigns/test_campaigns.py",
+    "tests/checkpoint/sharded/test_save_load.py",
     "tests/estimate/test_state.py",
     "tests/training/test_validator.py",
-    "tests/checkpoint/sharded/test_save_load.py",
-    "tests/tools/study/test_restoration.py",
-    "tests/tools/campaigns/test_campaigns.py",
     "tests/training/test_killed_runs.py",
-    "tests/test_launcher.py",
-    "tests/tools/bench/test_checkpoint.py",
     "tests/training/test_export.py",
-    "tests/test_packaging.py",
     "tests/evaluation/test_lm_eval.py",
+    "tests/test_launcher.py",
     "tests/estimate/test_passes.py",
-    "tests/report/",
+    "tests/test_packaging.py",
     "tests/checkpoint/test_peft.py",
-    "tests/training/test_full_disks.py",
     "tests/test_train.py",
-    "tests/launch/test_slurm.py",
+    "tests/training/test_full_disks.py",
     "tests/model/test_decoder.py",
+    "tests/tools/bench/test_checkpoint.py",
+    "tests/launch/test_slurm.py",
+    "tests/report/",
+    "tests/commands/test_evaluate.py",
     "tests/distill/terms/",
     "tests/tools/",
     "tests/settings/",
@@ -57,31 +60,33 @@ SLOW = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order slow files first, and skip tests marked ``gpu`` where there is no GPU."""
 
-    def place(item: pytest.Item) -> int:
-        matches = (i for i, name in enumerate(SLOW) if item.nodeid.startswith(name))
+    @cache
+    def place(file: str) -> int:
+        matches = (i for i, name in enumerate(SLOW) if file.startswith(name))
         return next(matches, len(SLOW))
 
-    items.sort(key=place)
+    items.sort(key=lambda item: place(item.nodeid.partition("::")[0]))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Collect no garbage while tests are imported, and leave what was imported out of it later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Let evaluations write a file in place of a picture, which takes half a second to draw.
-
-    ``tests/evaluation/test_plots.py`` and ``tests/test_train.py`` look at pictures.
-    """
-    from megalard.evaluation import comparison
-    from megalard.training import evaluator
-
-    def draw(path: Path, *arguments: object) -> None:
-        path.write_bytes(b"no picture")
-
-    for module in (comparison, evaluator):
-        monkeypatch.setattr(module, "draw", draw)
+    """Let evaluations write a file in place of a picture; see ``draw_no_evaluations``."""
+    draw_no_evaluations(monkeypatch)
 
 
 @pytest.fixture

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from multiprocessing import parent_process
 from pathlib import Path
+
+import pytest
 
 from tests.command_line import megalard
 from tests.models import make_model
+from tests.pictures import draw_no_evaluations
 from tests.small_tokenizers import save_byte_tokenizer
 
 NATIVE, CONTEXT, BATCH, STEPS = 64, 32, 4, 8
@@ -62,8 +66,11 @@ def arguments(job: Path, output: Path | str, *overrides: str) -> list[str]:
 
 
 def train(command: list[str]) -> None:
-    """Run ``megalard train`` in this process, which must succeed."""
-    assert megalard("train", *command) == 0
+    """Run ``megalard train`` in this process, which must succeed; ranks draw no evaluations."""
+    with pytest.MonkeyPatch.context() as patch:
+        if parent_process() is not None:
+            draw_no_evaluations(patch)
+        assert megalard("train", *command) == 0
 
 
 def interrupted(complete: Path, target: Path, step: int = 4) -> Path:

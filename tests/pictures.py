@@ -14,6 +14,22 @@ SMALLEST_PNG = bytes.fromhex(
 )
 
 
+def draw_no_evaluations(patch: pytest.MonkeyPatch) -> None:
+    """Let evaluations write a file in place of a picture.
+
+    A picture takes half a second to draw, after two seconds to import matplotlib in a new process.
+    ``tests/evaluation/test_plots.py`` and ``tests/test_train.py`` look at pictures.
+    """
+    from megalard.evaluation import comparison
+    from megalard.training import evaluator
+
+    def draw(path: Path, *arguments: object) -> None:
+        path.write_bytes(b"no picture")
+
+    for module in (comparison, evaluator):
+        patch.setattr(module, "draw", draw)
+
+
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
     """Let figures be made as always, and one pixel be saved in place of their drawing.
 

@@ -21,22 +21,7 @@ import torch.multiprocessing as multiprocessing
 LIMIT_S = 300
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "pytest",
-        "megalard.train",
-        "megalard.commands.train",
-        "megalard.commands.convert",
-        "megalard.evaluation.comparison",
-        "tests.models",
-        *(["tests.quick_interpreter"] if os.environ.get("TRITON_INTERPRET") else []),
-        "torch.utils.tensorboard",
-        # A rank imports these when it first needs them, which takes two seconds.
-        "torch._inductor",
-        "transformers.models.llama.modeling_llama",
-        "megalard.training.board",
-    ]
-)
+SERVER.set_forkserver_preload(["tests.preloaded"])
 
 
 def run_ranks(world: int, function: Callable, *args) -> None:

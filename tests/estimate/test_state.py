@@ -29,11 +29,12 @@ from megalard.estimate.saved import ACTIVATIONS, RELATIONS_KIND, MicroBatch
 from megalard.estimate.sizes import Sizes
 from megalard.estimate.trained import Trained, TrainedState, TrainedTensor, trained_state
 from megalard.estimate.weights import trained_of
+from megalard.model.spec import spec_from_config
 from megalard.parallel.mesh import build_mesh
 from megalard.training.estimated import state_bytes
 from megalard.training.step import Distiller
 from tests.ranks import run_ranks
-from tools.bench.random_model import random_spec
+from tools.bench.random_model import random_config, random_spec
 from tools.bench.random_run import make_config, make_distiller, random_batches
 
 NO_RELATIONS = {f"objective.relations.{name}": 0 for name in "qkv"}
@@ -144,7 +145,9 @@ def check_divided_state(shape: str, layouts: list[dict[str, int]]) -> None:
         settings |= {"trainable.lora.rank": 6, "data.context_length": 32, "run.device": "cpu"}
         settings |= {"optimizer.global_batch": 2, "optimizer.micro_batch": 1} | DIVIDED[case]
         config = make_config(settings)
-        distiller = make_distiller(config, random_spec(shape, 32), build_mesh("cpu", tp, cp))
+        # What a layer holds does not depend on how many there are.
+        native = spec_from_config(random_config(shape, 32) | {"num_hidden_layers": 2}, shape)
+        distiller = make_distiller(config, native, build_mesh("cpu", tp, cp))
         spec = distiller.student.decoder.spec
         distiller.step(random_batches(config, spec, distiller.mesh), 0)
         memory = stage_memory(config, 0, spec, RankLayout(**sizes))

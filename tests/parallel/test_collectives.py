@@ -17,7 +17,7 @@ from tests.parity.worker import make_distiller, micro_batches
 from tests.ranks import run_ranks
 
 LAYERS = 3
-CASE = Case("llama", "lora", data="whole")
+CASE = Case("llama", "lora", data="whole", depth=3)
 
 
 def _publish(distiller) -> None:

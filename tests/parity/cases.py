@@ -61,6 +61,8 @@ class Case:
         length: tokens per block.
         sizes: entries of the model's config.json that differ from those of the family.
         shard_weights: whether the weights of layers are divided over dp and cp ranks.
+        depth: the layers of the models: three where one between the first and the last differs from
+            both, or is fetched ahead of its use.
     """
 
     family: str
@@ -80,6 +82,7 @@ class Case:
     length: int = LENGTH
     sizes: dict = field(default_factory=dict, hash=False)
     shard_weights: bool = False
+    depth: int = 2
 
 
 CASES = {
@@ -87,8 +90,8 @@ CASES = {
         "llama", "lora", relations=ALL_RELATIONS, targets=("q", "k", "v", "o")
     ),
     "lora-logits-tied": Case("llama-tied", "lora", "padded", logits_kl=0.3, logits_positions=5),
-    "lora-qk-windows": Case("mistral", "lora", relations={"qk": 1.0}, targets=("q", "k")),
-    "lora-layers-mha": Case("llama-mha", "lora", "whole", "llama3", layers=[0, 1]),
+    "lora-qk-windows": Case("mistral", "lora", relations={"qk": 1.0}, targets=("q", "k"), depth=3),
+    "lora-layers-mha": Case("llama-mha", "lora", "whole", "llama3", layers=[0, 1], depth=3),
     "weights-one-kv-head": Case("qwen2", "weights", relations=ALL_RELATIONS, rope="abf"),
     "weights-v-only": Case("qwen2-windows", "weights", "padded", targets=("v",)),
     "weights-own-student": Case("llama-biases", "weights", own_student=True, targets=("q", "o")),
@@ -97,7 +100,13 @@ CASES = {
     "all-short-documents": Case("llama", "all", "short", relations=ALL_RELATIONS, logits_kl=0.5),
     "all-logits-biases": Case("llama-biases", "all", "padded", "yarn", logits_kl=0.5),
     "lora-context-alone": Case(
-        "llama", "lora", "padded", relations={}, terms={"attention_output": 1.0}, layers=[0, 1]
+        "llama",
+        "lora",
+        "padded",
+        relations={},
+        terms={"attention_output": 1.0},
+        layers=[0, 1],
+        depth=3,
     ),
     # At cp > 1 some ranks have no token, and the last layer ends with its attention.
     "lora-context-short": Case(
@@ -118,6 +127,7 @@ CASES = {
         relations={},
         terms={"hidden_cosine": 2.0, "hidden_depths": [0.34, 0.67]},
         positions="skip-gaussian",
+        depth=3,
     ),
     "all-language-modelling": Case(
         "llama-biases", "all", relations={}, terms={"language_modelling": 1.0}, rope="yarn"
@@ -129,6 +139,7 @@ CASES = {
         relations=ALL_RELATIONS,
         logits_kl=0.4,
         terms={"attention_output": 0.6, "hidden_cosine": 0.7, "language_modelling": 0.3},
+        depth=3,
     ),
     "all-longred": Case(
         "llama",
@@ -142,6 +153,7 @@ CASES = {
                 {"hidden_cosine": 5.0, "hidden_depths": [0.3, 0.6, 1.0]}, "padded", weight=0.375
             ),
         },
+        depth=3,
     ),
 }
 
@@ -249,8 +261,10 @@ def make_config(
 
 def make_models(case: Case, folder: Path) -> None:
     """Write the teacher, the student's start, and the reference's student with scaled RoPE."""
-    teacher = make_model(case.family, folder / "teacher", **case.sizes)
-    start = make_model(case.family, folder / "start", seed=1) if case.own_student else teacher
+    sizes = {"num_hidden_layers": case.depth, **case.sizes}
+    start = make_model(case.family, folder / "teacher", **sizes)
+    if case.own_student:
+        start = make_model(case.family, folder / "start", seed=1, **sizes)
     config = make_config(case, folder)
     copy_with_config(start, folder / "scaled", scaled_config(read_spec(start), config.rope, 64))
 

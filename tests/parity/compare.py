@@ -10,7 +10,7 @@ from tests.logits import relative_error
 from tests.parity.cases import ALL_CASES, run_reference
 
 # The reference is float64, so every difference is the trainer's: the rounding of fp32 (6e-8)
-# through three layers, a softmax and its gradient, with sums over some 100 terms. Tensors are
+# through up to three layers, a softmax and its gradient, with sums over some 100 terms. Tensors are
 # compared by norm. Observed at most 3e-6, except for the K bias (3e-5), whose terms cancel, because
 # softmax does not see a shift of all keys. A missing or doubled exchange changes a gradient by 10 %
 # or more.

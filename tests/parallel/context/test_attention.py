@@ -25,7 +25,7 @@ from tests.ranks import run_ranks
 
 BATCH, DIM, PIECE = 2, 16, 5
 NAMES = ("out", "dq", "dk", "dv")
-CASE = Case("llama", "lora", data="whole")
+CASE = Case("llama", "lora", data="whole", depth=3)
 
 
 @dataclass(frozen=True)
