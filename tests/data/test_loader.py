@@ -37,6 +37,15 @@ def test_a_resumed_loader_reads_what_the_first_would_have_read(blocks):
                 assert rows(loader.step(start)) == straight[start]
 
 
+def test_the_position_counts_blocks_and_epochs(make_store):
+    """Seven blocks of which a step reads two."""
+    blocks = PackedBlocks(make_store([70]), 10)
+    assert len(blocks) == 7
+    with BatchLoader(blocks, seed=1, global_batch=2, micro_batch=1, prefetch=False) as loader:
+        positions = [[*loader.position_after(step).values()] for step in (0, 3, 4, 11)]
+    assert positions == [[7, 0, 0, 0], [7, 6, 6, 0], [7, 8, 1, 1], [7, 22, 1, 3]]
+
+
 def test_the_global_batch_is_the_same_for_every_number_of_ranks(blocks):
     batches_of_sizes = set()
     for dp_size in (1, 2, 4):
