@@ -61,6 +61,23 @@ def test_the_global_batch_is_the_same_for_every_number_of_ranks(blocks):
     assert len(batches_of_sizes) == 1
 
 
+def test_every_row_of_a_step_has_skipped_positions_of_its_own(blocks):
+    """Whichever rank reads the row, and in whichever micro-batch."""
+    drawn = []
+    for size, dp_size in ((1, 1), (4, 1), (2, 2)):
+        step = []
+        for rank in range(dp_size):
+            options = {"dp_rank": rank, "dp_size": dp_size, "positions": "skip-uniform"}
+            with BatchLoader(
+                blocks, seed=1, global_batch=8, micro_batch=size, window=1000, **options
+            ) as loader:
+                for batch in loader.step(2):
+                    positions = map(tuple, batch.for_student().position_bs.tolist())
+                    step += zip(batch.sample_b.tolist(), positions, strict=True)
+        drawn.append(sorted(step))
+    assert drawn[0] == drawn[1] == drawn[2] and len({row for _, row in drawn[0]}) == 8
+
+
 def test_documents_are_padded_by_themselves(make_store):
     blocks = DocumentBlocks(make_store([5, 9, 3, 12]), 8)
     with BatchLoader(blocks, seed=0, global_batch=len(blocks), micro_batch=1) as loader:

@@ -42,6 +42,10 @@ def test_plan_model(model, capsys):
         assert megalard(*words, *other) == 0
         assert capsys.readouterr().out == directory
     assert "give --model MODEL" in refusal(capsys, *words)
+    shorter = ("--model", model, "--model.native_context", 2048)
+    assert "data.context_length 4096 is longer than the teacher's native window" in refusal(
+        capsys, *words, *shorter
+    )
     assert "no model directory at /none" in refusal(capsys, *words, "--model", "/none")
 
 
