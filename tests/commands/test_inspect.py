@@ -127,6 +127,8 @@ def test_the_files_of_another_teacher_are_compared(job, tmp_path, capsys):
     assert inspect(tmp_path / "run") == 0
     assert "teacher files are there, checksums hold" in capsys.readouterr().out
     flip_bit(teacher / "model.safetensors", -1)
+    # --base is not where the teacher is looked for.
+    assert inspect(tmp_path / "run", "--base", student) == 1
     assert inspect(tmp_path / "run") == 1
     printed = capsys.readouterr().out
     assert f"teacher files {teacher}/model.safetensors is damaged" in printed
