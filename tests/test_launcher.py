@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megalard.launcher import _report
 from tests.processes import CHECKOUT, LIMIT_S, descendants, is_running, started
 from tests.ranks import SERVER, kill, wait_until
 
@@ -161,6 +163,25 @@ def test_the_status_is_that_of_the_rank(launched):
     assert re.fullmatch(
         r"megalard: error: rank \d \(process \d+\) ended with status 7; its own messages are above",
         last,
+    )
+
+
+@pytest.mark.parametrize(("exitcode", "status"), [(7, 7), (-9, 137), (-15, 143)])
+def test_a_rank_that_a_signal_ended_gives_the_status_of_a_shell(exitcode, status, capsys):
+    """And the rank that failed first is named, not the lowest one."""
+    failures = {
+        rank: SimpleNamespace(
+            exitcode=code, pid=rank + 100, timestamp=time, error_file="/none", signal_name=name
+        )
+        for rank, code, time, name in (
+            (0, -15, 20, lambda: "SIGTERM"),
+            (1, exitcode, 10, lambda: f"signal {-exitcode}"),
+        )
+    }
+    assert _report(failures) == status
+    how = "ended with status 7" if exitcode > 0 else f"was ended by signal {-exitcode}"
+    assert capsys.readouterr().err == (
+        f"megalard: error: rank 1 (process 101) {how}; its own messages are above\n"
     )
 
 

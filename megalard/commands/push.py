@@ -72,11 +72,11 @@ def _upload(options: argparse.Namespace, student: Path, card: str) -> None:
     from megalard.reporter import Reporter
 
     api = HfApi()
-    files = sorted(path for path in student.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(student) for path in student.rglob("*") if path.is_file())
     operations = [
-        CommitOperationAdd(str(path.relative_to(student)), path)
-        for path in files
-        if not path.name.startswith(".")
+        CommitOperationAdd(name.as_posix(), student / name)
+        for name in names
+        if not any(part.startswith(".") for part in name.parts)
     ]
     if not (student / "README.md").is_file():
         operations.append(CommitOperationAdd("README.md", card.encode()))

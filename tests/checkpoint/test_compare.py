@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megalard.checkpoint import compare
 from megalard.checkpoint.compare import (
     logits_difference,
     logits_of,
@@ -64,6 +65,24 @@ def test_every_kind_of_difference_is_named(folder, tmp_path):
     ]
     assert len(lines) == 5
     assert all(any(line.startswith(start) for line in lines) for start in starts)
+
+
+def test_the_first_difference_is_found_in_any_block(folder, tmp_path, monkeypatch):
+    """Tensors are compared in blocks; the largest difference may be in another block."""
+
+    def change(tensors):
+        weight = tensors[UP_PROJ]
+        weight[1, 3], weight[2, 0] = weight[1, 3] + 1.0, weight[2, 0] + 4.0
+
+    changed(folder, tmp_path / "b", change)
+    monkeypatch.setattr(compare, "BLOCK_ELEMENTS", 10)
+    models = open_model(folder / "a"), open_model(tmp_path / "b")
+    (line,) = tensor_differences(*models)
+    value = models[0].weights.read(UP_PROJ)[1, 3]
+    assert line == (
+        f"{UP_PROJ}: 2 of 1536 elements differ, the first at [1, 3] ({float(value)!r} and "
+        f"{float(value + 1.0)!r}), at most by 4"
+    )
 
 
 def test_bits_are_compared_and_not_values(folder, tmp_path):

@@ -199,6 +199,33 @@ def test_a_target_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):
     )
 
 
+def test_an_adapter_s_export_has_the_lengths_of_the_student(tmp_path):
+    """An adapter without companion files takes those of its base, whose limits are the base's."""
+    base = make_model("llama", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    window = config["max_position_embeddings"]
+    limits = {"max_length": window, "temperature": 0.5}
+    (base / "generation_config.json").write_text(json.dumps(limits))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(
+        {
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32),
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(32, 2),
+        },
+        adapter / "adapter_model.safetensors",
+    )
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(lora))
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    changes = {"max_position_embeddings": 4 * window, "rope_scaling": scaling}
+    config.pop("rope_parameters", None)
+    (adapter / "config.json").write_text(json.dumps({**config, **changes}))
+    to_hugging_face(adapter, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == {**limits, "max_length": 4 * window}
+
+
 def test_an_import_and_an_export_copy_the_companion_files(tmp_path):
     source = make_model("llama", tmp_path / "source")
     (source / "tokenizer.json").write_text('{"a": "tokenizer"}')

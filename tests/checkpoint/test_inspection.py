@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
@@ -67,6 +68,17 @@ def test_a_run_s_checkpoint_is_described(job):
     assert facts["base"] == str(job / "model") and facts["teacher"] == "the base"
     # exp_avg, exp_avg_sq and step of 12 tensors, and one generator.
     assert "12 weights (5.1 kB), 36 optimizer (10.3 kB), 1 rng" in facts["tensors"]
+
+
+def test_a_checkpoint_of_several_streams_and_another_teacher_is_described(job):
+    manifest = read_manifest(checkpoint_path(job / "run" / "checkpoints", 2))
+    (data,) = manifest.training["data"].values()
+    streams = {"a": {**data, "blocks_read": 5}, "b": {**data, "blocks_read": 7}}
+    training = {**manifest.training, "data": streams}
+    body = {**manifest.body, "training": training, "teacher": {**manifest.base, "path": "/t"}}
+    facts = describe_checkpoint(replace(manifest, body=body))
+    assert facts["step"] == "2 of 4, seed 0, 12 blocks read"
+    assert (facts["base"], facts["teacher"]) == (str(job / "model"), "/t")
 
 
 def test_a_hugging_face_directory_is_described(job, tmp_path):

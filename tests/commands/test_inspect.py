@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megalard.training.run_folder import checkpoint_path
+from tests.checkpoint.sharded.damage import rewrite_manifest
 from tests.command_line import megalard, noted_bars
 from tests.conversions import to_adapter, to_sharded
 from tests.jobs import arguments, flip_bit, make_job, train
@@ -126,6 +127,8 @@ def test_the_files_of_another_teacher_are_compared(job, tmp_path, capsys):
     assert inspect(tmp_path / "run") == 0
     assert "teacher files are there, checksums hold" in capsys.readouterr().out
     flip_bit(teacher / "model.safetensors", -1)
+    # --base is not where the teacher is looked for.
+    assert inspect(tmp_path / "run", "--base", student) == 1
     assert inspect(tmp_path / "run") == 1
     printed = capsys.readouterr().out
     assert f"teacher files {teacher}/model.safetensors is damaged" in printed
@@ -133,6 +136,22 @@ def test_the_files_of_another_teacher_are_compared(job, tmp_path, capsys):
     (teacher / "model.safetensors").unlink()
     assert inspect(tmp_path / "run", "--no-checksums") == 1
     assert inspect(tmp_path / "run", "--no-base") == 0
+
+
+def test_a_problem_of_an_older_checkpoint_is_its_own(job, tmp_path, capsys):
+    """Its note of the base differs, and the start resumes from the newest all the same."""
+    run = shutil.copytree(job / "run", tmp_path / "run")
+    (run / "finished.json").unlink()
+
+    def change(body):
+        body["base"]["files"]["model.safetensors"]["sha256"] = "0" * 64
+
+    rewrite_manifest(checkpoint_path(run / "checkpoints", 1), change)
+    assert inspect(run) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("base files   are there, checksums hold") == 1
+    assert "model.safetensors is damaged or belongs to another" in printed
+    assert "2 complete checkpoints; the next start resumes from step-000002" in printed
 
 
 def test_exports_of_a_run_are_not_taken_for_checkpoints(job, tmp_path, capsys):

@@ -67,6 +67,7 @@ def test_the_defaults_are_allowed():
         ({"names": ["x", "y", "x"]}, "e.names must not name an item twice; got ['x', 'y', 'x']"),
         ({"names": ["a\nb"]}, "e.names has a control character or a byte that is not UTF-8, "),
         ({"pair": [1.0]}, "e.pair must have 2 items; got [1.0]"),
+        ({"pair": [1.0, 2.0, 3.0]}, "e.pair must have 2 items; got [1.0, 2.0, 3.0]"),
         ({"pair": [1.0, math.nan]}, "e.pair must be a finite number; got [1.0, nan]"),
         ({"maybe": [3, -1]}, "e.maybe must be at least 0; got [3, -1]"),
         ({"files": ["x" * 5000]}, "e.files is a path of 5000 characters, which no file system"),

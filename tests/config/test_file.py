@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalard.config.file import in_present_spelling, load_config, present_spelling
+from megalard.config.file import in_present_spelling, load_config, present_spelling, recorded_config
 from megalard.config.schema import Config, to_dict
 from tests.command_line import user_error
 from tests.config.loading import REQUIRED, load, refusal
@@ -190,6 +190,20 @@ def test_only_the_key_of_that_section_has_an_old_spelling():
         "run": {"seed": 2},
     }
     assert tree["objective"]["attention_context"] == 1, "the tree itself is unchanged"
+
+
+def test_a_recorded_configuration_may_have_old_spellings_and_lack_newer_keys():
+    """What a run of an earlier version wrote; lists are those of JSON."""
+    recorded = recorded_config(
+        {
+            "objective": {"attention_context": 2.0},
+            "stages": {"a": {}, "b": {"objective": {"attention_context": 3.0}}},
+            "optimizer": {"steps": 5},
+        }
+    )
+    first, second = recorded.all_stages().values()
+    assert [stage.objective.attention_output for stage in (first, second)] == [2.0, 3.0]
+    assert (recorded.steps, recorded.optimizer.betas) == (10, [0.9, 0.95])
 
 
 def test_control_characters_are_escaped_in_messages():

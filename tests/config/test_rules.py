@@ -77,6 +77,18 @@ def test_a_value_out_of_range_is_refused_by_its_key(key, value, must_be):
             ),
             "parallel.shard_optimizer is false: leave one of them out",
         ),
+        (
+            (
+                "--stages={a: {}, b: {trainable: {mode: all}}}",
+                "--parallel.shard_weights=true",
+                "--parallel.shard_optimizer=false",
+            ),
+            "parallel.shard_optimizer is false: leave one of them out",
+        ),
+        (
+            ("--stages={a: {}, b: {}}", "--optimizer.steps=3", "--run.profile=[2, 7]"),
+            "run.profile names step 7, but the run has 6 steps: leave it out",
+        ),
         (["--rope.type", "dynamic"], "'dynamic' equals the teacher's RoPE at up to M tokens"),
         (["--rope.theta", "5e5"], "rope.theta only applies to rope.type abf, not to linear"),
         (["--rope.type", "abf", "--rope.theta", "0"], "rope.theta must be greater than 0; got 0.0"),
@@ -136,6 +148,13 @@ def test_values_that_do_not_go_together_are_refused(overrides, sentence):
             ["--stages={a: {trainable: {mode: all}}, b: {keep_optimizer: true}}"],
             "stages.b.keep_optimizer is true, so the stage must come after",
         ),
+        (
+            [
+                "--stages={a: {}, b: {trainable: {mode: all}}, c: {trainable: {mode: lora}, "
+                "keep_optimizer: true}}"
+            ],
+            "stages.c.keep_optimizer is true, so the stage must come after",
+        ),
     ],
 )
 def test_rules_hold_for_every_stream_and_stage(overrides, sentence):
@@ -144,6 +163,12 @@ def test_rules_hold_for_every_stream_and_stage(overrides, sentence):
 
 def test_values_that_go_together_are_accepted():
     load("--stages={a: {}, b: {keep_optimizer: true}}")
+    load(
+        "--stages={a: {}, b: {trainable: {mode: all}}, c: {trainable: {mode: all}, "
+        "keep_optimizer: true}}"
+    )
+    load("--parallel.shard_weights=true", "--parallel.shard_optimizer=false")
+    load("--optimizer.steps=3", "--run.profile=[1, 3]")
     load("--data.eos=yes", "--data.end_token=<|end|>")
     load("--data.packing=false", "--data.drop_tails=true")
     load("--checkpoint.save_every", "4", "--checkpoint.keep_every", "8")

@@ -76,6 +76,11 @@ def test_the_student_may_read_at_other_positions():
     assert batch.position_bs.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
     assert batch.for_student().position_bs.tolist() == [positions.tolist()]
     assert collate([BLOCK]).for_student().position_bs.tolist() == batch.position_bs.tolist()
+    # The RoPE of longrope depends on the largest position of a document, not on its length.
+    assert batch.reach_bs.tolist() == [[3, 3, 3, 4, 4, 4, 4, 0]]
+    assert batch.for_student().reach_bs.tolist() == [[3, 3, 3, 61, 61, 61, 61, 0]]
+    second = batch.for_student().cut(Axis(None, 1, 2))
+    assert second.reach_bs.tolist() == [[3, 61, 61, 61]]
 
 
 @pytest.mark.gpu

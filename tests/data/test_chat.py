@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import AutoTokenizer
 
 from megalard.data.chat import boundaries_of_format, column_of
 from megalard.data.token_store import TokenStore
+from megalard.data.token_store_writer import build_store
 from megalard.data.tokenizer import load_tokenizer
 from tests.command_line import megalard, user_error
 from tests.small_tokenizers import save_byte_tokenizer
@@ -70,6 +72,29 @@ def test_only_a_text_gets_the_tokens_of_the_tokenizer(model):
     tokenizer = load_tokenizer(model)
     chosen = boundaries_of_format("chat", tokenizer, "auto", "yes", None)
     assert (chosen.before, chosen.after) == ((), (tokenizer.eos_id,))
+    # As Llama's, which puts BOS before every text, where the chat template has it already.
+    around = replace(tokenizer, starts_with=(tokenizer.bos_id,), ends_with=(tokenizer.eos_id,))
+    assert around.bos_id is not None
+    for kind, expected in (("chat", ((), ())), ("text", ((around.bos_id,), (around.eos_id,)))):
+        chosen = boundaries_of_format(kind, around, "auto", "auto", None)
+        assert (chosen.before, chosen.after) == expected
+
+
+def test_a_store_of_another_chat_template_is_refused(model, tmp_path):
+    """The template is not part of the tokenizer's fingerprint, and decides the ids."""
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHATS[0]}))
+    tokenizer = load_tokenizer(model)
+    other = replace(
+        tokenizer, chat_template="other", render_chat=lambda chat: f"{chat[0]['content']}!"
+    )
+
+    def build(tokenizer):
+        column = column_of("chat", "text", tokenizer)
+        return build_store([tmp_path / "chats.jsonl"], tokenizer, tmp_path / "store", column=column)
+
+    count = len(build(tokenizer).tokens)
+    assert len(build(tokenizer).tokens) == count
+    assert "was made from other text" in user_error(build, other)
 
 
 def test_a_template_reaches_nothing_but_the_messages(model, tmp_path):

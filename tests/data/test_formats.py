@@ -70,6 +70,15 @@ def test_compressed_text_is_read_as_the_text(suffix, pack, tmp_path):
     assert 0 < sum(read) <= total_bytes([tmp_path])
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_byte_order_mark_is_not_part_of_the_text(suffix, tmp_path):
+    """Windows writes one at the start of a file."""
+    path = tmp_path / f"a{suffix}"
+    text = "é" if suffix == ".txt" else '{"text": "é"}\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert documents(path) == ["é"]
+
+
 def test_the_suffix_of_a_compressed_file_has_two_parts(tmp_path):
     names = {
         "a.jsonl": ".jsonl",

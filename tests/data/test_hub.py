@@ -158,3 +158,13 @@ def test_the_package_reads_a_local_data_set(tmp_path):
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     text = HubText(str(folder), text_column("text"))
     assert [*text.documents()] == ["one", "two"] and text.origin["revision"] is None
+
+
+def test_a_difference_is_named_for_another_revision_of_the_same_data_set_only(hub):
+    text = HubText("owner/name", text_column("text"))
+    same = dict(text.origin)
+    assert "from the revision old of the data set owner/name, which is now at abc" in (
+        text.difference({**same, "revision": "old"})
+    )
+    for other in (None, same, {**same, "dataset": "owner/other", "revision": "old"}):
+        assert text.difference(other) is None

@@ -37,6 +37,15 @@ def test_a_resumed_loader_reads_what_the_first_would_have_read(blocks):
                 assert rows(loader.step(start)) == straight[start]
 
 
+def test_the_position_counts_blocks_and_epochs(make_store):
+    """Seven blocks of which a step reads two."""
+    blocks = PackedBlocks(make_store([70]), 10)
+    assert len(blocks) == 7
+    with BatchLoader(blocks, seed=1, global_batch=2, micro_batch=1, prefetch=False) as loader:
+        positions = [[*loader.position_after(step).values()] for step in (0, 3, 4, 11)]
+    assert positions == [[7, 0, 0, 0], [7, 6, 6, 0], [7, 8, 1, 1], [7, 22, 1, 3]]
+
+
 def test_the_global_batch_is_the_same_for_every_number_of_ranks(blocks):
     batches_of_sizes = set()
     for dp_size in (1, 2, 4):
@@ -50,6 +59,23 @@ def test_the_global_batch_is_the_same_for_every_number_of_ranks(blocks):
             step += rows(batches)
         batches_of_sizes.add(tuple(map(tuple, sorted(step))))
     assert len(batches_of_sizes) == 1
+
+
+def test_every_row_of_a_step_has_skipped_positions_of_its_own(blocks):
+    """Whichever rank reads the row, and in whichever micro-batch."""
+    drawn = []
+    for size, dp_size in ((1, 1), (4, 1), (2, 2)):
+        step = []
+        for rank in range(dp_size):
+            options = {"dp_rank": rank, "dp_size": dp_size, "positions": "skip-uniform"}
+            with BatchLoader(
+                blocks, seed=1, global_batch=8, micro_batch=size, window=1000, **options
+            ) as loader:
+                for batch in loader.step(2):
+                    positions = map(tuple, batch.for_student().position_bs.tolist())
+                    step += zip(batch.sample_b.tolist(), positions, strict=True)
+        drawn.append(sorted(step))
+    assert drawn[0] == drawn[1] == drawn[2] and len({row for _, row in drawn[0]}) == 8
 
 
 def test_documents_are_padded_by_themselves(make_store):

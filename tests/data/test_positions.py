@@ -8,6 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from megalard.data import positions as positions_module
 from megalard.data.blocks import PackedBlocks
 from megalard.data.loader import BatchLoader
 from megalard.data.positions import _truncated_gaussian, skipped_positions
@@ -101,3 +102,12 @@ def test_the_positions_of_a_row_do_not_depend_on_the_rank(make_store):
     assert all(student != teacher for student, teacher in whole)
     halves = [rows(micro_batch=2, dp_size=2, dp_rank=rank) for rank in range(2)]
     assert sorted(halves[0] + halves[1]) == sorted(whole)
+
+
+@pytest.mark.parametrize(("draw", "last"), [(0.0, 10), (0.999, 19)])
+def test_the_middle_lies_between_the_ends_that_alpha_gives(draw, last, monkeypatch):
+    """With alpha = 4 the middle of four tokens ends from 4 + 3 * 4/2 to 4/2 * 12 - 4 - 1."""
+    monkeypatch.setattr(positions_module, "_uniform", lambda seed, count: [0.0, 0.5, draw])
+    monkeypatch.setattr(positions_module, "_truncated_gaussian", lambda *words: 4)
+    positions = skipped_positions(12, 48, "gaussian", (0,)).tolist()
+    assert positions == [*range(4), *range(last - 3, last + 1), *range(44, 48)]

@@ -110,6 +110,50 @@ def test_another_tokenizer_starts_anew(tokenizer, tmp_path):
     assert other.encoded == len(TEXTS)
 
 
+def test_documents_without_a_token_have_no_place(tokenizer, tmp_path):
+    """They are read, and counted for going on, but not written."""
+    texts = [text if number % 3 else "" for number, text in enumerate(TEXTS)]
+
+    def write_plain(documents, folder):
+        return write_store(Documents(documents), tokenizer, folder / "store", Boundaries())
+
+    expected = write_plain(texts, tmp_path / "whole")
+    assert expected.documents.tolist() == np.cumsum([0, *filter(None, map(len, texts))]).tolist()
+    with pytest.raises(KeyboardInterrupt):
+        write_plain(stopped_after(17, texts), tmp_path)
+    assert np.array_equal(write_plain(texts, tmp_path).documents, expected.documents)
+
+
+def test_other_special_tokens_start_anew(tokenizer, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(stopped_after(17), tokenizer, tmp_path)
+    store = write_store(Documents(TEXTS), tokenizer, tmp_path / "store", Boundaries((9,)))
+    assert (store.tokens[store.documents[:-1]] == 9).all() and 7 not in store.tokens
+
+
+def test_what_a_note_speaks_of_is_on_the_disk(tokenizer, tmp_path, monkeypatch):
+    """Before every note the files have been synced in the length that it names."""
+    synced, notes = {}, []
+    fsync, replace_text = os.fsync, token_files.replace_text
+
+    def noting_fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced[path.name] = os.fstat(descriptor).st_size
+        fsync(descriptor)
+
+    def noting_replace(path, text):
+        progress = json.loads(text)
+        notes.append((progress["tokens"] * 2, progress["documents"] * 8, dict(synced)))
+        replace_text(path, text)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(token_files, "replace_text", noting_replace)
+    write(TEXTS, tokenizer, tmp_path)
+    assert len(notes) == 8
+    for tokens, lengths, on_disk in notes:
+        assert on_disk == {"tokens.bin": tokens, "lengths.bin": lengths}
+
+
 @pytest.mark.parametrize("note", ["", "{}", "[1]", '{"identity": 3}'])
 def test_a_damaged_note_is_not_used(note, tokenizer, tmp_path):
     with pytest.raises(KeyboardInterrupt):

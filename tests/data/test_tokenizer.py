@@ -114,8 +114,11 @@ def test_the_fingerprint_is_of_what_determines_the_ids(tmp_path):
     )
     assert not second.has_fingerprint(first.file_fingerprint)
 
+    edit(folder, lambda content: content.update(normalizer={"type": "Lowercase"}))
+    third = load_tokenizer(folder)
+    assert third.fingerprint != first.fingerprint
     edit(folder, lambda content: content["model"]["merges"].pop())
-    assert load_tokenizer(folder).fingerprint != first.fingerprint
+    assert load_tokenizer(folder).fingerprint not in (first.fingerprint, third.fingerprint)
 
 
 def test_remote_code_is_not_run(tmp_path):

@@ -11,7 +11,8 @@ from megalard.checkpoint.huggingface import HuggingFaceWeights
 from megalard.config.objective import ObjectiveConfig, RelationWeights
 from megalard.config.schema import DataConfig, LoraConfig, RopeConfig, StreamConfig, TrainableConfig
 from megalard.distill.objective import is_reached
-from megalard.distill.student import Student, build_student
+from megalard.distill.student import Student, build_student, changed_weights, merged_weights
+from megalard.model.lora import DropoutKey
 from megalard.model.rope import rope_table, scaled_config
 from megalard.model.spec import read_spec, spec_from_config
 from megalard.parallel.mesh import SINGLE, Axis
@@ -226,3 +227,21 @@ def test_a_student_of_another_shape_is_refused(folder):
     sentence = user_error(build, folder, lora("q"), {"q": 1}, weights=files, spec=wider)
     assert "the student's num_heads is 8 but the teacher's is 4" in sentence
     assert sentence.endswith("so model.student must have the teacher's shape")
+
+
+def test_what_earlier_stages_changed_goes_on_to_the_next_stage(folder):
+    """A stage that trains other weights hands them over as they are."""
+    decoder = load(folder / "teacher")
+    name, trained = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+    carried = {name: torch.full((32,), 3.0)}
+    values = {trained: torch.nn.Parameter(torch.ones(2, 2))}
+    left = merged_weights(Student(decoder, values, DropoutKey(), carried), None)
+    assert left.keys() == {name, trained}
+    assert torch.equal(left[name], carried[name]) and torch.equal(left[trained], torch.ones(2, 2))
+
+
+def test_a_stage_changes_the_weights_that_its_loss_reaches():
+    names = [f"model.layers.{n}.self_attn.{p}_proj.weight" for n in (0, 1) for p in "qkvo"]
+    first_layer = {name for name in names if ".layers.0." in name}
+    lora_of_q = TrainableConfig(lora=LoraConfig(targets=["q"]))
+    assert changed_weights(names, lora_of_q, first_layer.__contains__) == {names[0]}

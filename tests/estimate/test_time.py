@@ -124,3 +124,12 @@ def test_offloaded_state_is_updated_at_the_rate_of_the_host():
     seconds = times(RankLayout(dp=8), parallel__offload_optimizer=True)
     assert seconds[UPDATE] == pytest.approx(ELEMENTS / 8 * 28 / 98e9)
     assert seconds[OFFLOAD] == pytest.approx(2 * ELEMENTS / 8 * 4 / 60e9)
+
+
+def test_larger_micro_batches_are_fewer():
+    """The products of eight blocks take as long in two micro-batches as in eight."""
+    layout = RankLayout(1, 1, 1)
+    one, four = (
+        times(layout, optimizer__global_batch=8, optimizer__micro_batch=size) for size in (1, 4)
+    )
+    assert one[PRODUCTS] == pytest.approx(four[PRODUCTS])

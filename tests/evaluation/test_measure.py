@@ -111,6 +111,7 @@ def test_default_lengths_double_up_to_the_new_window():
     assert default_lengths(256, 8) == [64, 128, 256, 512, 1024, 2048]
     assert default_lengths(256, 6) == [64, 128, 256, 512, 1024, 1536]
     assert default_lengths(4, 2) == [2, 4, 8]
+    assert default_lengths(256, 2.5) == [64, 128, 256, 512, 640]
 
 
 EDGES = [1, 3, 20, LENGTH]

@@ -75,3 +75,15 @@ def test_every_script_is_valid_bash(script):
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert str(Path.home()) not in script.read_text()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "version"), [("9.0\n9.0", "2.11.*"), ("8.0", "2.13.0"), ("12.0", "2.13.0")]
+)
+def test_hopper_gets_the_torch_that_its_kernels_have_run_with(capabilities, version, tmp_path):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{capabilities}\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    function = "sed -n '/^torch_version()/,/^}/p' environment.sh"
+    words = ["bash", "-c", f'PATH={tmp_path}:$PATH; eval "$({function})"; torch_version']
+    done = finished(words, cwd=LAUNCH, env={})
+    assert done.stdout.strip() == version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -158,9 +159,34 @@ def test_a_rank_has_its_share_of_the_cores(start, tmp_path):
     one = (tmp_path / "python.env").read_text()
     start("--gpus", "4000")
     many = (tmp_path / "python.env").read_text()
-    assert re.search(r"^OMP_NUM_THREADS=[1-9]", one, re.MULTILINE)
+    cores = os.sysconf("SC_NPROCESSORS_ONLN")
+    assert re.search(rf"^OMP_NUM_THREADS={cores}$", one, re.MULTILINE)
     assert re.search(r"^OMP_NUM_THREADS=1$", many, re.MULTILINE)
     assert re.search(r"^TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1$", one, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("words", "status"), [((), 0), (("--preflight",), 143)])
+def test_a_preflight_that_is_stopped_has_not_passed(words, status, start, tmp_path):
+    """A run has nothing to save yet. The signal comes while the script counts the GPUs."""
+    (tmp_path / "python").write_text(PYTHON.replace("echo 8", "kill -TERM $PPID; echo 8"))
+    given = ("--model=model", "--data=model", "--output=out", *words)
+    environment = {"PYTHON": str(tmp_path / "python")}
+    done = finished(["bash", SCRIPT, *given], cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout) == (status, "SIGTERM: stopped; nothing to save\n")
+
+
+def test_the_ranks_of_all_nodes_share_one_model(start):
+    """Two nodes of the eight GPUs that are found are 16 ranks."""
+    torchrun, trainer = start("--nodes=2", "--rendezvous=host:29400", "--tp=16")
+    assert value(torchrun, "--nproc-per-node") == "8" and value(torchrun, "--nnodes") == "2"
+    assert value(trainer, "--parallel.tp") == "16"
+
+
+def test_the_port_of_a_rendezvous_is_what_follows_the_last_colon(start):
+    """The host may be an IPv6 address."""
+    torchrun, _ = start("--nodes=2", "--rendezvous=fd00::5:29400", "--node-rank=1")
+    assert value(torchrun, "--master-addr") == "fd00::5"
+    assert value(torchrun, "--master-port") == "29400"
 
 
 def test_the_first_node_hosts_the_rendezvous(start):

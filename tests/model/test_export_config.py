@@ -51,7 +51,8 @@ def test_code_in_the_directory_is_not_named():
 
 @pytest.mark.parametrize("key", LENGTH_KEYS)
 def test_a_length_below_the_window_is_raised(key):
-    assert export_config(spec_of("llama", **{key: 64}), window=256)[key] == 256
+    for length in (64, 32):
+        assert export_config(spec_of("llama", **{key: length}), window=256)[key] == 256
     assert export_config(spec_of("llama", **{key: 1000}), window=256)[key] == 1000
     assert export_config(spec_of("llama", **{key: "64"}), window=256)[key] == "64"
 

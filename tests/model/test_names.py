@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalard.model.names import ParameterName, projection_name
+from megalard.model.names import ParameterName, kind_of, projection_name
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,24 @@ from megalard.model.names import ParameterName, projection_name
 )
 def test_a_name_has_a_layer_a_module_and_a_kind(name, layer, module, kind):
     assert ParameterName.parse(name) == ParameterName(layer, module, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("lm_head.weight", "head"),
+        ("model.norm.weight", "norm"),
+        ("model.layers.1.post_feedforward_layernorm.weight", "norm"),
+        ("model.layers.1.self_attn.k_norm.weight", "norm"),
+        ("model.layers.1.self_attn.k_proj.bias", "k"),
+        ("model.layers.1.self_attn.o_proj.lora_B", "o"),
+        ("model.layers.1.mlp.gate_proj.weight", "mlp"),
+        ("model.layers.1.mlp.down_proj.weight", "mlp"),
+    ],
+)
+def test_a_gradient_is_reported_with_its_kind(name, kind):
+    assert kind_of(name) == kind
 
 
 def test_projections_have_the_names_of_hugging_face():

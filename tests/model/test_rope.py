@@ -12,7 +12,14 @@ from transformers import LlamaConfig
 
 from megalard.config.schema import RopeConfig
 from megalard.errors import UserError
-from megalard.model.rope import apply_rope, is_native, rope_table, scaled_config, window_of
+from megalard.model.rope import (
+    RopeTable,
+    apply_rope,
+    is_native,
+    rope_table,
+    scaled_config,
+    window_of,
+)
 from megalard.model.spec import spec_from_config
 from tests.command_line import user_error
 from tests.model.ropes import (
@@ -370,3 +377,19 @@ def test_a_family_that_cannot_describe_a_type_is_refused():
         "short_factor": [4.0] * 4,
         "long_factor": [4.0] * 4,
     }
+
+
+def test_tables_are_the_same_if_they_rotate_alike_at_every_length():
+    short, long = torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.25])
+    table = RopeTable(short, 1.0, long, 64)
+    assert table.same_as(RopeTable(short.clone(), 1.0, long.clone(), 64))
+    for other in (
+        RopeTable(short, 1.0, long, 128),
+        RopeTable(short, 1.5, long, 64),
+        RopeTable(short, 1.0, short, 64),
+        RopeTable(long, 1.0, long, 64),
+        RopeTable(short, 1.0),
+    ):
+        assert not table.same_as(other) and not other.same_as(table)
+    # Without other frequencies for long documents it does not matter where they begin.
+    assert RopeTable(short, 1.0).same_as(RopeTable(short, 1.0, None, 64))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
 
+from megalard.parallel import watchdog
 from megalard.parallel.mesh import start_process_group
 from megalard.parallel.watchdog import watch_other_ranks
 from tests.ranks import exit_codes, started_ranks, wait_until
@@ -48,6 +51,32 @@ def test_a_rank_ends_after_the_rank_it_waits_for(number, tmp_path):
         "this rank waits for will not come: run the same command to resume from the last "
         "checkpoint\n"
     )
+
+
+def test_a_rank_watches_all_others_of_its_machine(monkeypatch):
+    """Rank 1 of three, of which rank 2 is on another machine."""
+    with subprocess.Popen(["sleep", "100"]) as other:
+        places = [(watchdog._machine(), other.pid), (watchdog._machine(), os.getpid()), ("", 1)]
+
+        def gather(values, value):
+            assert value == places[1]
+            values[:] = places
+
+        started = []
+        monkeypatch.setattr(dist, "get_rank", lambda: 1)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+        monkeypatch.setattr(dist, "all_gather_object", gather)
+        monkeypatch.setattr(
+            watchdog.threading,
+            "Thread",
+            lambda **options: started.append(options["args"]) or Mock(),
+        )
+        watch_other_ranks(PATIENCE_S)
+        other.kill()
+    ((rank, others, patience_s),) = started
+    assert (rank, [*others.values()], patience_s) == (1, [(0, other.pid)], PATIENCE_S)
+    for descriptor in others:
+        os.close(descriptor)
 
 
 def test_a_rank_that_has_left_is_not_ended(tmp_path):

@@ -12,6 +12,9 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib import pyplot
 
+from megalard.evaluation.measure import Measurement
+from megalard.evaluation.report import Entry, Restoration
+from megalard.evaluation.suite import Results
 from megalard.report.collect import RunRecord, collect
 from megalard.report.figures import curves, heat_map, rope_curves, validation_curves
 from megalard.report.page import DAMAGED, render, write_report
@@ -298,3 +301,27 @@ def test_long_runs_and_strange_values_are_drawn(tmp_path):
 def test_values_that_are_null_are_left_out_of_a_curve(tmp_path):
     steps = [{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}]
     assert RunRecord(tmp_path, steps=steps).curve("loss") == ([2], [3.0])
+
+
+def test_rows_and_columns_of_the_tables_are_those_of_their_headings(tmp_path):
+    """The layer with the largest first loss, KL before agreement, and hours of all devices."""
+    layers = [{"q": [1.0, 4.0, None]}, {"q": [3.0, 2.0, None]}]
+    steps = [
+        {"step": n, "loss": 1.0, "tokens": n * 3600, "tokens_per_second": 1.0, "layers": by_part}
+        for n, by_part in zip((1, 2), layers, strict=True)
+    ]
+    by_length = {64: Measurement(1.0, 0.25, 0.5, 0.75)}
+    entries = [Entry(name, Results(by_length)) for name in ("teacher", "scaled", "restored")]
+    record = RunRecord(
+        tmp_path,
+        steps=steps,
+        entries=entries,
+        restoration=Restoration(64, 4.0),
+        summary={"ranks": 4, "dp": 2, "cp": 1, "tp": 2, "device": "cpu"},
+    )
+    reader = Reader()
+    reader.feed(render(record))
+    cells = " | ".join(reader.cells)
+    assert "q | 1 | 4 | 2" in cells
+    assert "gap restored | KL to teacher | same top-1" in cells and "0.250 | 0.500" in cells
+    assert "time of the steps | 2:00:00" in cells and "device hours | 8.00" in cells

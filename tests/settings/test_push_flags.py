@@ -85,15 +85,21 @@ def card_of(text: str) -> tuple[dict, str]:
 
 
 def test_push_repo(run, hub, capsys):
+    for name in ("LICENSE", ".hidden", ".cache/index.json", "folder/template.jinja"):
+        (run / "student" / name).parent.mkdir(exist_ok=True)
+        (run / "student" / name).write_text("text")
     assert push(run, repo="owner/name") == 0
     ((repo, contents),) = hub.commits
     assert repo == "owner/name" and set(contents) == {
         "README.md",
+        "LICENSE",
         "config.json",
+        "folder/template.jinja",
         "model.safetensors",
     }
+    assert "\n# name\n" in contents["README.md"].decode()
     assert contents["model.safetensors"] == b"weights"
-    assert "uploaded 3 files: https://hub/owner/name/commit/1" in capsys.readouterr().out
+    assert "uploaded 5 files: https://hub/owner/name/commit/1" in capsys.readouterr().out
 
 
 def test_push_base_model(run, hub):

@@ -387,3 +387,8 @@ def test_an_export_leaves_the_student_as_it_is(made, tmp_path):
     made.student.carried[name] = torch.ones(made.student.decoder.slices[name].full_shape)
     made.save(tmp_path / "student")
     assert (made.student.carried[name] == 1).all()
+    stem = name.removesuffix(".weight")
+    lora_a, lora_b = (made.student.value(f"{stem}.lora_{part}") for part in "AB")
+    scale = made.student.decoder.get_submodule(stem).lora_scale
+    exported = load_file(tmp_path / "student" / "model.safetensors")[name]
+    torch.testing.assert_close(exported, 1 + scale * lora_b @ lora_a)

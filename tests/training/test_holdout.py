@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from megalard.training import holdout
 from megalard.training.holdout import split_holdout
 from megalard.training.streams import open_streams
 from tests.jobs import NATIVE, arguments, interrupted, metrics, train
@@ -65,6 +69,21 @@ def test_only_streams_of_that_text_lose_it(split, small_job):
     assert len(after["main"]["a"].tokens) < len(before["main"]["a"].tokens)
     assert after["main"]["c"] is after["main"]["a"]
     assert after["main"]["b"] is before["main"]["b"]
+
+
+def test_a_resumed_run_of_several_stages_keeps_its_split(planned, tmp_path, monkeypatch):
+    """The checkpoint has the text of every stage."""
+    run = planned("stages={a: {}, b: {}}", "evaluation.holdout=32768")
+    stores = open_streams(run.stages, tmp_path / "tokens", run.plan, run.mesh)
+    tokens = len(stores["a"]["main"].tokens)
+    data = {"a/main": {"tokens": tokens - 100}, "b/main": {"tokens": tokens - 100}}
+    monkeypatch.setattr(
+        holdout, "read_manifest", lambda path: SimpleNamespace(training={"data": data})
+    )
+    output = replace(run.output, checkpoint=tmp_path)
+    after, held_out = split_holdout(stores, run.stages, run.plan, output)
+    assert len(held_out.tokens) == 100
+    assert len(after["a"]["main"].tokens) == len(after["b"]["main"].tokens) == tokens - 100
 
 
 def test_a_resumed_run_keeps_its_split(small_job, tmp_path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megalard.config.schema import CheckpointConfig
 from megalard.training.output import open_output
 from megalard.training.run import Run
 from tests.command_line import megalard
@@ -62,12 +64,30 @@ def test_an_export_that_is_there_is_not_made_again(job, tmp_path):
     assert (output / "step-000004" / "model.safetensors").read_text() == "mine"
 
 
+def test_the_export_that_is_due_at_the_end_of_a_stage_is_made(tmp_path):
+    """Of steps 1 to 6 in two stages, those that two divides, without the last."""
+    made = []
+    for number in range(7):
+        run = SimpleNamespace(
+            config=SimpleNamespace(checkpoint=CheckpointConfig(export_every=2), steps=6),
+            stage=SimpleNamespace(last_step=4 if number <= 4 else 6),
+            steps_done=number,
+            output=SimpleNamespace(directory=tmp_path),
+            _export=made.append,
+        )
+        Run.export_if_due(run)
+    assert made == ["step-000002", "step-000004"]
+
+
 def test_a_run_is_built_resumed_and_stepped(planned):
     """From Python, as ``megalard.train`` does it."""
     run = planned("stages={a: {}, b: {optimizer: {global_batch: 8}}}", "optimizer.steps=2")
     with open_output(run.config, run.mesh) as output:
         built = Run(run.config, run.plan, output, run.mesh)
         built.resume()
+        restarts, restart = [], built.monitor.restart_clock
+        built.monitor.restart_clock = lambda step: restarts.append(step) or restart(step)
+        assert built.validator.first_step == 3, "the first step of the last stage"
         with built.saver:
             assert [stage.name for stage in built.stages_left()] == ["a", "b"]
             for stage in built.stages_left():
@@ -77,6 +97,9 @@ def test_a_run_is_built_resumed_and_stepped(planned):
             assert built.stages_left() == [] and built.steps_done == 4
             # Two steps of 4 blocks and two of 8 blocks of 32 tokens.
             assert built._tokens_after(built.steps_done) == (2 * 4 + 2 * 8) * 32
+            assert [built._tokens_after(step) for step in (0, 1, 3)] == [0, 128, 512]
+            # The time in which a stage is built is not that of its first step.
+            assert restarts == [2]
         built.close()
     assert [line["tokens"] for line in metrics(output.directory)] == [128, 256, 512, 768]
 

@@ -65,6 +65,22 @@ def test_dropout_differs_from_step_to_step(make):
     assert torch.equal(gradients(without, batches, 0), gradients(without, batches, 1))
 
 
+def test_dropout_differs_from_stream_to_stream(make):
+    """Also for streams that read the same text."""
+    streams = "{a: {objective: {relations: {q: 1}}}, b: {objective: {relations: {q: 1}}}}"
+    distiller, batches = make(f"streams={streams}", "optimizer.micro_batch=4")
+    seeds = []
+
+    class Key:
+        def __setattr__(self, name, value):
+            seeds.append(value)
+
+    distiller.student.dropout = Key()
+    for step in (0, 1):
+        distiller.accumulate(batches, step)
+    assert len(seeds) == len(set(seeds)) == 4
+
+
 def test_offloaded_tensors_give_the_same_gradient(make):
     torch.manual_seed(1)
     expected = gradients(*make("parallel.offload=false"))
@@ -153,6 +169,18 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make):
     assert sentence.startswith("step 7: the loss is ")
     assert f"gradients are not finite on rank 0, in {name}: lower " in sentence
     assert sentence.endswith("lower optimizer.learning_rate, or set run.non_finite skip")
+
+
+def test_a_loss_that_is_not_finite_skips_the_update(make, monkeypatch):
+    """Though every gradient is finite."""
+    distiller, batches = make("run.non_finite=skip")
+    before = {name: value.clone() for name, value in distiller.student.trained.items()}
+    means = distiller._global_means
+    nan = torch.tensor(float("nan"))
+    monkeypatch.setattr(distiller, "_global_means", lambda *words: (nan, means(*words)[1]))
+    skipped = distiller.step(batches, 0).skipped
+    assert skipped == "step 1: the loss is nan, though every gradient is finite"
+    assert all(torch.equal(v, before[k]) for k, v in distiller.student.trained.items())
 
 
 def test_an_update_that_is_skipped_changes_nothing(make):

@@ -233,6 +233,12 @@ def test_the_best_one_is_of_the_last_stage_and_the_first_of_equals(make):
     assert validator.best is None
 
 
+def test_the_last_step_is_validated_though_it_is_not_at_the_interval(make):
+    validator = make("evaluation.every=3")
+    assert [step for step in range(1, STEPS + 1) if validator.is_due(step)] == [3, 6, STEPS]
+    assert not any(make("evaluation.every=0").is_due(step) for step in range(1, STEPS + 1))
+
+
 def test_the_loss_over_all_lengths_can_be_what_counts(make):
     validator = make("evaluation.best=loss", KEEP, first_step=1)
     validator.results = [Validation(1, {32: 1.0, 128: 9.0}, 0.9, 0, 0)]

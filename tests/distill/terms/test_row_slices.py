@@ -47,6 +47,15 @@ def test_a_sum_of_row_slices_is_the_sum_over_all_rows(monkeypatch):
         torch.testing.assert_close(actual.grad, wanted.grad)
 
 
+def test_gradients_of_weights_are_added_up_in_fp32(monkeypatch):
+    """300 ones, of which a sum in bf16 keeps 256."""
+    monkeypatch.setattr(row_slices, "ROWS", 1)
+    weight = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.ones(300, 1, dtype=torch.bfloat16)
+    sum_of_row_slices(lambda x, weight: (x * weight).float().sum(), (x,), (weight,)).backward()
+    assert weight.grad.dtype == torch.bfloat16 and weight.grad.item() == 300
+
+
 @pytest.mark.parametrize("loss", ["cross-entropy", "kl"])
 def test_no_more_rows_of_logits_than_a_slice_exist_at_once(loss, decoder, monkeypatch):
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megalard.data.batch import collate
+from megalard.distill.terms import sharded_relations
 from megalard.distill.terms.sharded_relations import Operand, RelationPlan, relation_sums
 from megalard.parallel.context.shard import SequenceShard
 from megalard.parallel.mesh import SINGLE, Axis, build_mesh
@@ -47,6 +48,34 @@ def make_operands(n: int, dim: int = DIM) -> dict[str, tuple[torch.Tensor, torch
         kind: tuple(torch.randn(3, heads, n, dim, generator=generator) for _ in range(2))
         for kind, heads in HEADS.items()
     }
+
+
+@pytest.mark.parametrize("names", [("q",), ("q", "qk")])
+def test_gradients_of_one_operand_are_rounded_once(names, monkeypatch):
+    """1 + 2^-9 and 2^-8 are 1 + 2^-7 in bf16. Rounded before they are added they are 1."""
+    parts = {"q": 1 + 2.0**-9, "qk": 2.0**-8}
+    dtypes = []
+
+    def backward(rows, rows_t, columns, columns_t, *_, mask, out_dtype):
+        dtypes.append(out_dtype)
+        value = torch.full_like(rows, 1.0, dtype=torch.float32)
+        if columns is None:
+            return (value * parts["q"]).to(out_dtype)
+        return (value * parts["qk"]).to(out_dtype), torch.zeros_like(columns)
+
+    monkeypatch.setattr(sharded_relations, "relation_backward", backward)
+    batch = make_batch(12)
+    operands = {
+        kind: Operand(student.bfloat16(), teacher.bfloat16())
+        for kind, (student, teacher) in make_operands(12).items()
+        if kind in {"q", names[-1][-1]}
+    }
+    plan = RelationPlan(SequenceShard(12), batch.doc_start_bn, batch.doc_end_bn)
+    _, grads = relation_sums(operands, {name: 1.0 for name in names}, plan, True)
+    assert grads["q"].dtype == torch.bfloat16
+    assert (grads["q"] == (1 if names == ("q",) else 1 + 2.0**-7)).all()
+    # A single gradient needs no copy in fp32.
+    assert set(dtypes) == {torch.bfloat16 if names == ("q",) else torch.float32}
 
 
 def run_all(results: str) -> None:

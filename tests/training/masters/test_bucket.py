@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megalard.parallel.mesh import SINGLE, Axis
+from megalard.training.masters import bucket as bucket_module
 from megalard.training.masters.bucket import Bucket
 
 # Rows that three ranks share evenly, unevenly, and of which the last ranks get none.
@@ -74,6 +75,27 @@ def test_the_dtype_of_gradients_decides_what_sums_lose(gradient_dtype, expected)
     assert bucket.gradient.dtype == gradient_dtype and (bucket.gradient == expected).all()
     bucket.give_gradient()
     assert bucket.master.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_sent_in_their_dtype_and_padding_as_zeros(dtype, monkeypatch):
+    """Whatever the memory held before: torch fills new tensors with NaN here."""
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        bucket_module, "start_reduce_scatter_tokens", lambda packed, axis: sent.append(packed)
+    )
+    bucket = make(1, 3, torch.bfloat16, dtype)
+    for parameter in bucket.parameters[:-1]:
+        parameter.grad = torch.ones_like(parameter)
+    torch.use_deterministic_algorithms(True)
+    try:
+        total = bucket.start_reduction()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (packed,) = sent
+    assert packed.dtype == dtype and packed.numel() == 3 * bucket.gradient.numel()
+    # 12 + 21 + 3 + 4 + 4 elements; the last parameter has no gradient.
+    assert total == packed.float().sum() == 44
 
 
 def test_the_fp32_copy_of_a_bf16_gradient_is_freed_after_the_update():
