@@ -160,6 +160,7 @@ def test_the_status_is_that_of_the_rank(launched):
     done = launched("import sys\nsys.exit(7)\n")
     assert done.returncode == 7
     last = done.stderr.splitlines()[-1]
+    assert "torch/distributed" not in done.stderr, "torchrun's messages are printed if asked"
     assert re.fullmatch(
         r"megalard: error: rank \d \(process \d+\) ended with status 7; its own messages are above",
         last,

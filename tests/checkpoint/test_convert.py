@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from megalard.checkpoint import convert as conversion
 from megalard.checkpoint.build import check_complete, full_slices
 from megalard.checkpoint.convert import check_target, parse_size, unknown_tensors
 from megalard.checkpoint.inspection import describe_checkpoint
@@ -92,6 +93,16 @@ def test_a_model_that_lacks_a_tensor_is_not_converted(tmp_path):
     )
     user_error(to_sharded, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_reads_as_another_model_is_refused(tmp_path, monkeypatch):
+    source = make_model("llama", tmp_path / "source")
+    to_sharded(source, tmp_path / "sharded")
+    written = conversion.export_config
+    other = {"rms_norm_eps": 0.5}
+    monkeypatch.setattr(conversion, "export_config", lambda spec: written(spec) | other)
+    sentence = user_error(to_hugging_face, tmp_path / "sharded", tmp_path / "out")
+    assert "its norm_eps is read as 0.5" in sentence and not (tmp_path / "out").exists()
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):

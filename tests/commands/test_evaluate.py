@@ -128,8 +128,9 @@ def test_it_warns_of_what_it_leaves_out_and_measures_beyond(folder, tmp_path, ca
         for task in ("multi_key", "multi_value", "passkey", "variable_tracking")
     ]
     assert "warning" not in printed.err
-    for words in ("Perplexity by length", "Loss by position", "Exact answers", "a.png"):
+    for words in ("Perplexity by length", "Loss by position", "Exact answers"):
         assert words in printed.out
+    assert printed.out.splitlines()[-2:] == [str(tmp_path / "a.json"), str(tmp_path / "a.png")]
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.png"}
 
 
@@ -169,6 +170,16 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
     assert evaluate(folder / "model", *QUICK, "--output", tmp_path / "a") == 1
     assert f"{tmp_path / 'a.png'} exists and is not overwritten" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_the_teacher_is_compared_within_its_own_window(folder, tmp_path):
+    """A student with a longer window is measured beyond it, and compared up to it."""
+    student, output = folder / "run" / "student", tmp_path / "a"
+    text = ("--text", folder / "heldout.txt", "--max-tokens", 512)
+    options = ("--teacher", folder / "model", "--lengths", NATIVE, 2 * NATIVE)
+    assert evaluate(student, *text, *options, "--output", output) == 0
+    by_length = read(output)["models"][0]["by_length"]
+    assert by_length[str(NATIVE)]["kl"] > 0 and by_length[str(2 * NATIVE)]["kl"] is None
 
 
 def test_a_damaged_checkpoint_is_not_measured(folder, tmp_path, capsys):

@@ -141,6 +141,26 @@ def test_the_largest_stage_decides_the_memory(model, capsys):
     assert first["seconds"] == pytest.approx(total)
 
 
+def test_the_stage_that_keeps_most_in_host_memory_decides_it(model, capsys):
+    """It is another stage than the one that needs most of the GPU."""
+    stages = {
+        "all": {
+            "trainable": {"mode": "all"},
+            "objective": {"language_modelling": 1},
+            "data": {"context_length": 64},
+        },
+        "lora": {"optimizer": {"micro_batch": 8, "global_batch": 64}},
+    }
+    words = ("--gpus", "8 x H200", "--json", "--parallel.offload_optimizer", "true")
+    assert plan(model, *words, f"--stages={json.dumps(stages)}") == 0
+    layouts = json.loads(capsys.readouterr().out)["layouts"]
+    (layout,) = (layout for layout in layouts if (layout["dp"], layout["tp"]) == (8, 1))
+    assert layout["stage"] == "lora"
+    # Masters, both moments and gradients of all weights in fp32, divided over 8 GPUs.
+    state = layout["host_kinds"]["optimizer's state in host memory"]
+    assert state == pytest.approx(16 * PARAMETERS / 8, rel=1e-3)
+
+
 def test_no_text_and_no_output_are_needed(model, capsys):
     assert plan(model, "--gpus", "H200", "--streams={a: {objective: {logits_kl: 1}}}") == 0
     assert "1 x H200" in capsys.readouterr().out
