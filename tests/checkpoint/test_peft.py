@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from megalard.checkpoint import convert as conversion
 from megalard.checkpoint.compare import logits_of, tensor_differences
 from megalard.checkpoint.open import open_model
 from megalard.checkpoint.peft import (
@@ -143,6 +144,14 @@ def test_a_damaged_checkpoint_gives_no_adapter(runs, tmp_path):
     flip_bit(shard)
     assert f"{shard} is damaged" in user_error(to_adapter, copy, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_an_adapter_that_reads_as_another_model_is_refused(runs, tmp_path, monkeypatch):
+    written = conversion.export_config
+    other = {"rms_norm_eps": 0.5}
+    monkeypatch.setattr(conversion, "export_config", lambda spec: written(spec) | other)
+    sentence = user_error(to_adapter, checkpoint_of(runs, "linear"), tmp_path / "out")
+    assert "its norm_eps is read as 0.5" in sentence and list(tmp_path.iterdir()) == []
 
 
 def test_the_config_names_kinds_and_layers_where_that_is_enough():
