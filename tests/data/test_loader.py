@@ -12,6 +12,8 @@ from megalard.data.blocks import DocumentBlocks, PackedBlocks
 from megalard.data.loader import BatchLoader
 from megalard.data.token_store import TokenStore
 from megalard.errors import UserError
+from megalard.parallel.mesh import Axis
+from tests.command_line import user_error
 
 
 def rows(batches):
@@ -35,6 +37,13 @@ def test_a_resumed_loader_reads_what_the_first_would_have_read(blocks):
             with BatchLoader(blocks, seed=1, **options) as loader:
                 assert [rows(loader.step(s)) for s in range(start, steps)] == straight[start:]
                 assert rows(loader.step(start)) == straight[start]
+
+
+def test_blocks_that_the_cp_ranks_cannot_share_are_refused(blocks):
+    sentence = user_error(
+        BatchLoader, blocks, seed=1, global_batch=4, micro_batch=2, cp=Axis(None, 0, 3)
+    )
+    assert sentence.startswith("a block of 16 tokens does not divide into 6 pieces")
 
 
 def test_the_position_counts_blocks_and_epochs(make_store):

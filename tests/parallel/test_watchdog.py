@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ def _wait_for_the_other(folder: str, is_leaving: bool) -> None:
     """Rank 0 takes part in no collective any more; rank 1 ends in the way that the test asks."""
     os.dup2(os.open(f"{folder}/errors", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     start_process_group("gloo")
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/reason-{dist.get_rank()}"
     watch_other_ranks(PATIENCE_S)
     rank = dist.get_rank()
     Path(folder, f"ready-{rank}").touch()
@@ -51,6 +53,8 @@ def test_a_rank_ends_after_the_rank_it_waits_for(number, tmp_path):
         "this rank waits for will not come: run the same command to resume from the last "
         "checkpoint\n"
     )
+    # The launcher starts the ranks again if it may, because nothing is wrong with the input.
+    assert json.loads((tmp_path / "reason-0").read_text())["megalard"]["is_bad_input"] is False
 
 
 def test_a_rank_watches_all_others_of_its_machine(monkeypatch):
