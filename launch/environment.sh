@@ -10,8 +10,8 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
     exit 1
 fi
 
-# torch_version: prints the version of torch to install. The tests on Hopper GPUs have run with torch
-# 2.11 only. All other machines get the newest tested version.
+# torch_version: prints the version of torch to install. Hopper GPUs get torch 2.11, because no other
+# version was tested on them. All other machines get the newest tested version.
 torch_version() {
     local capabilities
     capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true)

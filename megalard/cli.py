@@ -46,7 +46,7 @@ _EPILOG = """\
 
   torchrun --nproc-per-node 8 -m megalard train --config FILE --parallel.tp 4
 
-or train with launch/train.sh, which also does several nodes, restarts and signals."""
+or train with launch/train.sh, which also handles several nodes, restarts and signals."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """Collect no garbage while tests are imported, and leave what was imported out of it later."""
+    """Import the tests without the garbage collector, which ignores the imported objects later."""
     gc.disable()
     try:
         return (yield)

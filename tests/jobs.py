@@ -66,7 +66,10 @@ def arguments(job: Path, output: Path | str, *overrides: str) -> list[str]:
 
 
 def train(command: list[str]) -> None:
-    """Run ``megalard train`` in this process, which must succeed; ranks draw no evaluations."""
+    """Run ``megalard train`` in this process, which must succeed.
+
+    Forked ranks draw no pictures of evaluations, which would take half a second each.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if parent_process() is not None:
             draw_no_evaluations(patch)

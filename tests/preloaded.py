@@ -1,8 +1,8 @@
 """What the server of ``tests/ranks.py`` imports before it forks the first rank.
 
-No garbage is collected meanwhile, and modules are left out of it later. A forked rank would else
-look through half a million objects, and copy their pages, each time all objects are collected: 0.4
-of the 2.4 CPU seconds of a run of eight steps.
+The garbage collector is off during the imports, and ignores the imported objects later. Otherwise
+every full collection in a forked rank would visit half a million objects and copy their pages.
+That would take 0.4 of the 2.4 CPU seconds of a run of eight steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MODULES = (
     "tests.models",
     *(["tests.quick_interpreter"] if os.environ.get("TRITON_INTERPRET") else []),
     "torch.utils.tensorboard",
-    # A rank imports these when it first needs them, which takes two seconds.
+    # Without this list a rank would import these at their first use, which takes two seconds.
     "torch._inductor",
     "transformers.models.llama.modeling_llama",
     "megalard.training.board",

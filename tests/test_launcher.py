@@ -169,7 +169,7 @@ def test_the_status_is_that_of_the_rank(launched):
 
 @pytest.mark.parametrize(("exitcode", "status"), [(7, 7), (-9, 137), (-15, 143)])
 def test_a_rank_that_a_signal_ended_gives_the_status_of_a_shell(exitcode, status, capsys):
-    """And the rank that failed first is named, not the lowest one."""
+    """The message names the rank that failed first, not the lowest rank."""
     failures = {
         rank: SimpleNamespace(
             exitcode=code, pid=rank + 100, timestamp=time, error_file="/none", signal_name=name

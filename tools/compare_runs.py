@@ -37,7 +37,10 @@ def collect(runs: list[Path]) -> tuple[list[Entry], Restoration]:
             for entry, expected in zip(run_entries, entries[:2], strict=False)
         )
         if not is_same:
-            raise UserError(f"{run} restored another model or was evaluated on other text")
+            raise UserError(
+                f"{run} restored another model than {runs[0]}, or was evaluated on other text: "
+                "compare runs with the same teacher, RoPE and held-out text"
+            )
         run_entries[-1].name = run.name
         entries.append(run_entries[-1])
     return entries, first_restoration

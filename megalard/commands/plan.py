@@ -3,9 +3,9 @@
   megalard plan --model MODEL --config FILE --gpus '8 x H100 80GB' [--section.key value ...]
 
 MODEL is a model directory, or a config.json alone; without it, model.teacher is read. No weights,
-no text and no GPU are needed, and nothing is downloaded. --gpus are the GPUs of one node. The
-search is over parallel.tp and parallel.cp, and the configuration gives everything else. The exit
-status is 0 if a layout fits, and 1 otherwise.
+no text and no GPU are needed, and nothing is downloaded. --gpus names the GPUs of one node.
+The plan tries all values of parallel.tp and parallel.cp that the GPUs allow, and takes everything
+else from the configuration. The exit status is 0 if a layout fits, and 1 otherwise.
 """
 
 from __future__ import annotations

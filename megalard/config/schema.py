@@ -117,7 +117,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """One of several kinds of text that every step draws on, each with its own objective.
+    """A stream is one of several kinds of text that every step draws on, with its own objective.
 
     A stream takes what its ``data`` leaves out from the section ``data``, and its batch sizes from
     the section ``optimizer``. Its ``objective`` has only the terms that it names.
@@ -164,11 +164,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One of several phases of a run. Each continues from the weights of the previous stage.
+    """A stage is one phase of a run, and continues from the weights of the previous stage.
 
     A stage takes what it leaves out from the sections ``trainable``, ``data`` and ``optimizer``. If
-    it names an objective, that has only the terms that it names; otherwise it has the objective or
-    the streams of the run.
+    it names an objective, this objective has only the terms that it names; otherwise the stage has
+    the objective or the streams of the run.
     """
 
     trainable: TrainableConfig = section(TrainableConfig)
@@ -305,9 +305,9 @@ class Config:
     objective: ObjectiveConfig = section(ObjectiveConfig)
     data: DataConfig = section(DataConfig)
     streams: dict[str, StreamConfig] = dataclasses.field(default_factory=dict)
-    """Streams by name, in place of the one stream that ``objective`` and ``data`` describe."""
+    """The streams by name. They replace the one stream that ``objective`` and ``data`` describe."""
     stages: dict[str, StageConfig] = dataclasses.field(default_factory=dict)
-    """Stages by name, in the order in which they run; without them the run has one stage."""
+    """The stages by name, in the order in which they run. Without them the run has one stage."""
     optimizer: OptimizerConfig = section(OptimizerConfig)
     parallel: ParallelConfig = section(ParallelConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)

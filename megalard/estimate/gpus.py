@@ -215,9 +215,9 @@ def parse_gpus(text: str, memory: float | None, tflops: float | None) -> tuple[i
         )
     name, gpu = match[2], _named(match[2])
     if gpu is None and (memory is None or tflops is None):
-        known = ", ".join(gpu.name for gpu in GPUS)
+        names = ", ".join(gpu.name for gpu in GPUS)
         raise UserError(
-            f"the GPU {shown(name)} is not in the table ({known}): give --gpu-memory GIB and "
+            f"the GPU {shown(name)} is not in the table ({names}): give --gpu-memory GIB and "
             "--gpu-tflops N, its dense bf16 TFLOP/s"
         )
     if gpu is None:

@@ -81,8 +81,8 @@ def _projections(sizes: Sizes, rank: int, weights, pairs: list[str], dropout: bo
     if _QKV & weights.keys() and (has_norm or is_split):
         total += sizes.hidden
     if spec.qk_norm == "full" and is_split:
-        # The norm over all ranks' features keeps its input in fp32, and its result before the
-        # product with the weight if the weight is trained.
+        # The norm over the features of all ranks keeps its input in fp32. If its weight is
+        # trained, it also keeps the normalized input in fp32, before the product with the weight.
         for module, size in (("q_norm", sizes.q), ("k_norm", sizes.k)):
             copies = 2 if module in weights else 1
             total += copies * FP32_BYTES * size // sizes.element

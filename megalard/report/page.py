@@ -126,7 +126,7 @@ def _result(record: RunRecord) -> str:
         share = record.restoration.gap_restored(record.entries[-1], record.entries)
         if share is not None:
             lines.append(
-                f"{share:.1%} of the short-text gap were restored with "
+                f"{share:.1%} of the short-text gap was restored with "
                 f"{record.entries[-1].tokens:,} tokens."
             )
     return f"<p>{escape(' '.join(lines))}</p>"

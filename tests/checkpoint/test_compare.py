@@ -68,7 +68,7 @@ def test_every_kind_of_difference_is_named(folder, tmp_path):
 
 
 def test_the_first_difference_is_found_in_any_block(folder, tmp_path, monkeypatch):
-    """Tensors are compared in blocks; the largest difference may be in another block."""
+    """Tensors are compared in blocks, and the largest difference may follow in a later block."""
 
     def change(tensors):
         weight = tensors[UP_PROJ]

@@ -98,9 +98,9 @@ def test_a_model_that_lacks_a_tensor_is_not_converted(tmp_path):
 def test_an_export_that_reads_as_another_model_is_refused(tmp_path, monkeypatch):
     source = make_model("llama", tmp_path / "source")
     to_sharded(source, tmp_path / "sharded")
-    written = conversion.export_config
-    other = {"rms_norm_eps": 0.5}
-    monkeypatch.setattr(conversion, "export_config", lambda spec: written(spec) | other)
+    export_config = conversion.export_config
+    wrong_norm = {"rms_norm_eps": 0.5}
+    monkeypatch.setattr(conversion, "export_config", lambda spec: export_config(spec) | wrong_norm)
     sentence = user_error(to_hugging_face, tmp_path / "sharded", tmp_path / "out")
     assert "its norm_eps is read as 0.5" in sentence and not (tmp_path / "out").exists()
 
@@ -211,7 +211,7 @@ def test_a_target_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):
 
 
 def test_an_adapter_s_export_has_the_lengths_of_the_student(tmp_path):
-    """An adapter without companion files takes those of its base, whose limits are the base's."""
+    """An adapter without companion files gets those of its base, with the student's window."""
     base = make_model("llama", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     window = config["max_position_embeddings"]

@@ -255,19 +255,19 @@ def test_a_directory_is_written_complete_with_an_index(model, tmp_path):
     assert (tmp_path / "out" / "folder" / "template.jinja").read_text() == "y"
 
 
-def test_what_others_put_into_an_export_is_kept_when_it_is_replaced(model, tmp_path):
-    """Files that an export writes are replaced or removed; weights of another name are not."""
+def test_files_that_a_user_added_to_an_export_are_kept_when_it_is_replaced(model, tmp_path):
+    """Only files with names that an export writes are replaced or removed."""
     weights, out = HuggingFaceWeights(model), tmp_path / "out"
     write_huggingface(out, weights, {"a": 1}, WriteOptions(file_bytes=20_000))
     (out / "tokenizer.json").write_text("of the earlier export")
-    (out / "adapter.safetensors").write_text("mine")
+    (out / "adapter.safetensors").write_text("of the user")
     (out / "notes").mkdir()
-    (out / "notes" / "config.json").write_text("mine too")
+    (out / "notes" / "config.json").write_text("notes of the user")
     write_huggingface(out, weights, {"a": 2}, WriteOptions(), replace=True)
     names = {"model.safetensors", "config.json", "adapter.safetensors", "notes"}
     assert {path.name for path in out.iterdir()} == names
-    assert (out / "adapter.safetensors").read_text() == "mine"
-    assert (out / "notes" / "config.json").read_text() == "mine too"
+    assert (out / "adapter.safetensors").read_text() == "of the user"
+    assert (out / "notes" / "config.json").read_text() == "notes of the user"
     assert json.loads((out / "config.json").read_text()) == {"a": 2}
 
 

@@ -172,8 +172,8 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_the_teacher_is_compared_within_its_own_window(folder, tmp_path):
-    """A student with a longer window is measured beyond it, and compared up to it."""
+def test_a_student_is_compared_with_the_teacher_up_to_the_native_window(folder, tmp_path):
+    """Its loss is measured beyond the native window too, where there is no KL."""
     student, output = folder / "run" / "student", tmp_path / "a"
     text = ("--text", folder / "heldout.txt", "--max-tokens", 512)
     options = ("--teacher", folder / "model", "--lengths", NATIVE, 2 * NATIVE)

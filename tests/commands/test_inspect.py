@@ -127,7 +127,7 @@ def test_the_files_of_another_teacher_are_compared(job, tmp_path, capsys):
     assert inspect(tmp_path / "run") == 0
     assert "teacher files are there, checksums hold" in capsys.readouterr().out
     flip_bit(teacher / "model.safetensors", -1)
-    # --base is not where the teacher is looked for.
+    # --base names the directory of the base, and not that of the teacher.
     assert inspect(tmp_path / "run", "--base", student) == 1
     assert inspect(tmp_path / "run") == 1
     printed = capsys.readouterr().out
@@ -138,8 +138,8 @@ def test_the_files_of_another_teacher_are_compared(job, tmp_path, capsys):
     assert inspect(tmp_path / "run", "--no-base") == 0
 
 
-def test_a_problem_of_an_older_checkpoint_is_its_own(job, tmp_path, capsys):
-    """Its note of the base differs, and the start resumes from the newest all the same."""
+def test_a_problem_of_an_older_checkpoint_is_not_reported_for_the_newest(job, tmp_path, capsys):
+    """The older manifest names another base; the next start still resumes from the newest one."""
     run = shutil.copytree(job / "run", tmp_path / "run")
     (run / "finished.json").unlink()
 

@@ -142,7 +142,7 @@ def test_the_largest_stage_decides_the_memory(model, capsys):
 
 
 def test_the_stage_that_keeps_most_in_host_memory_decides_it(model, capsys):
-    """It is another stage than the one that needs most of the GPU."""
+    """Here a different stage needs most of the GPU's memory."""
     stages = {
         "all": {
             "trainable": {"mode": "all"},
@@ -151,8 +151,8 @@ def test_the_stage_that_keeps_most_in_host_memory_decides_it(model, capsys):
         },
         "lora": {"optimizer": {"micro_batch": 8, "global_batch": 64}},
     }
-    words = ("--gpus", "8 x H200", "--json", "--parallel.offload_optimizer", "true")
-    assert plan(model, *words, f"--stages={json.dumps(stages)}") == 0
+    flags = ("--gpus", "8 x H200", "--json", "--parallel.offload_optimizer", "true")
+    assert plan(model, *flags, f"--stages={json.dumps(stages)}") == 0
     layouts = json.loads(capsys.readouterr().out)["layouts"]
     (layout,) = (layout for layout in layouts if (layout["dp"], layout["tp"]) == (8, 1))
     assert layout["stage"] == "lora"

@@ -193,7 +193,7 @@ def test_only_the_key_of_that_section_has_an_old_spelling():
 
 
 def test_a_recorded_configuration_may_have_old_spellings_and_lack_newer_keys():
-    """What a run of an earlier version wrote; lists are those of JSON."""
+    """A run of an earlier version wrote the configuration, as JSON."""
     recorded = recorded_config(
         {
             "objective": {"attention_context": 2.0},

@@ -1,4 +1,4 @@
-"""Lengths as people write them."""
+"""Lengths on the command line: which spellings are read, and which are refused."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def test_what_is_not_a_length_is_refused(text):
     assert "is not a length: write tokens, as 4096 or 4K" in user_error(parse_length, text)
 
 
-def test_the_least_length_is_the_caller_s():
+def test_the_caller_chooses_the_least_length():
     assert parse_length("1", least=1) == 1
     assert "'1' is not a length" in user_error(parse_length, "1")

@@ -72,19 +72,22 @@ def test_only_a_text_gets_the_tokens_of_the_tokenizer(model):
     tokenizer = load_tokenizer(model)
     chosen = boundaries_of_format("chat", tokenizer, "auto", "yes", None)
     assert (chosen.before, chosen.after) == ((), (tokenizer.eos_id,))
-    # As Llama's, which puts BOS before every text, where the chat template has it already.
-    around = replace(tokenizer, starts_with=(tokenizer.bos_id,), ends_with=(tokenizer.eos_id,))
-    assert around.bos_id is not None
-    for kind, expected in (("chat", ((), ())), ("text", ((around.bos_id,), (around.eos_id,)))):
-        chosen = boundaries_of_format(kind, around, "auto", "auto", None)
+    # Llama's tokenizer puts BOS before every text. A chat has it from the chat template already.
+    with_both_ends = replace(
+        tokenizer, starts_with=(tokenizer.bos_id,), ends_with=(tokenizer.eos_id,)
+    )
+    bos_id, eos_id = with_both_ends.bos_id, with_both_ends.eos_id
+    assert bos_id is not None
+    for kind, expected in (("chat", ((), ())), ("text", ((bos_id,), (eos_id,)))):
+        chosen = boundaries_of_format(kind, with_both_ends, "auto", "auto", None)
         assert (chosen.before, chosen.after) == expected
 
 
 def test_a_store_of_another_chat_template_is_refused(model, tmp_path):
-    """The template is not part of the tokenizer's fingerprint, and decides the ids."""
+    """The tokenizer's fingerprint does not contain the template, which changes the ids."""
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHATS[0]}))
     tokenizer = load_tokenizer(model)
-    other = replace(
+    with_other_template = replace(
         tokenizer, chat_template="other", render_chat=lambda chat: f"{chat[0]['content']}!"
     )
 
@@ -94,7 +97,7 @@ def test_a_store_of_another_chat_template_is_refused(model, tmp_path):
 
     count = len(build(tokenizer).tokens)
     assert len(build(tokenizer).tokens) == count
-    assert "was made from other text" in user_error(build, other)
+    assert "was made from other text" in user_error(build, with_other_template)
 
 
 def test_a_template_reaches_nothing_but_the_messages(model, tmp_path):

@@ -160,11 +160,11 @@ def test_the_package_reads_a_local_data_set(tmp_path):
     assert [*text.documents()] == ["one", "two"] and text.origin["revision"] is None
 
 
-def test_a_difference_is_named_for_another_revision_of_the_same_data_set_only(hub):
+def test_only_another_revision_of_the_same_data_set_is_reported_as_a_difference(hub):
     text = HubText("owner/name", text_column("text"))
-    same = dict(text.origin)
+    origin = dict(text.origin)
     assert "from the revision old of the data set owner/name, which is now at abc" in (
-        text.difference({**same, "revision": "old"})
+        text.difference({**origin, "revision": "old"})
     )
-    for other in (None, same, {**same, "dataset": "owner/other", "revision": "old"}):
-        assert text.difference(other) is None
+    for recorded in (None, origin, {**origin, "dataset": "owner/other", "revision": "old"}):
+        assert text.difference(recorded) is None

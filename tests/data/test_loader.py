@@ -47,7 +47,7 @@ def test_blocks_that_the_cp_ranks_cannot_share_are_refused(blocks):
 
 
 def test_the_position_counts_blocks_and_epochs(make_store):
-    """Seven blocks of which a step reads two."""
+    """The text has seven blocks, and a step reads two of them."""
     blocks = PackedBlocks(make_store([70]), 10)
     assert len(blocks) == 7
     with BatchLoader(blocks, seed=1, global_batch=2, micro_batch=1, prefetch=False) as loader:
@@ -70,8 +70,8 @@ def test_the_global_batch_is_the_same_for_every_number_of_ranks(blocks):
     assert len(batches_of_sizes) == 1
 
 
-def test_every_row_of_a_step_has_skipped_positions_of_its_own(blocks):
-    """Whichever rank reads the row, and in whichever micro-batch."""
+def test_no_two_rows_of_a_step_have_the_same_skipped_positions(blocks):
+    """The positions of a row depend neither on its rank nor on its micro-batch."""
     drawn = []
     for size, dp_size in ((1, 1), (4, 1), (2, 2)):
         step = []

@@ -106,7 +106,10 @@ def test_the_positions_of_a_row_do_not_depend_on_the_rank(make_store):
 
 @pytest.mark.parametrize(("draw", "last"), [(0.0, 10), (0.999, 19)])
 def test_the_middle_lies_between_the_ends_that_alpha_gives(draw, last, monkeypatch):
-    """With alpha = 4 the middle of four tokens ends from 4 + 3 * 4/2 to 4/2 * 12 - 4 - 1."""
+    """The first and the last possible end of a middle of four tokens, by formula for alpha = 4.
+
+    They are 4 + 3 * 4/2 = 10 and 4/2 * 12 - 4 - 1 = 19.
+    """
     monkeypatch.setattr(positions_module, "_uniform", lambda seed, count: [0.0, 0.5, draw])
     monkeypatch.setattr(positions_module, "_truncated_gaussian", lambda *words: 4)
     positions = skipped_positions(12, 48, "gaussian", (0,)).tolist()

@@ -110,8 +110,8 @@ def test_another_tokenizer_starts_anew(tokenizer, tmp_path):
     assert other.encoded == len(TEXTS)
 
 
-def test_documents_without_a_token_have_no_place(tokenizer, tmp_path):
-    """They are read, and counted for going on, but not written."""
+def test_documents_without_tokens_are_not_in_the_store(tokenizer, tmp_path):
+    """They count as documents that were read, so that tokenizing resumes at the right one."""
     texts = [text if number % 3 else "" for number, text in enumerate(TEXTS)]
 
     def write_plain(documents, folder):
@@ -131,27 +131,28 @@ def test_other_special_tokens_start_anew(tokenizer, tmp_path):
     assert (store.tokens[store.documents[:-1]] == 9).all() and 7 not in store.tokens
 
 
-def test_what_a_note_speaks_of_is_on_the_disk(tokenizer, tmp_path, monkeypatch):
-    """Before every note the files have been synced in the length that it names."""
-    synced, notes = {}, []
+def test_the_files_are_on_the_disk_before_the_record_of_progress_names_their_length(
+    tokenizer, tmp_path, monkeypatch
+):
+    synced_bytes, records = {}, []
     fsync, replace_text = os.fsync, token_files.replace_text
 
     def noting_fsync(descriptor):
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        synced[path.name] = os.fstat(descriptor).st_size
+        synced_bytes[path.name] = os.fstat(descriptor).st_size
         fsync(descriptor)
 
     def noting_replace(path, text):
         progress = json.loads(text)
-        notes.append((progress["tokens"] * 2, progress["documents"] * 8, dict(synced)))
+        records.append((progress["tokens"] * 2, progress["documents"] * 8, dict(synced_bytes)))
         replace_text(path, text)
 
     monkeypatch.setattr(os, "fsync", noting_fsync)
     monkeypatch.setattr(token_files, "replace_text", noting_replace)
     write(TEXTS, tokenizer, tmp_path)
-    assert len(notes) == 8
-    for tokens, lengths, on_disk in notes:
-        assert on_disk == {"tokens.bin": tokens, "lengths.bin": lengths}
+    assert len(records) == 8
+    for token_bytes, length_bytes, on_disk in records:
+        assert on_disk == {"tokens.bin": token_bytes, "lengths.bin": length_bytes}
 
 
 @pytest.mark.parametrize("note", ["", "{}", "[1]", '{"identity": 3}'])

@@ -115,10 +115,10 @@ def test_the_fingerprint_is_of_what_determines_the_ids(tmp_path):
     assert not second.has_fingerprint(first.file_fingerprint)
 
     edit(folder, lambda content: content.update(normalizer={"type": "Lowercase"}))
-    third = load_tokenizer(folder)
-    assert third.fingerprint != first.fingerprint
+    lowercase = load_tokenizer(folder)
+    assert lowercase.fingerprint != first.fingerprint
     edit(folder, lambda content: content["model"]["merges"].pop())
-    assert load_tokenizer(folder).fingerprint not in (first.fingerprint, third.fingerprint)
+    assert load_tokenizer(folder).fingerprint not in (first.fingerprint, lowercase.fingerprint)
 
 
 def test_remote_code_is_not_run(tmp_path):

@@ -230,14 +230,15 @@ def test_a_student_of_another_shape_is_refused(folder):
 
 
 def test_what_earlier_stages_changed_goes_on_to_the_next_stage(folder):
-    """A stage that trains other weights hands them over as they are."""
+    """A stage that does not train these weights hands them to the next stage unchanged."""
     decoder = load(folder / "teacher")
     name, trained = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
     carried = {name: torch.full((32,), 3.0)}
     values = {trained: torch.nn.Parameter(torch.ones(2, 2))}
-    left = merged_weights(Student(decoder, values, DropoutKey(), carried), None)
-    assert left.keys() == {name, trained}
-    assert torch.equal(left[name], carried[name]) and torch.equal(left[trained], torch.ones(2, 2))
+    handed_over = merged_weights(Student(decoder, values, DropoutKey(), carried), None)
+    assert handed_over.keys() == {name, trained}
+    assert torch.equal(handed_over[name], carried[name])
+    assert torch.equal(handed_over[trained], torch.ones(2, 2))
 
 
 def test_a_stage_changes_the_weights_that_its_loss_reaches():

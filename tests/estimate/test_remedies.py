@@ -1,4 +1,4 @@
-"""Changes that save memory: what each of them changes, in a run and in its stages and streams."""
+"""The settings that a plan proposes to save memory change the run and its stages and streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ STREAMS = "{s: {objective: {relations: {q: 1}}}, t: {objective: {language_modell
 
 
 def test_a_change_is_made_in_every_stage_and_stream():
-    """One stage with streams, and one without."""
+    """The run has one stage with streams and one without."""
     config = load(
         f"--stages={{a: {{streams: {STREAMS}}}, b: {{trainable: {{mode: all}}}}}}",
         "--optimizer.micro_batch=4",

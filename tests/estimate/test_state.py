@@ -67,8 +67,8 @@ def size(tensors) -> int:
 
 
 def weights_alone(student: Student, others) -> list[torch.Tensor]:
-    known = {id(x) for x in others}
-    return [x for x in student.decoder.parameters() if id(x) not in known]
+    ids_of_others = {id(x) for x in others}
+    return [x for x in student.decoder.parameters() if id(x) not in ids_of_others]
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-grouped"])

@@ -126,8 +126,8 @@ def test_offloaded_state_is_updated_at_the_rate_of_the_host():
     assert seconds[OFFLOAD] == pytest.approx(2 * ELEMENTS / 8 * 4 / 60e9)
 
 
-def test_larger_micro_batches_are_fewer():
-    """The products of eight blocks take as long in two micro-batches as in eight."""
+def test_the_time_of_products_does_not_depend_on_the_micro_batch():
+    """Eight blocks take as long in two micro-batches of four as in eight of one."""
     layout = RankLayout(1, 1, 1)
     one, four = (
         times(layout, optimizer__global_batch=8, optimizer__micro_batch=size) for size in (1, 4)

@@ -167,9 +167,9 @@ def test_samples_are_made_for_every_task_length_and_depth():
     without = samples["multi_value"][600]
     assert [sample.depth for sample in without] == [None] * 6
     assert len({tuple(sample.tokens.tolist()) for sample in without}) == 6
-    again, _ = make_samples(tasks, tokenizer, [600], filler, depths, count=3, seed=1)
-    both = [sample for made in (samples, again) for sample in made["multi_value"][600]]
-    assert len({tuple(sample.tokens.tolist()) for sample in both}) == 12
+    other_seed, _ = make_samples(tasks, tokenizer, [600], filler, depths, count=3, seed=1)
+    of_two_seeds = [*samples["multi_value"][600], *other_seed["multi_value"][600]]
+    assert len({tuple(sample.tokens.tolist()) for sample in of_two_seeds}) == 12
 
 
 def test_the_largest_id_is_of_windows_and_samples():

@@ -84,6 +84,6 @@ def test_hopper_gets_the_torch_that_its_kernels_have_run_with(capabilities, vers
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{capabilities}\\n'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     function = "sed -n '/^torch_version()/,/^}/p' environment.sh"
-    words = ["bash", "-c", f'PATH={tmp_path}:$PATH; eval "$({function})"; torch_version']
-    done = finished(words, cwd=LAUNCH, env={})
+    command = ["bash", "-c", f'PATH={tmp_path}:$PATH; eval "$({function})"; torch_version']
+    done = finished(command, cwd=LAUNCH, env={})
     assert done.stdout.strip() == version

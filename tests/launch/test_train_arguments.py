@@ -165,18 +165,18 @@ def test_a_rank_has_its_share_of_the_cores(start, tmp_path):
     assert re.search(r"^TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1$", one, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("words", "status"), [((), 0), (("--preflight",), 143)])
-def test_a_preflight_that_is_stopped_has_not_passed(words, status, start, tmp_path):
-    """A run has nothing to save yet. The signal comes while the script counts the GPUs."""
+@pytest.mark.parametrize(("flags", "status"), [((), 0), (("--preflight",), 143)])
+def test_a_preflight_that_is_stopped_has_not_passed(flags, status, start, tmp_path):
+    """The signal comes while the script counts the GPUs, when a run has nothing to save yet."""
     (tmp_path / "python").write_text(PYTHON.replace("echo 8", "kill -TERM $PPID; echo 8"))
-    given = ("--model=model", "--data=model", "--output=out", *words)
+    given = ("--model=model", "--data=model", "--output=out", *flags)
     environment = {"PYTHON": str(tmp_path / "python")}
     done = finished(["bash", SCRIPT, *given], cwd=tmp_path, env=environment)
     assert (done.returncode, done.stdout) == (status, "SIGTERM: stopped; nothing to save\n")
 
 
 def test_the_ranks_of_all_nodes_share_one_model(start):
-    """Two nodes of the eight GPUs that are found are 16 ranks."""
+    """Two nodes with eight GPUs each have 16 ranks."""
     torchrun, trainer = start("--nodes=2", "--rendezvous=host:29400", "--tp=16")
     assert value(torchrun, "--nproc-per-node") == "8" and value(torchrun, "--nnodes") == "2"
     assert value(trainer, "--parallel.tp") == "16"

@@ -58,7 +58,7 @@ def test_a_rank_ends_after_the_rank_it_waits_for(number, tmp_path):
 
 
 def test_a_rank_watches_all_others_of_its_machine(monkeypatch):
-    """Rank 1 of three, of which rank 2 is on another machine."""
+    """The test is rank 1 of three ranks; rank 0 is on its machine, and rank 2 is not."""
     with subprocess.Popen(["sleep", "100"]) as other:
         places = [(watchdog._machine(), other.pid), (watchdog._machine(), os.getpid()), ("", 1)]
 

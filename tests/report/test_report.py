@@ -258,7 +258,7 @@ def test_text_of_the_configuration_is_escaped(tmp_path):
     read(page)
 
 
-def test_an_early_end_and_the_best_student_are_told(tmp_path):
+def test_an_early_end_and_the_best_student_are_reported(tmp_path):
     summary = {"steps": 9, "last_step": 6, "early_stop": True, "exported_step": 4, "skipped": 2}
     page = render(RunRecord(tmp_path, summary=summary))
     assert "The run ended early, after step 6 of 9. The student of step 4 is exported" in page
@@ -268,7 +268,7 @@ def test_an_early_end_and_the_best_student_are_told(tmp_path):
 def test_the_share_that_was_restored_is_that_of_the_last_student(tmp_path):
     entries = [*restoration_entries(), entry("later", 1.1, 3.0, 8192)]
     page = render(RunRecord(tmp_path, entries=entries, restoration=RESTORATION))
-    assert "95.0% of the short-text gap were restored with 8,192 tokens." in page
+    assert "95.0% of the short-text gap was restored with 8,192 tokens." in page
 
 
 def test_a_failing_report_does_not_fail_the_run(small_job, tmp_path, capsys, monkeypatch):

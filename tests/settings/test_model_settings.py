@@ -38,10 +38,10 @@ def test_model_teacher(run, job):
 
 
 def test_model_student(run, job):
-    """The student's weights are its own, and it still learns from the teacher."""
-    own = run(f"model.student={job / 'other'}")
-    assert torch.equal(own.student[MLP], open_model(job / "other").weights.read(MLP))
-    assert own.losses[0] > 2 * run().losses[0]
+    """The student starts from weights that are not the teacher's, and learns from the teacher."""
+    other_student = run(f"model.student={job / 'other'}")
+    assert torch.equal(other_student.student[MLP], open_model(job / "other").weights.read(MLP))
+    assert other_student.losses[0] > 2 * run().losses[0]
 
 
 def test_model_tokenizer(run, job, tmp_path_factory):

@@ -96,17 +96,17 @@ def test_plan_network(plan):
     assert min(x["seconds"] for x in slow) > 1.5 * min(x["seconds"] for x in fast)
     assert plan("--network", 1)["layouts"] == plan()["layouts"]
     # Two ranks sum the fp32 gradients of LoRA, 32 layers x 3 pairs of rank 1024: each sends
-    # 2 x (1 - 1/2) of them.
-    sent = 4 * 32 * 3 * 1024 * (4096 + 4096)
-    words = ("--nodes", 2, "--parallel.shard_optimizer", "false")
+    # 2 x (1 - 1/2) of them. The default is 50 GB/s.
+    sent_bytes = 4 * 32 * 3 * 1024 * (4096 + 4096)
+    two_nodes = ("--nodes", 2, "--parallel.shard_optimizer", "false")
     seconds = [
         layout["seconds_per_step"]["main"]
         for network in (("--network", 25), (), ("--network", 100))
-        for layout in plan(*words, *network, gpus="1 x H100 80GB")["layouts"]
+        for layout in plan(*two_nodes, *network, gpus="1 x H100 80GB")["layouts"]
         if layout["dp"] == 2
     ]
-    assert seconds[0] - seconds[1] == pytest.approx(sent / 50e9)
-    assert seconds[1] - seconds[2] == pytest.approx(sent / 100e9)
+    assert seconds[0] - seconds[1] == pytest.approx(sent_bytes / 50e9)
+    assert seconds[1] - seconds[2] == pytest.approx(sent_bytes / 100e9)
 
 
 def test_plan_host_memory(plan, model, capsys):

@@ -41,7 +41,8 @@ def test_runs_of_another_teacher_or_factor_are_refused(tmp_path):
         make_run(tmp_path / "factor", 2.0, factor=8.0),
     ):
         assert user_error(collect, [first, other]) == (
-            f"{other} restored another model or was evaluated on other text"
+            f"{other} restored another model than {first}, or was evaluated on other text: "
+            "compare runs with the same teacher, RoPE and held-out text"
         )
     (tmp_path / "empty").mkdir()
     assert "has no evaluation.json" in user_error(collect, [first, tmp_path / "empty"])

@@ -72,7 +72,7 @@ def test_only_streams_of_that_text_lose_it(split, small_job):
 
 
 def test_a_resumed_run_of_several_stages_keeps_its_split(planned, tmp_path, monkeypatch):
-    """The checkpoint has the text of every stage."""
+    """The checkpoint records how many tokens of text each stage trains on."""
     run = planned("stages={a: {}, b: {}}", "evaluation.holdout=32768")
     stores = open_streams(run.stages, tmp_path / "tokens", run.plan, run.mesh)
     tokens = len(stores["a"]["main"].tokens)

@@ -98,12 +98,12 @@ def test_what_is_written_from_pinned_memory_is_the_state_of_its_step(
 ):
     """Each write waits until a later step was reported; a synchronous run's has the same bits."""
     output, write, overtaken = tmp_path / "output", saver.save_sharded, []
-    told = output / "metrics.jsonl"
+    metrics_file = output / "metrics.jsonl"
 
     def late(directory, tensors, *args, **kwargs):
         assert all(tensor.is_pinned() for tensor in tensors.values())
         step = int(directory.name.removeprefix("step-"))
-        while len(told.read_text().splitlines()) < min(step + 1, STEPS):
+        while len(metrics_file.read_text().splitlines()) < min(step + 1, STEPS):
             pass
         overtaken.append(step)
         write(directory, tensors, *args, **kwargs)

@@ -65,18 +65,18 @@ def test_an_export_that_is_there_is_not_made_again(job, tmp_path):
 
 
 def test_the_export_that_is_due_at_the_end_of_a_stage_is_made(tmp_path):
-    """Of steps 1 to 6 in two stages, those that two divides, without the last."""
-    made = []
+    """Steps 2 and 4 of six are due; step 4 ends the first stage, and step 6 is exported anyway."""
+    exports = []
     for number in range(7):
         run = SimpleNamespace(
             config=SimpleNamespace(checkpoint=CheckpointConfig(export_every=2), steps=6),
             stage=SimpleNamespace(last_step=4 if number <= 4 else 6),
             steps_done=number,
             output=SimpleNamespace(directory=tmp_path),
-            _export=made.append,
+            _export=exports.append,
         )
         Run.export_if_due(run)
-    assert made == ["step-000002", "step-000004"]
+    assert exports == ["step-000002", "step-000004"]
 
 
 def test_a_run_is_built_resumed_and_stepped(planned):
@@ -98,7 +98,7 @@ def test_a_run_is_built_resumed_and_stepped(planned):
             # Two steps of 4 blocks and two of 8 blocks of 32 tokens.
             assert built._tokens_after(built.steps_done) == (2 * 4 + 2 * 8) * 32
             assert [built._tokens_after(step) for step in (0, 1, 3)] == [0, 128, 512]
-            # The time in which a stage is built is not that of its first step.
+            # The clock restarts after a stage is built, so that this time is not its first step's.
             assert restarts == [2]
         built.close()
     assert [line["tokens"] for line in metrics(output.directory)] == [128, 256, 512, 768]

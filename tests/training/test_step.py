@@ -66,7 +66,7 @@ def test_dropout_differs_from_step_to_step(make):
 
 
 def test_dropout_differs_from_stream_to_stream(make):
-    """Also for streams that read the same text."""
+    """The two streams read the same text."""
     streams = "{a: {objective: {relations: {q: 1}}}, b: {objective: {relations: {q: 1}}}}"
     distiller, batches = make(f"streams={streams}", "optimizer.micro_batch=4")
     seeds = []
@@ -172,12 +172,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make):
 
 
 def test_a_loss_that_is_not_finite_skips_the_update(make, monkeypatch):
-    """Though every gradient is finite."""
+    """Every gradient is finite here."""
     distiller, batches = make("run.non_finite=skip")
     before = {name: value.clone() for name, value in distiller.student.trained.items()}
     means = distiller._global_means
     nan = torch.tensor(float("nan"))
-    monkeypatch.setattr(distiller, "_global_means", lambda *words: (nan, means(*words)[1]))
+    monkeypatch.setattr(distiller, "_global_means", lambda *args: (nan, means(*args)[1]))
     skipped = distiller.step(batches, 0).skipped
     assert skipped == "step 1: the loss is nan, though every gradient is finite"
     assert all(torch.equal(v, before[k]) for k, v in distiller.student.trained.items())

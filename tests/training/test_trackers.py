@@ -1,4 +1,4 @@
-"""Trackers of others: what they are told, and that their failures never end a run."""
+"""Trackers such as wandb: which values they receive, and that their failures never end a run."""
 
 from __future__ import annotations
 

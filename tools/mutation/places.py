@@ -160,14 +160,14 @@ def without_effect(source: str) -> list[Span]:
     """
     spans = []
     for node in ast.walk(ast.parse(source)):
-        found = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        nodes = [getattr(node, "annotation", None), getattr(node, "returns", None)]
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and node.body:
             first = node.body[0]
             is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-            found += [first] if is_text else []
+            nodes += [first] if is_text else []
         if isinstance(node, ast.ClassDef):
-            found += [d for d in node.decorator_list if "dataclass" in ast.unparse(d)]
+            nodes += [d for d in node.decorator_list if "dataclass" in ast.unparse(d)]
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            found.append(node)
-        spans += [_span(place) for place in found if place is not None]
+            nodes.append(node)
+        spans += [_span(place) for place in nodes if place is not None]
     return spans

@@ -27,7 +27,8 @@ def rms_norm_over_axis(
     if axis.size == 1:
         return F.rms_norm(x, weight.shape, weight, eps)
     replicas = x.shape[-1] * axis.size // features
-    wide = x.float()
-    mean = all_reduce_with_gradient(wide.square().sum(-1, keepdim=True), axis)
-    mean = mean / (replicas * features)
-    return (wide * torch.rsqrt(mean + eps) * weight).to(x.dtype)
+    # One copy of x in fp32 serves both uses, so that autograd keeps one tensor and not two.
+    x_fp32 = x.float()
+    squares = x_fp32.square().sum(-1, keepdim=True)
+    mean = all_reduce_with_gradient(squares, axis) / (replicas * features)
+    return (x_fp32 * torch.rsqrt(mean + eps) * weight).to(x.dtype)

@@ -48,7 +48,7 @@ def test_a_sum_of_row_slices_is_the_sum_over_all_rows(monkeypatch):
 
 
 def test_gradients_of_weights_are_added_up_in_fp32(monkeypatch):
-    """300 ones, of which a sum in bf16 keeps 256."""
+    """The gradient is a sum of 300 ones, which would be 256 in bf16."""
     monkeypatch.setattr(row_slices, "ROWS", 1)
     weight = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
     x = torch.ones(300, 1, dtype=torch.bfloat16)

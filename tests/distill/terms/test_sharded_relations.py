@@ -52,7 +52,10 @@ def make_operands(n: int, dim: int = DIM) -> dict[str, tuple[torch.Tensor, torch
 
 @pytest.mark.parametrize("names", [("q",), ("q", "qk")])
 def test_gradients_of_one_operand_are_rounded_once(names, monkeypatch):
-    """1 + 2^-9 and 2^-8 are 1 + 2^-7 in bf16. Rounded before they are added they are 1."""
+    """The sum of 1 + 2^-9 and 2^-8 rounds to 1 + 2^-7 in bf16.
+
+    If both are rounded before they are added, the sum is 1.
+    """
     parts = {"q": 1 + 2.0**-9, "qk": 2.0**-8}
     dtypes = []
 

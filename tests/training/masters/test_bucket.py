@@ -79,7 +79,7 @@ def test_the_dtype_of_gradients_decides_what_sums_lose(gradient_dtype, expected)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_sent_in_their_dtype_and_padding_as_zeros(dtype, monkeypatch):
-    """Whatever the memory held before: torch fills new tensors with NaN here."""
+    """New tensors hold NaN in this test, so that padding that is not set would be sent as NaN."""
     sent: list[torch.Tensor] = []
     monkeypatch.setattr(
         bucket_module, "start_reduce_scatter_tokens", lambda packed, axis: sent.append(packed)

@@ -71,7 +71,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=command_line.above(0, float),
         metavar="RATE",
-        help="final: the learning rate of each stage, in place of the searched ones",
+        help="final: one learning rate per stage, in place of those that search found best",
     )
     parser.add_argument(
         "--seeds", nargs="+", type=at_least(0), default=[1], metavar="N", help="final: seeds"
@@ -116,8 +116,8 @@ def final(options: argparse.Namespace) -> None:
         stages = METHODS[name].stages
         if options.rates and len(options.rates) != len(stages):
             raise UserError(
-                f"{name} has {len(stages)} stages, and --rates gives {len(options.rates)}: give "
-                "one rate per stage"
+                f"{name} has {len(stages)} stages, and --rates gives {len(options.rates)} rates: "
+                "give one rate per stage, or choose other --methods"
             )
         for rope in options.ropes:
             rates = tuple(options.rates or best_rates(results, METHODS[name], rope))

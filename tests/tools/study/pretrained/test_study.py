@@ -94,10 +94,11 @@ def test_the_report_names_both_stages(finished):
     assert "| logits KL, then CPT | 0.002048M |" in page and "### PI x 2" in page
 
 
-def test_given_rates_are_those_of_the_stages(folder, capsys, monkeypatch):
+def test_rates_are_taken_one_per_stage(folder, capsys, monkeypatch):
     runs: list = []
-    run_all = "tools.study.pretrained.study._run_all"
-    monkeypatch.setattr(run_all, lambda options, given: runs.extend(given))
+    monkeypatch.setattr(
+        "tools.study.pretrained.study._run_all", lambda options, given: runs.extend(given)
+    )
     assert study("final", folder, *OPTIONS, "--rates", 0.25, 0.5, "--tokens", 64) == 0
     assert [(run.kind, run.rates) for run in runs][2:] == [("final", (0.25, 0.5))]
     assert study("final", folder, *OPTIONS, "--rates", 0.25) == 1
