@@ -90,6 +90,7 @@ class Problem:
     Attributes:
         student, teacher: The rows, and the columns unless this is a self relation.
         row_weight: fp32 [b, heads, n].
+        allowed: The pairs that the mask must allow, bool [b, n, m].
         kl, lse_s, lse_t: [b, heads, n].
         grads: The gradients of sum(row_weight * kl), one per tensor of ``student``.
     """
@@ -97,6 +98,7 @@ class Problem:
     student: list[Tensor]
     teacher: list[Tensor]
     mask: IntervalMask
+    allowed: Tensor
     row_weight: Tensor
     kl: Tensor
     lse_s: Tensor
@@ -113,9 +115,7 @@ class Problem:
     @property
     def unpaired(self) -> list[Tensor]:
         """The vectors that no allowed pair contains, bool [b, 1, length] per student operand."""
-        mask = self.mask.to("cpu")
-        rows = (mask.col_lo_bn >= mask.col_hi_bn)[:, None]
-        cols = (mask.row_lo_bm >= mask.row_hi_bm)[:, None]
+        rows, cols = (~self.allowed.any(dim)[:, None] for dim in (2, 1))
         return [rows & cols] if len(self.student) == 1 else [rows, cols]
 
 
@@ -173,6 +173,7 @@ def make_problem(case: Case, device: str = "cpu", bshd: bool = False, seed: int 
         student,
         teacher,
         mask.to(device),
+        allowed,
         row_weight.to(device),
         kl.detach(),
         lse_s.detach(),
