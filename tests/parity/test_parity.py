@@ -10,10 +10,16 @@ from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.logits import relative_error
 from tests.parity.cases import CASES, DROPOUT, THIRDS, run_reference
-from tests.parity.compare import FP32_TOLERANCE, assert_step_matches, reference
+from tests.parity.compare import (
+    FP32_TOLERANCE,
+    assert_step_matches,
+    reference,
+    trained_names,
+)
 from tests.parity.worker import Run, run_all
 from tests.ranks import run_ranks
 
@@ -110,6 +116,16 @@ def results(models):
 def test_step_matches_one_process(layout, name, results, models):
     ours = results(layout)[name]
     assert_step_matches(ours, reference(name, models, ours["start"]), FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_trains_what_autograd_reaches_from_the_weights_of_the_file(name, results, models):
+    """The reference starts where the trainer starts, so the parity above does not see it."""
+    start = results((1, 1, 1))[name]["start"]
+    assert start.keys() == trained_names(name, reference(name, models, start)["reached"])
+    file = load_file(models / name / "scaled" / "model.safetensors")
+    for key, value in start.items():
+        assert "lora_" in key or torch.equal(value, file[key]), key
 
 
 @pytest.mark.parametrize("layout", DROPOUT_LAYOUTS[1:], ids=label)
