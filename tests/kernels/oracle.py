@@ -119,7 +119,13 @@ class Problem:
         return [rows & cols] if len(self.student) == 1 else [rows, cols]
 
 
-def make_problem(case: Case, device: str = "cpu", bshd: bool = False, seed: int = 0) -> Problem:
+def make_problem(
+    case: Case,
+    device: str = "cpu",
+    bshd: bool = False,
+    seed: int = 0,
+    weight_of_rows: float | None = None,
+) -> Problem:
     """Return random operands of a case, with the results that the kernels must give.
 
     Student and teacher share a part, as in distillation. Vectors are so short that no row is
@@ -130,6 +136,7 @@ def make_problem(case: Case, device: str = "cpu", bshd: bool = False, seed: int 
         device: Device of the inputs.
         bshd: Whether the operands are transposed views of [b, length, heads, d] storage.
         seed: Seed of the operands and weights.
+        weight_of_rows: The weight of every row; None draws another one for each.
     """
     generator = torch.Generator().manual_seed(seed)
     m = case.m or case.n
@@ -162,6 +169,8 @@ def make_problem(case: Case, device: str = "cpu", bshd: bool = False, seed: int 
         causal=case.causal,
     )
     row_weight = torch.randn(case.b, case.heads, case.n, generator=generator)
+    if weight_of_rows is not None:
+        row_weight.fill_(weight_of_rows)
 
     leaves = [x.detach().double().cpu().requires_grad_() for x in student]
     lse_s, logp_s = _log_softmax(leaves, allowed, case.scale_s)
