@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megalard.config.recipes import find_config, recipes, title
-from megalard.config.schema import Config
+from megalard.config.schema import Config, to_dict
 from tests.command_line import user_error
 from tests.config.loading import load
 
@@ -28,9 +32,34 @@ def load_recipe(path: Path | str) -> Config:
     return load("--model.student", "s", path=str(path))
 
 
+def leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield the path and the value of everything in a tree that is not a section."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
+
+
+def as_number(value: object) -> object:
+    """Return what YAML 1.1 reads as text, 2e-5 or 4K, as a number; lists item by item."""
+    if isinstance(value, list):
+        return [as_number(x) for x in value]
+    if isinstance(value, str) and re.fullmatch(r"[\d.]+(e-?\d+)?K?", value):
+        return float(value.removesuffix("K")) * (1024 if value.endswith("K") else 1)
+    return value
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_recipe_has_the_values_of_its_file(path):
     config, given = load_recipe(path), yaml.safe_load(path.read_text())
+    for keys, value in leaves(given):
+        if keys in (("model", "teacher"), ("model", "student"), ("data", "paths")):
+            continue  # what ``load`` gives in their place
+        # YAML reads these two words as booleans.
+        words = {True: "yes", False: "no"} if keys[-1] in ("bos", "eos") else {}
+        expected = words.get(value, value) if words else as_number(value)
+        assert reduce(getitem, keys, to_dict(config)) == expected, ".".join(keys)
     stages = given.get("stages") or {"main": given}
     assert [*config.all_stages()] == [*stages]
     for name, stage in config.all_stages().items():

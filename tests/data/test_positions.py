@@ -104,6 +104,14 @@ def test_the_positions_of_a_row_do_not_depend_on_the_rank(make_store):
     assert sorted(halves[0] + halves[1]) == sorted(whole)
 
 
+@pytest.mark.parametrize(("middle", "ends"), [("gaussian", [19, 7, 7]), ("uniform", [15, 36, 14])])
+def test_the_positions_are_the_same_in_every_release(middle, ends):
+    """A run that was saved before an upgrade goes on with them: do not update these numbers."""
+    for draw, end in enumerate(ends):
+        positions = skipped_positions(12, 48, middle, (7, 3, draw)).tolist()
+        assert positions == [*range(4), *range(end - 3, end + 1), *range(44, 48)]
+
+
 @pytest.mark.parametrize(("draw", "last"), [(0.0, 10), (0.999, 19)])
 def test_the_middle_lies_between_the_ends_that_alpha_gives(draw, last, monkeypatch):
     """The first and the last possible end of a middle of four tokens, by formula for alpha = 4.

@@ -171,6 +171,11 @@ def test_b_starts_at_zero_and_every_a_is_different(folder):
     assert len(a) == len(b) == 12 and not any(p.any() for p in b.values())
     assert all(p.shape == (6, 32) and p.dtype == torch.float32 for p in a.values())
     assert len({p[0, 0].item() for p in a.values()}) == 12
+    # As in peft, A is uniform between -1 / sqrt(features) and its negative: 2,304 values, whose
+    # standard deviation is 1 / sqrt(3 features), with an error of 1 %.
+    values = torch.cat([p.detach().flatten() for p in a.values()])
+    assert 0.99 / 32**0.5 < float(values.abs().max()) <= 1 / 32**0.5
+    assert float(values.std()) == pytest.approx((3 * 32) ** -0.5, rel=0.04)
     again = build(folder, lora("q", "k", "v", "o")).trained
     assert all(torch.equal(again[name], p) for name, p in a.items())
     other = build(folder, lora("q", "k", "v", "o"), seed=4).trained

@@ -106,6 +106,9 @@ def check_backward_options(case, backend, rtol, device="cpu"):
     for grad, expected in zip(backward(problem.row_weight, **in_fp32), problem.grads, strict=True):
         assert grad.dtype == torch.float32 and relative_error(grad, expected) < rtol
     of_ones = backward(torch.ones(case.n, device=device), **in_fp32)
+    exact = make_problem(case, device, weight_of_rows=1.0).grads
+    for grad, expected in zip(of_ones, exact, strict=True):
+        assert relative_error(grad, expected) < rtol
     # A weight of 1e-6 would vanish in fp16 if D were rounded as it stands.
     small = torch.full((case.b, case.heads, case.n), 1e-6, device=device)
     expanded = small[:1, :1, :1].as_strided(small.shape, (0, 0, 0))

@@ -90,6 +90,7 @@ class Problem:
     Attributes:
         student, teacher: The rows, and the columns unless this is a self relation.
         row_weight: fp32 [b, heads, n].
+        allowed: The pairs that the mask must allow, bool [b, n, m].
         kl, lse_s, lse_t: [b, heads, n].
         grads: The gradients of sum(row_weight * kl), one per tensor of ``student``.
     """
@@ -97,6 +98,7 @@ class Problem:
     student: list[Tensor]
     teacher: list[Tensor]
     mask: IntervalMask
+    allowed: Tensor
     row_weight: Tensor
     kl: Tensor
     lse_s: Tensor
@@ -113,13 +115,17 @@ class Problem:
     @property
     def unpaired(self) -> list[Tensor]:
         """The vectors that no allowed pair contains, bool [b, 1, length] per student operand."""
-        mask = self.mask.to("cpu")
-        rows = (mask.col_lo_bn >= mask.col_hi_bn)[:, None]
-        cols = (mask.row_lo_bm >= mask.row_hi_bm)[:, None]
+        rows, cols = (~self.allowed.any(dim)[:, None] for dim in (2, 1))
         return [rows & cols] if len(self.student) == 1 else [rows, cols]
 
 
-def make_problem(case: Case, device: str = "cpu", bshd: bool = False, seed: int = 0) -> Problem:
+def make_problem(
+    case: Case,
+    device: str = "cpu",
+    bshd: bool = False,
+    seed: int = 0,
+    weight_of_rows: float | None = None,
+) -> Problem:
     """Return random operands of a case, with the results that the kernels must give.
 
     Student and teacher share a part, as in distillation. Vectors are so short that no row is
@@ -130,6 +136,7 @@ def make_problem(case: Case, device: str = "cpu", bshd: bool = False, seed: int 
         device: Device of the inputs.
         bshd: Whether the operands are transposed views of [b, length, heads, d] storage.
         seed: Seed of the operands and weights.
+        weight_of_rows: The weight of every row; None draws another one for each.
     """
     generator = torch.Generator().manual_seed(seed)
     m = case.m or case.n
@@ -162,6 +169,8 @@ def make_problem(case: Case, device: str = "cpu", bshd: bool = False, seed: int 
         causal=case.causal,
     )
     row_weight = torch.randn(case.b, case.heads, case.n, generator=generator)
+    if weight_of_rows is not None:
+        row_weight.fill_(weight_of_rows)
 
     leaves = [x.detach().double().cpu().requires_grad_() for x in student]
     lse_s, logp_s = _log_softmax(leaves, allowed, case.scale_s)
@@ -173,6 +182,7 @@ def make_problem(case: Case, device: str = "cpu", bshd: bool = False, seed: int 
         student,
         teacher,
         mask.to(device),
+        allowed,
         row_weight.to(device),
         kl.detach(),
         lse_s.detach(),

@@ -37,9 +37,12 @@ def test_merged_parts_give_the_statistics_of_the_softmax():
     torch.testing.assert_close(kl, expected, atol=1e-12, rtol=1e-12)
 
 
-def test_rescaling_does_not_change_the_statistics():
+def test_rescaling_moves_the_sums_and_does_not_change_the_statistics():
     s, t = torch.randn(2, 1, 2, 5, 40, dtype=torch.float64).unbind(0)
     partials = partials_of(s, t)
     moved = rescale(partials, partials.m_s + 2.0, partials.m_t + 5.0)
+    expected = (*partials_of(s, t, below=-2.0)[:2], *partials_of(s, t, below=-5.0)[2:])
+    for x, y in zip(moved, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
     for x, y in zip(finish(moved), finish(partials), strict=True):
         torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)

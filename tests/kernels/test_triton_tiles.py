@@ -14,17 +14,18 @@ tiles = pytest.importorskip("megalard.kernels.relation_kl.triton.tiles")
 pytestmark = ignore_masked_lanes
 
 
-@pytest.mark.parametrize("shared_kilobytes", [99, 163, 227])
-def test_tiles_fit_the_shared_memory_of_the_gpu(shared_kilobytes, monkeypatch):
+@pytest.mark.parametrize(
+    ("shared_kilobytes", "expected"),
+    [(99, (64, 32, 4, 2)), (163, (64, 32, 4, 2)), (227, (128, 64, 8, 3))],
+)
+def test_gpus_with_less_shared_memory_take_small_tiles(shared_kilobytes, expected, monkeypatch):
     """Consumer Ampere and Ada have 99 kB, A100 has 163 kB, H100 and later GPUs have 227 kB."""
     properties = SimpleNamespace(shared_memory_per_block_optin=shared_kilobytes << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     operand = SimpleNamespace(
         is_cuda=True, device=None, shape=(1, 1, 1, 128), element_size=lambda: 2
     )
-    chosen = tiles.choose_tiles(tiles.BACKWARD_TILES, operand)
-    large = shared_kilobytes > 200
-    assert chosen == (tiles.BACKWARD_TILES if large else tiles.SMALL_TILES)[2, 128]
+    assert tiles.choose_tiles(tiles.BACKWARD_TILES, operand) == expected
 
 
 @interpreted

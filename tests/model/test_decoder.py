@@ -95,6 +95,8 @@ def test_logits_do_not_depend_on_tp(models, tmp_path):
     """With tp 2 and 4, whose ranks do not divide the vocabularies; one rank has no rows."""
     names = [*FAMILIES, SMALL_VOCAB]
     run_ranks(4, _tensor_parallel_logits, str(models), names, str(tmp_path / "logits.pt"))
-    for (_, name), logits in torch.load(tmp_path / "logits.pt").items():
+    results = torch.load(tmp_path / "logits.pt")
+    assert results.keys() == {(tp, name) for tp in (2, 4) for name in names}
+    for (_, name), logits in results.items():
         tokens = random_tokens(4, 9, logits.shape[-1])
         assert_same_logits(logits, transformers_logits(models / name, tokens))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from megalard.model.export_config import LENGTH_KEYS, export_config
+from megalard.model.export_config import export_config
 from megalard.model.spec import spec_from_config
 from tests.model.families.configs import BASE, spec_of
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+# What vLLM and other tools take for the longest text.
+LENGTH_KEYS = (
+    *("n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length"),
+    *("max_target_positions", "model_max_length", "seq_length", "seq_len"),
+)
 
 
 def test_the_other_keys_are_kept():

@@ -54,12 +54,14 @@ def test_other_exceptions_are_not_turned_into_user_errors():
 
 
 def test_a_check_runs_while_the_block_runs():
-    in_block = threading.Event()
+    in_check, in_block = threading.Event(), threading.Event()
 
     def check() -> None:
-        assert in_block.wait(10), "the block did not run meanwhile"
+        in_check.set()
+        assert in_block.wait(60), "the block did not run meanwhile"
 
     with checked_meanwhile(check, SINGLE) as wait:
+        assert in_check.wait(60), "the check did not begin before it was waited for"
         in_block.set()
         wait()
 

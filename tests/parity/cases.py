@@ -387,6 +387,7 @@ def run_reference(case: Case, folder: Path, start: dict[str, torch.Tensor]) -> d
             out["norm"], out["layers"] = float(norm), dict(trainer.layers)
             out["kinds"] = norms_by_kind({k: v.grad for k, v in trained.items()})
             out["gradients"] = {k: v.grad.clone() for k, v in trained.items()}
+            out["reached"] = trainer.reached()
         torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
         # Both steps are warm-up, which is linear.
         optimizer.param_groups[0]["lr"] = settings.learning_rate * (0.5, 1.0)[step]

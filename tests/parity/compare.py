@@ -26,6 +26,19 @@ def reference(name: str, models: Path, start: dict, dtype: str = "float32") -> d
     return _references[name, dtype]
 
 
+def trained_names(name: str, reached: set[str]) -> set[str]:
+    """Return what a case must train, of the weights and biases that its loss depends on."""
+    case = ALL_CASES[name]
+    if case.mode == "all":
+        return reached
+    chosen = {f"{kind}_proj" for kind in case.targets}
+    names = {x for x in reached if x.partition("self_attn.")[2].rpartition(".")[0] in chosen}
+    if case.mode == "weights":
+        return names
+    stems = {x.removesuffix("weight") for x in names if x.endswith(".weight")}
+    return {f"{stem}lora_{part}" for stem in stems for part in "AB"}
+
+
 def assert_step_matches(ours: dict, plain: dict, tolerance: float) -> None:
     """Compare loss, parts, layers, norms, every gradient, and every weight after both steps."""
     for key in ("loss", "parts", "norm", "kinds"):

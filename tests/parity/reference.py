@@ -90,7 +90,8 @@ class ReferenceTrainer:
             )
 
         self.teacher, self.student = load(self.teacher_dir), load(self.student_dir)
-        self.base = {k: v.detach() for k, v in self.student.named_parameters()}
+        # All of them are differentiable, so that autograd tells what the loss depends on.
+        self.base = {k: v.detach().requires_grad_() for k, v in self.student.named_parameters()}
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the student's weights with what is trained merged into them."""
@@ -103,6 +104,11 @@ class ReferenceTrainer:
                 low = self.trained[name.removesuffix("A") + "B"] @ value
                 out[weight] = out[weight] + self.lora_scale * low
         return out
+
+    def reached(self) -> set[str]:
+        """Return the names of the weights that a loss depended on, after its backward pass."""
+        weights = {**self.base, **{k: v for k, v in self.trained.items() if k in self.base}}
+        return {name for name, weight in weights.items() if weight.grad is not None}
 
     def _run(self, model, weights, batch: ReferenceBatch, positions: torch.Tensor):
         """Return logits, hidden states (the last after the final norm), and what was captured."""

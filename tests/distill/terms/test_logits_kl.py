@@ -38,21 +38,22 @@ def test_the_last_valid_tokens_of_each_block_are_compared(last, ranks):
     assert sorted(tokens) == expected
 
 
-def plain(teacher, student, teacher_x, student_x, rows):
+def plain(teacher, student, teacher_x, student_x, rows, temperature=1.0):
     """Return the sum that torch computes from all logits at once."""
     log_s, log_t = (
-        F.linear(decoder.model.norm(x)[rows], decoder.head_weight).log_softmax(-1)
+        (F.linear(decoder.model.norm(x)[rows], decoder.head_weight) / temperature).log_softmax(-1)
         for decoder, x in ((student, student_x), (teacher, teacher_x))
     )
     return F.kl_div(log_s, log_t, log_target=True, reduction="sum")
 
 
-def test_the_sum_and_its_gradient_are_torchs(decoders, hidden):
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_sum_and_its_gradient_are_torchs(temperature, decoders, hidden):
     teacher_x, student_x = hidden
     rows, results = torch.tensor([0, 3, 4, 23]), []
     for function in (logits_kl_sum, plain):
         leaf = student_x.clone().requires_grad_()
-        total = function(*decoders, teacher_x, leaf, rows)
+        total = function(*decoders, teacher_x, leaf, rows, temperature)
         total.backward()
         results.append((total.detach(), leaf.grad))
     for ours, theirs in zip(*results, strict=True):

@@ -72,6 +72,29 @@ def test_a_single_rank_computes_the_plain_layer(kind):
     assert_gradients(compute, [leaf, p.weight, p.bias, p.lora_A, p.lora_B], upstream, out, grads)
 
 
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_dropout_is_of_the_input_of_a_alone(kind):
+    """As in peft: x Wᵀ + b + scale (dropout(x) Aᵀ) Bᵀ, with its gradients."""
+    x, upstream, token_t = random(TOKENS, FEATURES), random(TOKENS, OUT), torch.arange(TOKENS)
+    parameters = random(OUT, FEATURES), random(OUT), random(RANK, FEATURES), random(OUT, RANK)
+    p, leaf = projection(*parameters, dropout=0.5), x.clone().requires_grad_()
+    # 0 for what is dropped and 2 for the others; tests/model/test_lora.py holds it to the rate.
+    factor = p.lora_dropout(torch.ones_like(x), token_t, first_row=0, first_feature=0)
+    assert factor.unique().tolist() == [0, 2]
+    leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+    plain_x, weight, bias, a, b = leaves
+    out = F.linear(plain_x, weight, bias) + SCALE * (plain_x * factor) @ a.T @ b.T
+    grads = torch.autograd.grad(out, leaves, upstream)
+
+    def compute():
+        if kind == "row":
+            return row_parallel(leaf, p, SINGLE, token_t)
+        return column_parallel(leaf, (p,), SINGLE, token_t)[0]
+
+    ours = [leaf, p.weight, p.bias, p.lora_A, p.lora_B]
+    assert_gradients(compute, ours, upstream, out.detach(), grads)
+
+
 def _on_two_ranks() -> None:
     axis = build_mesh("cpu", 2).tp
     tokens = slice(axis.rank * TOKENS // 2, (axis.rank + 1) * TOKENS // 2)
