@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megalard.data.tokenizer import Tokenizer, load_tokenizer
 from megalard.errors import UserError
+from megalard.evaluation import samples
 from megalard.evaluation.samples import (
     Filler,
     TooShort,
@@ -267,3 +268,12 @@ def test_prompts_may_begin_with_a_token(tokenizer, filler):
     assert sample.prompt[0] == 5 and sample.prompt[1] == plain.prompt[0]
     assert len(sample.tokens) == 500
     np.testing.assert_array_equal(sample.answer, plain.answer)
+
+
+def test_a_line_break_replaces_the_end_of_a_part_if_it_fits():
+    """And if the part does not end with a line already."""
+    for start, end, expected in ((0, 2, [7, 8]), (0, 3, [1, 2, 3]), (1, 2, [2]), (0, 0, [])):
+        text = np.array([1, 2, 3, 4])
+        line_end = np.array([False, False, True, False])
+        assert samples._with_line_end(text, line_end, start, end, (7, 8)).tolist() == expected
+        assert text[end:].tolist() == [1, 2, 3, 4][end:]
