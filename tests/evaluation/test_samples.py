@@ -179,6 +179,15 @@ def test_the_statement_is_at_its_depth(task, tokenizer, filler):
             assert re.search(re.escape(nearest) + r" (The pass key|One of)", text)
 
 
+def test_the_statement_moves_to_the_nearest_line_break(tokenizer):
+    """Where every word ends a line, it stays at its depth."""
+    (row,) = encode_lines(tokenizer, ["zz\n" * 500])
+    sample = make_sample("passkey", tokenizer, 0, 3000, 0.5, text_filler(tokenizer, np.array(row)))
+    before, after = text_of(tokenizer, sample)[0].split("The pass key is", 1)
+    words = [len(re.findall("zz", part)) for part in (before, after)]
+    assert words[0] == pytest.approx(words[1], rel=0.01)
+
+
 @pytest.mark.parametrize(
     "line", ["line {} of the text at hand, a long one\n", "    x = f({})\n", "{} "]
 )
