@@ -125,6 +125,20 @@ def test_a_file_is_on_the_disk_when_it_is_closed(tmp_path, monkeypatch):
     assert synced == [size] and digest is None
 
 
+def test_an_error_of_the_disk_behind_the_writer_ends_it(tmp_path, monkeypatch):
+    """The kernel reports it once: a later fsync would pass."""
+
+    def fail(number):
+        raise OSError(5, "Input/output error")
+
+    size, _ = write(tmp_path / "x", TENSORS)
+    # Half of the file and a little more is written when the kernel is asked to begin.
+    monkeypatch.setattr("megalard.files.safetensors._BLOCK_BYTES", size // 12)
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        write(tmp_path / "y", TENSORS)
+
+
 def test_an_existing_file_is_not_overwritten(tmp_path):
     (tmp_path / "x").write_text("precious")
     with pytest.raises(FileExistsError):
