@@ -41,6 +41,11 @@ def test_layouts_that_fit_are_ranked_by_time(model, capsys):
     assert len(rows) == 10 and all(int(dp) * int(cp) * int(tp) == 8 for dp, cp, tp, *_ in rows)
     times = [float(seconds) for *_, seconds in rows]
     assert times == sorted(times)
+    tokens_per_step = int(re.search(r"steps of ([\d,]+) tokens", printed)[1].replace(",", ""))
+    rates = re.findall(r"^ +\d+ +\d+ +\d+ +[\d.]+ +[\d.]+ +([\d,]+) ", printed, re.MULTILINE)
+    for seconds, rate in zip(times, rates, strict=True):
+        assert int(rate.replace(",", "")) * seconds == pytest.approx(tokens_per_step, rel=0.01)
+    assert "slower layouts" not in printed, "all layouts are shown"
     assert "faster: parallel.activation_checkpointing false takes" in printed
 
 

@@ -60,6 +60,13 @@ def test_tables_give_a_document_per_row(suffix, write, tmp_path):
     assert list(read_documents([tmp_path])) == [TEXTS[0], TEXTS[1], TEXTS[3]]
 
 
+def test_long_tables_give_every_row(tmp_path):
+    """Rows are read 256 at a time."""
+    texts = [str(row) for row in range(600)]
+    parquet.write_table(table(texts), tmp_path / "a.parquet")
+    assert documents(tmp_path / "a.parquet") == texts
+
+
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gz), (".zst", zstd)])
 def test_compressed_text_is_read_as_the_text(suffix, pack, tmp_path):
     lines = b'{"text": "one"}\n\n{"text": "two"}\n'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -92,6 +93,10 @@ def test_a_text_is_identified_by_its_files_and_by_its_documents(tmp_path):
     text = Text([file])
     assert text.files == Text([str(file)]).files == Text([tmp_path]).files
     assert Text([file], text_column("body")).files != text.files
+    time = file.stat().st_mtime_ns
+    os.utime(file, ns=(time, time + 10**9))
+    assert Text([file]).files != text.files, "a file of the same size that was written later"
+    os.utime(file, ns=(time, time))
     # The documents are those of any file with the same content.
     (tmp_path / "moved").mkdir()
     moved = tmp_path / "moved" / "b.jsonl"

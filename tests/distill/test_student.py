@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -232,6 +233,11 @@ def test_a_student_of_another_shape_is_refused(folder):
     sentence = user_error(build, folder, lora("q"), {"q": 1}, weights=files, spec=wider)
     assert "the student's num_heads is 8 but the teacher's is 4" in sentence
     assert sentence.endswith("so model.student must have the teacher's shape")
+    spec = read_spec(folder / "teacher")
+    for name in ("num_layers", "num_kv_heads"):
+        other = dataclasses.replace(spec, **{name: 1})
+        sentence = user_error(build, folder, lora("q"), {"q": 1}, weights=files, spec=other)
+        assert f"the student's {name} is 1 but the teacher's is {getattr(spec, name)}" in sentence
 
 
 def test_what_earlier_stages_changed_goes_on_to_the_next_stage(folder):

@@ -180,6 +180,15 @@ def test_the_statement_is_at_its_depth(task, tokenizer, filler):
             assert re.search(re.escape(nearest) + r" (The pass key|One of)", text)
 
 
+def test_the_statement_moves_to_the_nearest_line_break(tokenizer):
+    """Where every word ends a line, it stays at its depth."""
+    (row,) = encode_lines(tokenizer, ["zz\n" * 500])
+    sample = make_sample("passkey", tokenizer, 0, 3000, 0.5, text_filler(tokenizer, np.array(row)))
+    before, after = text_of(tokenizer, sample)[0].split("The pass key is", 1)
+    words = [len(re.findall("zz", part)) for part in (before, after)]
+    assert words[0] == pytest.approx(words[1], rel=0.01)
+
+
 @pytest.mark.parametrize(
     "line", ["line {} of the text at hand, a long one\n", "    x = f({})\n", "{} "]
 )
@@ -242,6 +251,7 @@ def test_documents_are_of_all_lengths_and_the_same_again(tokenizer, filler):
     assert documents == first(40) and len({tuple(row) for row in documents}) == 40
     lengths = [len(row) for row in documents]
     assert max(lengths) <= 1200 and min(lengths) < 500 and len(set(lengths)) > 10
+    assert lengths.count(1200) <= 1, "a task that does not fit takes a little more, not the longest"
     of_one_length = make_documents(tokenizer, 7, 700, 700, [filler])
     assert {len(document) for document in itertools.islice(of_one_length, 8)} == {700}
 

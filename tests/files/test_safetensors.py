@@ -102,9 +102,15 @@ def test_slices_are_those_of_the_tensor(tmp_path):
 
 def test_columns_of_a_large_tensor_are_read_in_blocks_of_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("megalard.files.safetensors._BLOCK_BYTES", 64)
-    x = torch.arange(200.0).view(20, 10)
+    sizes, fill = [], TensorFile._fill
+    monkeypatch.setattr(
+        TensorFile, "_fill", lambda *args: sizes.append(args[1].nbytes) or fill(*args)
+    )
+    x = torch.arange(120.0).view(20, 6)
     write(tmp_path / "x", {"x": x})
-    assert same(TensorFile(tmp_path / "x").get_slice("x")[:, 3:7], x[:, 3:7])
+    assert same(TensorFile(tmp_path / "x").get_slice("x")[:, 3:5], x[:, 3:5])
+    # Two rows of 24 bytes.
+    assert sizes == [48] * 10
 
 
 def test_tensors_are_aligned_by_the_size_of_their_elements():
@@ -117,6 +123,20 @@ def test_a_file_is_on_the_disk_when_it_is_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size) or fsync(fd))
     size, digest = write(tmp_path / "x", TENSORS, checksum=False)
     assert synced == [size] and digest is None
+
+
+def test_an_error_of_the_disk_behind_the_writer_ends_it(tmp_path, monkeypatch):
+    """The kernel reports it once: a later fsync would pass."""
+
+    def fail(number):
+        raise OSError(5, "Input/output error")
+
+    size, _ = write(tmp_path / "x", TENSORS)
+    # Half of the file and a little more is written when the kernel is asked to begin.
+    monkeypatch.setattr("megalard.files.safetensors._BLOCK_BYTES", size // 12)
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        write(tmp_path / "y", TENSORS)
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megalard.files.writing import cannot_write, file_sha256, no_progress, sync_files
+from megalard.files.writing import cannot_write, file_sha256, no_progress, replace_text, sync_files
 
 
 @pytest.fixture
@@ -41,6 +41,17 @@ def test_the_checksum_is_that_of_hashlib(size, tmp_path):
     assert sum(counts) == size
     assert file_sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
     assert no_progress(3) is None
+
+
+def test_a_small_file_has_its_old_content_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    path, seen, replace = tmp_path / "a.json", [], Path.replace
+    path.write_text("old")
+    monkeypatch.setattr(
+        Path, "replace", lambda *paths: seen.append(path.read_text()) or replace(*paths)
+    )
+    replace_text(path, "new")
+    assert seen == ["old"] and path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_error_names_the_directory_and_the_file():

@@ -47,9 +47,18 @@ def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_masks_differ_between_steps_between_places_and_between_tokens():
-    """Independent masks of rate 1/2 agree on half of the entries."""
+    """Independent masks of rate 1/2 agree on half of the entries.
+
+    Places and tokens are not added up: the next place does not have the mask of the next token.
+    """
     reference = mask(0.5)
-    for other in (mask(0.5, seed=2), mask(0.5, place=1), mask(0.5, tokens=TOKENS + ROWS)):
+    others = (
+        mask(0.5, seed=2),
+        mask(0.5, place=1),
+        mask(0.5, tokens=TOKENS + ROWS),
+        mask(0.5, place=1, tokens=TOKENS - 1),
+    )
+    for other in others:
         assert agreement(reference, other) == pytest.approx(0.5, abs=4 * 0.5 / 20_000**0.5)
     assert torch.equal(reference, mask(0.5))
     # Neither rows nor columns repeat.

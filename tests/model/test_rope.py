@@ -306,6 +306,16 @@ def test_longrope_has_other_frequencies_for_long_documents():
     assert torch.equal(cos[0, 0], expected)
 
 
+def test_vectors_in_bf16_are_rotated_in_fp32_and_rounded_once():
+    x, angles = torch.randn(1, 2, 64, 8).bfloat16(), torch.randn(1, 1, 64, 4).repeat(1, 1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.double().chunk(2, dim=-1)
+    exact = x.double() * cos + torch.cat((-b, a), dim=-1) * sin
+    # Half of a step of bf16, and the rounding of fp32.
+    error = (apply_rope(x, cos, sin).double() - exact).abs()
+    assert bool((error <= exact.abs() * 2**-8 + 1e-6).all())
+
+
 def test_tables_are_the_same_if_they_rotate_alike():
     factors, other = [2.0] * (DIM // 2), [2.0] * (DIM // 2 - 1) + [3.0]
     table = table_of(longrope(factors, other))

@@ -139,6 +139,7 @@ def test_settings_are_those_of_stages_and_streams_where_there_are_any(output):
     stage = {"optimizer": {"learning_rate": 0.25}, "data": {"context_length": 16}}
     stream = {"global_batch": 7, "data": {"context_length": 32}}
     record.settings["stages"] = {"one": stage, "two": {**stage, "streams": {"chat": stream}}}
+    record.settings["streams"] = {"of the run": stream}
     cells = read(render(record)).cells
     start = cells.index("stages.one.data.context_length")
     assert cells[start : start + 4] == [
@@ -154,6 +155,7 @@ def test_settings_are_those_of_stages_and_streams_where_there_are_any(output):
     assert "rope.factor" in cells
     absent = {"optimizer.learning_rate", "data.context_length", "stages.two.data.context_length"}
     assert not absent & set(cells)
+    assert not any(cell.startswith("streams.") for cell in cells), "every stage has its streams"
 
 
 def test_the_cost_is_the_sum_over_the_steps(output):
@@ -263,6 +265,8 @@ def test_an_early_end_and_the_best_student_are_reported(tmp_path):
     page = render(RunRecord(tmp_path, summary=summary))
     assert "The run ended early, after step 6 of 9. The student of step 4 is exported" in page
     assert "2 steps changed nothing." in page
+    page = render(RunRecord(tmp_path, summary={**summary, "exported_step": 6}))
+    assert "is exported" not in page, "the last student needs no explanation"
 
 
 def test_the_share_that_was_restored_is_that_of_the_last_student(tmp_path):

@@ -163,7 +163,8 @@ def test_convert_dtype(job, run, tmp_path, capsys):
     sentence = refusal(capsys, "convert", "export", large, tmp_path / "inf", "--dtype", "float16")
     assert "model.norm.weight" in sentence and "choose another --dtype" in sentence
     adapter: tuple = ("convert", "export", newest, tmp_path / "adapter", "--format", "peft")
-    assert "leave them out" in refusal(capsys, *adapter, "--dtype", "float32")
+    for words in (("--dtype", "float32"), ("--rounding", "nearest")):
+        assert "leave them out" in refusal(capsys, *adapter, *words)
 
 
 def test_convert_rounding(job, run, tmp_path, capsys):

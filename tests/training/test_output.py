@@ -8,10 +8,11 @@ import shutil
 
 import pytest
 
+from megalard.errors import UserError
 from megalard.files import locks
 from megalard.parallel.mesh import build_mesh
 from megalard.training import output as output_module
-from megalard.training.output import Output, scratch_folder
+from megalard.training.output import Output, emptied_on_error, scratch_folder
 from megalard.training.run_folder import checkpoint_path
 from tests.checkpoint.sharded.damage import rewrite_manifest
 from tests.command_line import refusal
@@ -244,6 +245,18 @@ def test_a_full_model_among_the_checkpoints_is_refused(job, tmp_path, capsys):
     to_sharded(job / "model", model)
     line = refusal(capsys, "train", *arguments(job, output, *SAVE))
     assert f"error: {model} is a whole model and not a checkpoint of a run: move it out" in line
+
+
+def test_an_error_empties_the_directory_of_a_new_run_alone(tmp_path):
+    """The checkpoints of a resumed run stay."""
+    for is_new in (True, False):
+        output = Output(tmp_path / str(is_new), is_new=is_new)
+        (output.directory / "checkpoints" / "step-000002").mkdir(parents=True)
+        (output.directory / "run.json").touch()
+        with pytest.raises(UserError), emptied_on_error(output, build_mesh("cpu", 1)):
+            raise UserError("a path that is not there")
+        left = sorted(path.name for path in output.directory.rglob("*"))
+        assert left == ([] if is_new else ["checkpoints", "run.json", "step-000002"])
 
 
 def _scratch(results: str) -> None:

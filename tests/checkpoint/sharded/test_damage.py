@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megalard.checkpoint.sharded.manifest import MANIFEST
+from megalard.checkpoint.sharded.manifest import ID_KEY, MANIFEST
 from megalard.files.safetensors import TensorFile
 from tests.checkpoint.sharded.damage import another_version, flip
 from tests.command_line import user_error
@@ -80,6 +80,15 @@ def test_a_shard_of_another_model_is_refused(copy, sharded, tmp_path):
     shutil.copy(other, shard)
     sentence = refused_export(copy, tmp_path / "out")
     assert f"{shard} belongs to another checkpoint" in sentence or f"{shard} is damaged" in sentence
+
+
+def test_a_shard_that_does_not_name_its_checkpoint_is_refused(copy, tmp_path):
+    """Such as one that another program wrote, with the same tensors and the same length."""
+    shard = copy / "weights-00001-000.safetensors"
+    key = ID_KEY.encode()
+    assert shard.read_bytes().count(key) == 1
+    shard.write_bytes(shard.read_bytes().replace(key, b"x" * len(key)))
+    assert f"{shard} belongs to another checkpoint" in refused_export(copy, tmp_path / "out")
 
 
 def test_a_manifest_of_another_version_is_refused(copy, tmp_path):
