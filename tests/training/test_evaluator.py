@@ -60,6 +60,11 @@ def test_lengths_and_tokens_can_be_configured(make, text):
     assert evaluator.settings["max_tokens"] == 90
 
 
+def test_a_length_above_max_tokens_has_one_window(make, text):
+    _, evaluator = make(text, "evaluation.lengths=[100]", "evaluation.max_tokens=50")
+    assert evaluator.suite.windows[100].shape == (1, 100)
+
+
 def test_a_text_that_is_too_short_is_refused(make, text):
     with pytest.raises(UserError, match="has 1415 tokens but the longest length is 2000"):
         make(text, "evaluation.lengths=[2000]")

@@ -67,9 +67,14 @@ def test_companions_have_the_lengths_of_the_student(planned, small_job, tmp_path
     model = shutil.copytree(small_job / "model", tmp_path / "model")
     config = model / "tokenizer_config.json"
     config.write_text(json.dumps({"eos_token": "</s>", "model_max_length": NATIVE}))
+    (model / "generation_config.json").write_text(json.dumps({"max_length": NATIVE}))
     plan = planned(f"model.teacher={model}").plan
-    (companion,) = (file for file in plan.companions if file.name == "tokenizer_config.json")
-    assert json.loads(companion.content)["model_max_length"] == 4 * NATIVE
+    contents = {file.name: file.content for file in plan.companions}
+    for name, key in (
+        ("tokenizer_config.json", "model_max_length"),
+        ("generation_config.json", "max_length"),
+    ):
+        assert json.loads(contents[name])[key] == 4 * NATIVE
 
 
 @pytest.mark.parametrize(
