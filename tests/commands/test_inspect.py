@@ -112,11 +112,12 @@ def test_the_files_of_the_base_are_compared(job, checkpoint, tmp_path, capsys):
     assert "base files" not in capsys.readouterr().out
 
 
-def test_reading_the_base_shows_its_progress(checkpoint, monkeypatch):
+def test_reading_the_base_shows_its_progress(job, checkpoint, monkeypatch):
     bars = noted_bars(monkeypatch)
     assert inspect(checkpoint) == 0
     total, *counts = bars["base model"]
-    assert sum(counts) == total > 0
+    files = [job / "model" / name for name in ("config.json", "model.safetensors")]
+    assert sum(counts) == total == sum(file.stat().st_size for file in files)
 
 
 def test_the_files_of_another_teacher_are_compared(job, tmp_path, capsys):

@@ -80,4 +80,5 @@ def test_files_that_are_passed_over_are_warned_about(tmp_path, model, capsys):
         (folder / f"{number}.txt").write_text("the fox")
     (folder / "picture.bin").write_text("x")
     assert megalard(*words(tmp_path, model, folder)) == 0
-    assert "warning: " in capsys.readouterr().out
+    warning = f"warning: 1 files of 1 bytes (.bin), such as {folder / 'picture.bin'} are not text"
+    assert warning in capsys.readouterr().out

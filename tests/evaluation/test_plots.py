@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from matplotlib import pyplot
 
@@ -39,6 +41,10 @@ def test_a_restoration_shows_perplexity_with_the_native_window(figures, tmp_path
     curves = {line.get_label(): line for line in figure.axes[0].lines}
     assert [*curves] == ["teacher", "scaled", "restored", "native window M = 64"]
     assert list(curves["teacher"].get_xdata()) == [32, 64, 128]
+    perplexities = [math.exp(loss) for loss in (1.4, 1.6, 3.0)]
+    assert list(curves["restored"].get_ydata()) == pytest.approx(perplexities)
+    # KL is drawn where there is one, up to the native window.
+    assert list(figure.axes[1].lines[2].get_ydata()) == [0.5, 0.5]
     # The teacher is not compared with itself.
     assert list(figure.axes[1].lines[0].get_xdata()) == []
     assert figure.axes[0].get_yscale() == "log"

@@ -36,6 +36,7 @@ def test_names_of_samples_and_documents_are_disjoint(kind, pattern):
 
 
 def test_the_statement_that_is_asked_for_is_at_the_given_depth():
+    assert set(TASKS_WITH_DEPTH) == {"passkey", "multi_key"}
     for task in TASKS_WITH_DEPTH:
         story = TASKS[task](draw(), 0.3)
         (depth, statement), *_ = story.statements

@@ -157,11 +157,12 @@ def test_data_eos(run, documents):
     assert EOS not in ends(run(f"data.paths={documents}", "data.eos=no"))
 
 
-def test_data_end_token(run, documents):
+def test_data_end_token(run, job, documents):
     given = run(f"data.paths={documents}", "data.eos=yes", "data.end_token=!")
     assert lengths(given.store) == [length + 1 for length in DOCUMENTS]
-    (end,) = ends(given)
-    assert end != EOS and end not in ends(run(f"data.paths={documents}"))
+    tokenizer = Tokenizer.from_file(str(job / "teacher" / "tokenizer.json"))
+    assert ends(given) == {tokenizer.token_to_id("!")}
+    assert not ends(given) & ends(run(f"data.paths={documents}"))
 
 
 def test_data_packing(run, documents):

@@ -91,9 +91,15 @@ def test_prepare_eos(prepare):
     assert lengths(prepare("--eos", "no")) == [3, 3]
 
 
-def test_prepare_end_token(prepare):
+def id_of(letter: str, job: Path) -> int:
+    """Return the id of a letter in the file of the tokenizer."""
+    content = json.loads((job / "teacher" / "tokenizer.json").read_text())
+    return content["model"]["vocab"][letter]
+
+
+def test_prepare_end_token(prepare, job):
     store = prepare("--eos", "yes", "--end-token", "!")
-    assert lengths(store) == [4, 4] and store.tokens[3] == store.tokens[7] != 256
+    assert lengths(store) == [4, 4] and store.tokens[[3, 7]].tolist() == [id_of("!", job)] * 2
 
 
 def test_prepare_bos(prepare, job, tmp_path):
@@ -103,7 +109,8 @@ def test_prepare_bos(prepare, job, tmp_path):
     (tmp_path / "bos" / "tokenizer_config.json").write_text(json.dumps(names))
     put, none = (prepare("--bos", c, model=tmp_path / "bos") for c in ("yes", "no"))
     assert lengths(put) == [4, 4] and lengths(none) == [3, 3]
-    assert put.tokens[0] == put.tokens[4] and put.tokens[1:4].tolist() == none.tokens[:3].tolist()
+    assert put.tokens[[0, 4]].tolist() == [id_of("A", job)] * 2
+    assert put.tokens[1:4].tolist() == none.tokens[:3].tolist()
 
 
 @pytest.fixture

@@ -103,7 +103,10 @@ def test_parallel_shard_weights(job, tmp_path):
     """Each of two data-parallel ranks keeps half of the rows of every layer's weights."""
     whole, _ = on_two_ranks(job, tmp_path / "whole")
     divided, _ = on_two_ranks(job, tmp_path / "divided", "parallel.shard_weights=true")
-    assert [note["kept"] for note in divided] == [whole[0]["kept"] // 2] * 2
+    # q, k, v, o and the MLP of each layer in fp32.
+    size = 4 * LAYERS * 32 * (32 + 16 + 16 + 32 + 3 * 48)
+    assert [note["kept"] for note in whole] == [size] * 2
+    assert [note["kept"] for note in divided] == [size // 2] * 2
     assert divided[0]["loss"] == whole[0]["loss"]
 
 

@@ -75,7 +75,7 @@ BAD_INPUT = {
         ["optimizer.min_ratio=2"],
         "optimizer.min_ratio must be at most 1; got 2.0",
     ),
-    "tp without ranks": (["parallel.tp=3"], "tp"),
+    "tp without ranks": (["parallel.tp=3"], "parallel.tp 3 times parallel.cp 1 is 3 but 1 process"),
     "context beyond the window": (["data.context_length=65"], "longer than the teacher's native"),
     "dynamic RoPE": (["rope.type=dynamic"], "'dynamic' equals the teacher's RoPE"),
     "layer out of range": (["objective.layers=[3]"], "objective.layers names layer 3"),
