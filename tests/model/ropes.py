@@ -11,6 +11,7 @@ from megalard.model.rope import RopeTable, rope_table, scaled_config
 from megalard.model.spec import ModelSpec, spec_from_config
 
 NATIVE, THETA, DIM = 64, 10000.0, 16
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 
 
 def teacher(native: int = NATIVE, dim: int = DIM, theta: float = THETA, **changes) -> ModelSpec:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from megalard.config.schema import RopeConfig
 from megalard.errors import UserError
@@ -24,6 +22,7 @@ from megalard.model.spec import spec_from_config
 from tests.command_line import user_error
 from tests.model.ropes import (
     DIM,
+    LINEAR,
     NATIVE,
     THETA,
     cos_of_document,
@@ -223,49 +222,6 @@ def test_a_rope_that_transformers_cannot_build_is_refused(rope, reason):
     with pytest.raises(UserError, match=reason) as caught:
         rope_table(teacher(rope_parameters=rope, rope_scaling=rope))
     assert str(caught.value).endswith("correct it, or download it again")
-
-
-LINEAR = {"rope_type": "linear", "factor": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({}, {"rope_type": "default", "rope_theta": 10000.0}),
-        ({"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}),
-        (
-            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            {**LINEAR, "rope_theta": 5e5},
-        ),
-        ({"rope_scaling": LINEAR}, {**LINEAR, "rope_theta": 10000.0}),
-        ({"rope_parameters": {**LINEAR, "rope_theta": 7.0}}, {**LINEAR, "rope_theta": 7.0}),
-        (
-            {"rope_parameters": LINEAR, "rope_theta": 7.0, "rope_scaling": LINEAR},
-            {**LINEAR, "rope_theta": 7.0},
-        ),
-    ],
-)
-def test_either_spelling_is_read_as_transformers_reads_it(config, expected):
-    config = {
-        key: value for key, value in teacher().hf_config.items() if key != "rope_theta"
-    } | config
-    assert spec_from_config(config, "here").rope == expected
-    theirs = LlamaConfig(**json.loads(json.dumps(config))).rope_parameters
-    assert {key: theirs[key] for key in expected} == expected
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"rope_parameters": {**LINEAR, "rope_theta": 7.0}, "rope_theta": 7.0, "rope_scaling": None},
-        {"rope_parameters": {"rope_theta": 7.0}, "rope_theta": 8.0},
-        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LINEAR},
-        {"rope_parameters": LINEAR, "rope_scaling": {**LINEAR, "factor": 4.0}},
-    ],
-)
-def test_spellings_that_disagree_are_refused(config):
-    with pytest.raises(UserError, match="describes RoPE twice and differently"):
-        teacher(**config)
 
 
 def longrope(long: list, short: list, attention_factor: float | None = None, **changes) -> dict:
