@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megalard.checkpoint import convert
 from megalard.checkpoint.convert import export_adapter, export_model, import_model
 from megalard.checkpoint.open import StoredModel, open_model
 from megalard.checkpoint.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -104,3 +105,9 @@ def lora_pair(stem: str, rows: int = 32, columns: int = 32, rank: int = 2) -> di
     """Return A and B of ones under PEFT's names."""
     a, b = torch.ones(rank, columns), torch.ones(rows, rank)
     return {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+
+
+def export_another_norm_eps(monkeypatch) -> None:
+    """Let exports write the config.json of another model: its ``rms_norm_eps`` is 0.5."""
+    export_config, wrong_norm = convert.export_config, {"rms_norm_eps": 0.5}
+    monkeypatch.setattr(convert, "export_config", lambda spec: export_config(spec) | wrong_norm)

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from megalard.checkpoint import convert as conversion
 from megalard.checkpoint.build import check_complete, full_slices
 from megalard.checkpoint.convert import check_target, parse_size, unknown_tensors
 from megalard.checkpoint.inspection import describe_checkpoint
@@ -28,7 +27,7 @@ from megalard.parallel.mesh import build_mesh
 from megalard.training.monitor import peak_memory_bytes
 from megalard.training.run_folder import checkpoint_path
 from tests.command_line import user_error
-from tests.conversions import to_adapter, to_hugging_face, to_sharded
+from tests.conversions import export_another_norm_eps, to_adapter, to_hugging_face, to_sharded
 from tests.jobs import arguments, make_job, train
 from tests.models import FAMILIES, make_model
 from tests.mounts import mounted
@@ -98,9 +97,7 @@ def test_a_model_that_lacks_a_tensor_is_not_converted(tmp_path):
 def test_an_export_that_reads_as_another_model_is_refused(tmp_path, monkeypatch):
     source = make_model("llama", tmp_path / "source")
     to_sharded(source, tmp_path / "sharded")
-    export_config = conversion.export_config
-    wrong_norm = {"rms_norm_eps": 0.5}
-    monkeypatch.setattr(conversion, "export_config", lambda spec: export_config(spec) | wrong_norm)
+    export_another_norm_eps(monkeypatch)
     sentence = user_error(to_hugging_face, tmp_path / "sharded", tmp_path / "out")
     assert "its norm_eps is read as 0.5" in sentence and not (tmp_path / "out").exists()
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megalard.checkpoint import convert as conversion
 from megalard.checkpoint.compare import logits_of, tensor_differences
 from megalard.checkpoint.open import open_model
 from megalard.checkpoint.peft import (
@@ -26,6 +25,7 @@ from tests.command_line import user_error
 from tests.conversions import (
     LAYER,
     Q_PROJ,
+    export_another_norm_eps,
     lora_pair,
     make_adapter,
     to_adapter,
@@ -147,9 +147,7 @@ def test_a_damaged_checkpoint_gives_no_adapter(runs, tmp_path):
 
 
 def test_an_adapter_that_reads_as_another_model_is_refused(runs, tmp_path, monkeypatch):
-    written = conversion.export_config
-    other = {"rms_norm_eps": 0.5}
-    monkeypatch.setattr(conversion, "export_config", lambda spec: written(spec) | other)
+    export_another_norm_eps(monkeypatch)
     sentence = user_error(to_adapter, checkpoint_of(runs, "linear"), tmp_path / "out")
     assert "its norm_eps is read as 0.5" in sentence and list(tmp_path.iterdir()) == []
 
